@@ -1,0 +1,338 @@
+"""Images in, batches out: the built-in shapes, the packed format, and `python data.py` to make it from a folder.
+
+    python data.py --src DIR --size 64 --out data/NAME     # sub-folders are the classes (or none); restartable
+    python data.py --check data/NAME                       # counts, classes and a contact sheet
+
+A packed folder holds images.npy, uint8 (N,3,S,S), labels.npy, int64 (N,), and meta.json, which is written last:
+a folder without meta.json is an unfinished pack.
+"""
+import argparse
+import colorsys
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import random
+import sys
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+CHUNK = 64                                       # images that a worker packs at a time
+
+
+class BadInput(ValueError):
+    """A user's mistake: its text is the one line that is printed before exit code 2."""
+
+
+def run(main):
+    """Call main(); a user's mistake and a full disk become one line and exit code 2, not a traceback."""
+    try:
+        main()
+    except (BadInput, OSError) as error:
+        sys.exit(print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print("\nstopped: the same command goes on from here", file=sys.stderr) or 130)
+
+
+def generator(*key):
+    """A CPU generator seeded by what it is for, such as ("step", seed, 7): the same numbers on every machine."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))       # mt19937 takes 32 bits
+
+
+def replace(path, write):
+    """write(file) to a neighbour of path, then rename: path is the old file or the new one, never half of it."""
+    part = Path(f"{path}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            write(file)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def progress(what, done, total, since, start=0):
+    """One line with rate and time left; `start` of the `done` were there before `since`."""
+    rate = (done - start) / max(time.time() - since, 1e-9)
+    left = f"{(total - done) / rate / 60:.1f} min left" if rate else ""
+    print(f"\r{what} {done:,} / {total:,}   {rate:,.0f}/s   {left}   ", end="\n" if done == total else "", flush=True)
+
+
+# ---------------------------------------------------------------------------------------- the built-in images
+
+def star(points, inner, turn=-0.25):
+    """Corners of a star (inner < 1), or of a regular polygon (inner = None), on the unit circle."""
+    radii = [1.0] if inner is None else [1.0, inner]
+    corners = points * len(radii)
+    return [(radii[i % len(radii)] * math.cos(2 * math.pi * (turn + i / corners)),
+             radii[i % len(radii)] * math.sin(2 * math.pi * (turn + i / corners))) for i in range(corners)]
+
+
+def arc(x, radius, start, stop):
+    """48 points of a circle around (x, 0)."""
+    angles = [start + (stop - start) * i / 47 for i in range(48)]
+    return [(x + radius * math.cos(a), radius * math.sin(a)) for a in angles]
+
+
+def heart(a):
+    return math.sin(a) ** 3, -(13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)) / 16
+
+
+CIRCLE = arc(0, 1, 0, 2 * math.pi)
+SHAPES = {  # name: outline in the unit circle; a second outline is a hole
+    "circle":   [CIRCLE],
+    "ring":     [CIRCLE, [(x / 2, y / 2) for x, y in CIRCLE]],
+    "square":   [star(4, None, turn=0.125)],
+    "triangle": [star(3, None)],
+    "cross":    [[(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3),
+                  (.3, 1), (-.3, 1), (-.3, .3), (-1, .3), (-1, -.3), (-.3, -.3)]],
+    "star":     [star(5, 0.4)],
+    "heart":    [[heart(2 * math.pi * i / 48) for i in range(48)]],
+    "moon":     [arc(0, 1, 0.3 * math.pi, 1.7 * math.pi) + arc(0.588, 0.809, 1.5 * math.pi, 0.5 * math.pi)],
+}
+
+
+def draw_shape(index, size):
+    """Image `index`: class index % 8, free colours, mild changes of place, scale and angle. uint8 (size,size,3)."""
+    rng = random.Random(index)                   # numbers in a fixed order, none of them dependent on size
+    hue, contrast = rng.random(), rng.uniform(0.25, 0.75)
+    light = colorsys.hsv_to_rgb(hue, rng.uniform(0.3, 1), rng.uniform(0.75, 1))
+    dark = colorsys.hsv_to_rgb((hue + contrast) % 1, rng.uniform(0.2, 0.7), rng.uniform(0.1, 0.4))
+    shape, ground = (light, dark) if rng.random() < 0.5 else (dark, light)
+    x0, y0, scale, angle = (rng.uniform(*r) for r in ((.42, .58), (.42, .58), (.28, .40), (-.3, .3)))
+    c, s = scale * math.cos(angle), scale * math.sin(angle)
+    fill = [tuple(round(255 * value) for value in colour) for colour in (shape, ground)]
+    image = Image.new("RGB", (4 * size, 4 * size), fill[1])
+    for outline, colour in zip(list(SHAPES.values())[index % len(SHAPES)], fill):
+        ImageDraw.Draw(image).polygon([(4 * size * (x0 + x * c - y * s), 4 * size * (y0 + x * s + y * c))
+                                       for x, y in outline], fill=colour)
+    return np.asarray(image.reduce(4))           # 4 x 4 averages: anti-aliased
+
+
+def shapes(indices, size):
+    """uint8 (N,3,size,size) and int64 labels (N,); image i depends on i and size alone."""
+    images = np.stack([draw_shape(int(i), size) for i in indices]).transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(images), np.array([int(i) % len(SHAPES) for i in indices], dtype=np.int64)
+
+
+# ------------------------------------------------------------------------------------------ batches (training)
+
+class Images:
+    """images uint8 (N,3,S,S), labels int64 (N,) and meta (dict), from anywhere, as batches for training."""
+
+    def __init__(self, images, labels, meta, flip=False):
+        self.images, self.labels, self.meta, self.flip = images, labels, meta, flip
+        self.size, self.channels, self.classes = images.shape[2], images.shape[1], meta["classes"]
+
+    def __len__(self):
+        return len(self.images)
+
+    def batch(self, indices, generator=None, rows=slice(None)):
+        """x float32 (B,C,S,S) in [-1,1] and y int64 (B,) of indices[rows].
+
+        Flips (given flip=True and a generator) are drawn for all the indices and then cut to `rows`, so that a
+        process that loads its share of a global batch sees what a single process would have seen there.
+        """
+        chosen = np.asarray(indices)[rows]
+        x = torch.from_numpy(self.images[chosen]).float().div_(127.5).sub_(1)
+        if self.flip and generator is not None:
+            flip = torch.rand(len(indices), generator=generator)[rows] < 0.5
+            x[flip] = x[flip].flip(3)
+        return x, torch.from_numpy(self.labels[chosen])
+
+
+def built_in(size, count=20_000, flip=False):
+    """The first `count` shapes as a data set; about a second at 16 x 16."""
+    meta = dict(dataset="shapes", split="train", count=count, size=size, classes=list(SHAPES))
+    return Images(*shapes(range(count), size), meta, flip)
+
+
+class Packed(Images):
+    """A packed folder, memory-mapped. Raises BadInput where it is not one, is unfinished or contradicts itself."""
+
+    def __init__(self, dir, flip=False):
+        dir = Path(dir)
+        if not (dir / "meta.json").is_file():
+            state = "an unfinished pack" if (dir / "images.npy").exists() else "no packed data set"
+            raise BadInput(f"{dir}: {state} (meta.json is missing); make it with python data.py --src ... --out {dir}")
+        try:
+            meta = json.loads((dir / "meta.json").read_text())
+            images, labels = (np.load(dir / f"{name}.npy", mmap_mode="r") for name in ("images", "labels"))
+            shape, names = (meta["count"], 3, meta["size"], meta["size"]), meta["classes"]
+        except (ValueError, KeyError, TypeError, EOFError) as error:
+            raise BadInput(f"{dir}: damaged pack ({type(error).__name__}: {error})") from None
+        if images.shape != shape or images.dtype != np.uint8 or labels.shape != shape[:1] or labels.dtype != np.int64:
+            raise BadInput(f"{dir}: images.npy is {images.dtype} {images.shape} and labels.npy {labels.dtype} "
+                           f"{labels.shape}, meta.json promises uint8 {shape} and int64 {shape[:1]}")
+        labels = np.array(labels)
+        if len(labels) and not 0 <= labels.min() <= labels.max() < max(1, len(names)):
+            raise BadInput(f"{dir}: labels.npy has labels {labels.min()} .. {labels.max()}, classes are {len(names)}")
+        super().__init__(images, labels, meta, flip)
+
+
+# ------------------------------------------------------------------------------- folder of images -> packed file
+
+def load_image(path):
+    """Any image file -> 8-bit RGB as a person sees it: upright by EXIF, 16-bit grey scaled to 8, see-through
+    parts on white, CMYK and palettes converted. Raises BadInput that names the file where it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):                                   # 16 bits of grey; convert() would clip
+                grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+                image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+            elif image.mode == "F":
+                raise BadInput("floating-point pixels have no agreed range")
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise BadInput(f"{path}: cannot be read as an image ({error})") from None
+
+
+def center_crop(image, size):
+    """ADM's crop: box-halve while the short side is >= 2 size, bicubic to size, cut the centre. uint8 (size,size,3)."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    top, left = (image.height - size) // 2, (image.width - size) // 2
+    return np.asarray(image)[top:top + size, left:left + size]
+
+
+def list_images(src):
+    """Paths below src in a fixed order, label of each, class names. Sub-folders of src are the classes, sorted by
+    name (by number where all are numbers); a folder without sub-folders has none.
+    """
+    src = Path(src)
+    if not src.is_dir():
+        raise BadInput(f"--src {src}: no such folder")
+    folders = [entry for entry in src.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    by_number = all(folder.name.isdigit() for folder in folders)
+    folders.sort(key=lambda folder: int(folder.name) if by_number else folder.name)
+    images = {folder: sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+              for folder in folders or [src]}
+    if folders and (loose := sorted(path for path in src.iterdir() if path.suffix.lower() in SUFFIXES)):
+        raise BadInput(f"{loose[0]}: an image beside class folders ({folders[0].name}, ...) has no class")
+    if not any(images.values()):
+        raise BadInput(f"--src {src}: no images found ({' '.join(SUFFIXES)})")
+    paths = [path for found in images.values() for path in found]
+    labels = [label for label, found in enumerate(images.values()) for _ in found]
+    return paths, np.array(labels, dtype=np.int64), [folder.name for folder in folders]
+
+
+def end_with_parent():
+    """Worker start: Ctrl-C is the parent's business, and a killed parent leaves no worker behind."""
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def pack_chunk(paths, size, file, first):
+    """Worker: crop `paths` and write them to rows first, first + 1, ... of the memory map."""
+    rows = np.lib.format.open_memmap(file, mode="r+")
+    for row, path in enumerate(paths, first):
+        rows[row] = center_crop(load_image(path), size).transpose(2, 0, 1)
+    rows.flush()
+    return len(paths)
+
+
+def pack(src, size, out, split="train", classes=None, workers=None):
+    """Pack the images below `src` into folder `out`; called again after a kill it goes on, to the same bytes."""
+    out = Path(out)
+    paths, labels, names = list_images(src)
+    if classes is not None and len(names) != classes:
+        raise BadInput(f"--src {src}: found {len(names)} class folders, expected --classes {classes}")
+    listing = hashlib.sha256("\n".join(f"{path.relative_to(src)}\0{label}" for path, label in zip(paths, labels))
+                             .encode("utf-8", "surrogateescape")).hexdigest()
+    meta = dict(dataset=out.name, split=split, count=len(paths), size=size, classes=names, listing=listing,
+                crop="center (ADM)", filter="box halving, then bicubic")
+    if (out / "meta.json").exists():
+        if Packed(out).meta == meta:
+            return print(f"{out}: already packed, {len(paths):,} images")
+        raise BadInput(f"--out {out}: already holds another packed data set; choose a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    file, journal, done = out / "images.npy", out / "packing.json", 0
+    if journal.exists():
+        before = json.loads(journal.read_text())
+        if before["meta"] != meta:
+            raise BadInput(f"--out {out}: an unfinished pack of other images or another size; remove the folder")
+        done = before["done"]
+    else:
+        np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=(len(paths), 3, size, size)).flush()
+    note = lambda: replace(journal, lambda f: f.write(json.dumps(dict(meta=meta, done=done)).encode()))
+    note()
+    since, noted, start = time.time(), time.time(), done
+    with ProcessPoolExecutor(workers or os.cpu_count(), initializer=end_with_parent) as pool:
+        firsts = range(done, len(paths), CHUNK)
+        jobs = [pool.submit(pack_chunk, paths[i:i + CHUNK], size, file, i) for i in firsts]
+        try:
+            for job in jobs:
+                done += job.result()
+                if time.time() - noted > 1 or done == len(paths):
+                    progress("packed", done, len(paths), since, start)
+                    note()
+                    noted = time.time()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    replace(out / "labels.npy", lambda f: np.save(f, labels))
+    replace(out / "meta.json", lambda f: f.write(json.dumps(meta, indent=1).encode()))
+    journal.unlink()
+    print(f"{out}: {len(paths):,} images of {size} x {size}, {len(names)} classes")
+
+
+def tile(images, columns):
+    """uint8 (N,3,S,S) -> one PIL image, `columns` to a row, unfilled places grey."""
+    n, _, h, w = images.shape
+    rows = -(-n // columns)
+    sheet = np.full((rows * columns, 3, h, w), 128, dtype=np.uint8)
+    sheet[:n] = images
+    return Image.fromarray(sheet.reshape(rows, columns, 3, h, w).transpose(0, 3, 1, 4, 2).reshape(rows * h, columns * w, 3))
+
+
+def check(dir):
+    """Print what a packed folder holds and draw 64 of its images."""
+    data = Packed(dir)
+    counts = np.bincount(data.labels, minlength=len(data.classes))
+    print(json.dumps({key: value for key, value in data.meta.items() if key != "classes"}))
+    print(f"{len(data):,} images, {len(data.classes)} classes")
+    for label, name in enumerate(data.classes[:20]):
+        print(f"{label:5d}  {counts[label]:9,}  {name!r}")
+    if len(data.classes) > 20:
+        print(f"  ...  last: {len(data.classes) - 1} {data.classes[-1]!r}; images per class {counts.min()} .. {counts.max()}")
+    sheet = Path(dir) / "sheet.png"
+    picks = np.linspace(0, len(data) - 1, min(64, len(data))).astype(int)
+    replace(sheet, lambda f: tile(data.images[picks], 8).save(f, "PNG"))
+    print(f"contact sheet: {sheet.resolve()}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--src", help="folder of images; its sub-folders are the classes")
+    parser.add_argument("--size", type=int, help="side of the packed images in pixels")
+    parser.add_argument("--out", help="packed folder to write, such as data/NAME")
+    parser.add_argument("--split", default="train", help="recorded in meta.json")
+    parser.add_argument("--classes", type=int, help="refuse a source with another number of class folders")
+    parser.add_argument("--workers", type=int, help="processes that decode (default: one a core)")
+    parser.add_argument("--check", metavar="DIR", help="print what a packed folder holds and draw a contact sheet")
+    args = parser.parse_args()
+    if args.check:
+        return check(args.check)
+    if not (args.src and args.out and args.size and args.size > 0):
+        raise BadInput("expected --src DIR --size S --out data/NAME, or --check data/NAME")
+    pack(args.src, args.size, args.out, args.split, args.classes, args.workers)
+
+
+if __name__ == "__main__":
+    run(main)

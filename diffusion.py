@@ -1,0 +1,204 @@
+"""Min-SNR diffusion in one file: schedule, prediction targets, loss weights, loss, sampler.
+
+Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy", ICCV 2023; equation numbers are
+that paper's unless said otherwise. Symbols: x0 clean image, x_t noisy image, t = 0 .. T-1 (the paper's
+1 .. T), alpha_t and sigma_t with alpha^2 + sigma^2 = 1, alphas_cumprod = alpha^2, SNR = alpha^2 / sigma^2.
+Tables are float64: on the cosine schedule the SNR runs from 2.4e4 down to 2.4e-9.
+"""
+import math
+
+import torch
+
+TARGETS = ("x0", "eps", "v")
+SOLVERS = ("heun", "euler", "dpm++2m")
+
+
+# ---------------------------------------------------------------------------------- schedule (section 3.1)
+
+def alphas_cumprod(schedule="cosine", T=1000):
+    """alpha_t^2 for t = 0 .. T-1 as float64 (T,), strictly falling.
+
+    "cosine": beta_t = min(1 - f((t+1)/T) / f(t/T), 0.999) with f(s) = cos^2((s + .008) / 1.008 pi/2)
+    (Nichol & Dhariwal 2021, eq. 17). "linear": betas from 1e-4 to 0.02, scaled by 1000 / T (Ho et al. 2020).
+    Raises ValueError for another name and for a T so small that a beta of the linear schedule reaches 1.
+    """
+    if schedule == "cosine":
+        s = torch.arange(T + 1, dtype=torch.float64) / T
+        f = torch.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2
+        betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    elif schedule == "linear":
+        betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)
+    else:
+        raise ValueError(f"schedule: found {schedule!r}, expected 'cosine' or 'linear'")
+    if T < 1 or betas.max() >= 1:
+        raise ValueError(f"T: found {T}, too few steps for the {schedule} schedule")
+    return torch.cumprod(1 - betas, dim=0)
+
+
+# ------------------------------------------------------------------------ loss weights (section 3.4, eq. 11)
+
+WEIGHTINGS = {  # name: w(SNR, gamma) on the x0 loss
+    "const":        lambda snr, gamma: torch.ones_like(snr),               # section 3.4
+    "snr":          lambda snr, gamma: snr,                                # = the plain eps loss, eq. 4
+    "max_snr":      lambda snr, gamma: snr.clamp(min=gamma),               # gamma = 1: Salimans & Ho 2022
+    "min_snr":      lambda snr, gamma: snr.clamp(max=gamma),               # the paper
+    "soft_min_snr": lambda snr, gamma: gamma * snr / (snr + gamma),        # Crowson et al. 2024
+    "p2":           lambda snr, gamma: snr / (1 + snr),                    # Choi et al. 2022, k = 1, exponent 1
+    "sqrt_snr":     lambda snr, gamma: snr.sqrt(),                         # "debiased", Yu et al. 2023
+    "snr_plus_1":   lambda snr, gamma: snr + 1,                            # = the plain v loss
+}
+
+
+def target_factor(snr, target):
+    """|target - prediction|^2 = factor * |x0 - x0 prediction|^2: 1 (x0), SNR (eps), SNR + 1 (v); appendix B."""
+    if target not in TARGETS:
+        raise ValueError(f"target: found {target!r}, expected one of {', '.join(TARGETS)}")
+    return {"x0": torch.ones_like(snr), "eps": snr, "v": snr + 1}[target]
+
+
+def loss_weight(snr, weighting, target, gamma=5.0):
+    """Weight of the mean squared error in the target's own space, float64, same shape as snr.
+
+    Every weighting is defined on the x0 loss and converted once, so that x0, eps and v trained under one
+    name minimise the same objective (section 4.2, appendix B). At SNR = 0 (zero terminal SNR) the entry is
+    the limit: for min_snr 0 (x0, v) and 1 (eps), where the official code writes 1 for all three.
+    Raises ValueError for unknown names, gamma <= 0, an SNR that is not finite and >= 0, and a combination
+    with no finite limit at an SNR of 0 that the table holds (eps with const, max_snr, sqrt_snr, snr_plus_1).
+    """
+    snr = torch.as_tensor(snr, dtype=torch.float64)
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting: found {weighting!r}, expected one of {', '.join(WEIGHTINGS)}")
+    if not gamma > 0:
+        raise ValueError(f"gamma: found {gamma}, expected a positive number")
+    if not (torch.isfinite(snr) & (snr >= 0)).all():
+        raise ValueError("snr: expected finite values >= 0")
+    if target == "eps":
+        snr = snr.clamp(min=1e-300)                      # w(SNR) / SNR at 1e-300 is its limit at 0, or > 1e100
+    weight = WEIGHTINGS[weighting](snr, gamma) / target_factor(snr, target)
+    if (weight > 1e100).any():
+        raise ValueError(f"weighting {weighting!r} has no finite limit at SNR = 0 for target {target!r}")
+    return weight
+
+
+# ------------------------------------------------------------------------------- forward process and loss
+
+class Diffusion:
+    """Schedule, target and weighting as float64 tables `.alphas_cumprod .snr .weight .factor`, each (T,).
+
+    schedule: "cosine", "linear" or a (T,) tensor of alphas_cumprod; target: what the network predicts, "x0",
+    "eps" or "v"; weighting and gamma: see `loss_weight`; timesteps: the density of t in training, "uniform".
+    Images are (B,C,H,W), t is (B,) long. Raises ValueError for values that it does not know.
+    """
+
+    def __init__(self, schedule="cosine", T=1000, target="x0", weighting="min_snr", gamma=5.0, timesteps="uniform"):
+        if timesteps != "uniform":
+            raise ValueError(f"timesteps: found {timesteps!r}, expected 'uniform'")
+        table = alphas_cumprod(schedule, T) if isinstance(schedule, str) else schedule.double()
+        self.alphas_cumprod, self.T, self.target = table, len(table), target
+        self.snr = table / (1 - table)                                       # SNR = alpha^2 / sigma^2
+        self.weight = loss_weight(self.snr, weighting, target, gamma)
+        self.factor = target_factor(self.snr, target)
+
+    def to(self, device):
+        """Move the tables once, so that no step waits for a copy."""
+        for name in ("alphas_cumprod", "snr", "weight", "factor"):
+            setattr(self, name, getattr(self, name).to(device))
+        return self
+
+    def alpha_sigma(self, t, x):
+        """alpha_t and sigma_t, each (B,1,1,1) in x's dtype: one row per sample, never broadcast over width."""
+        a2 = self.alphas_cumprod.to(t.device)[t].view(-1, *[1] * (x.ndim - 1))
+        return a2.sqrt().to(x.dtype), (1 - a2).sqrt().to(x.dtype)
+
+    def q_sample(self, x0, t, noise):
+        """x_t = alpha_t x0 + sigma_t eps (eq. 2)."""
+        alpha, sigma = self.alpha_sigma(t, x0)
+        return alpha * x0 + sigma * noise
+
+    def to_x0(self, output, x_t, t):
+        """The x0 that a network output stands for: eq. 2 solved for x0, with v = alpha eps - sigma x0."""
+        alpha, sigma = self.alpha_sigma(t, x_t)
+        if self.target == "x0":
+            return output
+        return (x_t - sigma * output) / alpha if self.target == "eps" else alpha * x_t - sigma * output
+
+    def to_eps(self, output, x_t, t):
+        """The eps that a network output stands for."""
+        alpha, sigma = self.alpha_sigma(t, x_t)
+        if self.target == "eps":
+            return output
+        return (x_t - alpha * output) / sigma if self.target == "x0" else sigma * x_t + alpha * output
+
+    def loss(self, model, x0, t, noise, y=None):
+        """Per-sample (loss, mse), each (B,) float32 (float64 for float64 images): w_t * mse, and mse, the
+        unweighted mean squared error in the target's own space (eq. 4, 5). mse / factor[t] is the x0-space
+        error of figure 6, comparable across targets and weightings.
+        """
+        alpha, sigma = self.alpha_sigma(t, x0)
+        output = model(self.q_sample(x0, t, noise), t, y)
+        target = {"x0": x0, "eps": noise, "v": alpha * noise - sigma * x0}[self.target]
+        mse = (output.to(x0.dtype) - target).square().flatten(1).mean(1)     # (B,), out of autocast's bf16
+        return self.weight.to(t.device)[t].to(mse.dtype) * mse, mse
+
+
+# ---------------------------------------------------------- sampler (appendix C.3: EDM's, Karras et al. 2022)
+
+def noise_levels(diffusion, steps, rho=7):
+    """The t of each step, (<= steps,) long, falling: EDM eq. 5 from min(80, max) to max(0.002, min) in
+    sigma = 1 / sqrt(SNR), each level rounded to the nearest of the T that training saw, repeats dropped.
+    """
+    levels = diffusion.snr.rsqrt()                                           # (T,) rising in t
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64, device=levels.device)
+    high, low = levels.max().clamp(max=80) ** (1 / rho), levels.min().clamp(min=0.002) ** (1 / rho)
+    sigmas = (high + ramp * (low - high)) ** rho
+    return torch.unique_consecutive((levels[:, None] - sigmas).abs().argmin(0))
+
+
+@torch.no_grad()
+def sampler(model, diffusion, z, y=None, steps=30, cfg=1.0, interval=None, solver="heun"):
+    """Unit normal z (B,C,H,W) -> x0 estimate (B,C,H,W) float64; the network runs in z's dtype.
+
+    solver: "heun" (EDM algorithm 1 without churn, 2 steps - 1 evaluations), "euler" (= DDIM) or "dpm++2m"
+    (Lu et al. 2022, one evaluation a step, second order).
+    cfg: classifier-free guidance, uncond + cfg (cond - uncond) on all channels, 1 is purely conditional; the
+    null label is model.num_classes. interval=(t_lo, t_hi), inclusive: guide only there (Kynkaanniemi et al.
+    2024); outside, as everywhere at cfg 1, the unconditional half is not run.
+    """
+    if solver not in SOLVERS or steps < 1:
+        raise ValueError(f"solver, steps: found {solver!r}, {steps}, expected one of {', '.join(SOLVERS)}, steps >= 1")
+    if cfg != 1 and y is None:
+        raise ValueError("cfg: guidance needs class labels y")
+    diffusion.to(z.device)
+    null = torch.full_like(y, model.num_classes) if cfg != 1 else None
+    ts = noise_levels(diffusion, steps)
+    sigmas, ts = diffusion.snr[ts].rsqrt().tolist(), ts.tolist()             # the only wait for the device
+    t_lo, t_hi = interval or (0, diffusion.T - 1)
+
+    def denoise(x, sigma, t):                                                # x = x_t / alpha_t, so noise has sd sigma
+        x_t = x / math.sqrt(1 + sigma ** 2)
+        guided = cfg != 1 and t_lo <= t <= t_hi
+        times = torch.full((len(x) * (1 + guided),), t, device=x.device)
+        if not guided:
+            return diffusion.to_x0(model(x_t.to(z.dtype), times, y).double(), x_t, times)
+        output = model(torch.cat([x_t, x_t]).to(z.dtype), times, torch.cat([y, null])).double()
+        cond, uncond = diffusion.to_x0(output, torch.cat([x_t, x_t]), times).chunk(2)
+        return uncond + cfg * (cond - uncond)
+
+    x, before = z.double() * sigmas[0], None
+    for i, (sigma, t) in enumerate(zip(sigmas, ts)):
+        x0 = denoise(x, sigma, t)
+        if i + 1 == len(ts):
+            return x0                                                        # a step to sigma = 0 lands on x0
+        ratio = sigmas[i + 1] / sigma
+        if solver == "heun":
+            d = (x - x0) / sigma                                             # EDM eq. 3
+            ahead = x + (sigmas[i + 1] - sigma) * d
+            d_ahead = (ahead - denoise(ahead, sigmas[i + 1], ts[i + 1])) / sigmas[i + 1]
+            x = x + (sigmas[i + 1] - sigma) * (d + d_ahead) / 2
+            continue
+        if solver == "dpm++2m" and before is not None:                       # extrapolate x0 in log sigma
+            r = math.log(sigmas[i - 1] / sigma) / math.log(1 / ratio)
+            before, x0 = x0, x0 + (x0 - before) / (2 * r)
+        else:
+            before = x0
+        x = ratio * x + (1 - ratio) * x0

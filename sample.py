@@ -1,0 +1,238 @@
+"""Checkpoint -> images. `python sample.py --ckpt out/shapes/ckpt.pt` draws a grid and needs nothing else.
+
+    python sample.py --ckpt CKPT --n 50000 --out DIR          # PNG files, for FID; or --out FILE.npz
+    torchrun --nproc-per-node 8 sample.py ...                 # the same images, sooner
+    python sample.py --ckpt ema_0.9999_large.pt --target eps  # the paper's released weights
+
+Image k depends on (checkpoint, seed, k) alone: not on the batch size, on the number of processes, or on having been
+stopped; the same command finishes what a killed one began.
+"""
+import argparse
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data import BadInput, generator, progress, replace, run, tile
+from diffusion import SOLVERS, TARGETS, Diffusion, sampler
+from model_vit import ViT, from_official
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+def build_model(config):
+    """The network that a run's config describes, freshly initialised."""
+    return ViT(**config["network"])
+
+
+def read(path):
+    """The dict in a checkpoint or weight file; tensors and plain values only, nothing is unpickled beyond that."""
+    path = Path(path)
+    path = path / "ckpt.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise BadInput(f"{path}: no such checkpoint")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, EOFError, TypeError,
+            AttributeError, IndexError, UnicodeDecodeError) as error:
+        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
+        why = f"holds a foreign object, {foreign[1]}" if foreign else f"{type(error).__name__}, damaged or not a checkpoint"
+        raise BadInput(f"{path}: cannot be loaded ({why})") from None
+    if not isinstance(state, dict):
+        raise BadInput(f"{path}: found {type(state).__name__}, expected a checkpoint")
+    return state
+
+
+def load_checkpoint(path, raw=False, target=None, heads=None):
+    """-> (network in eval mode, config). Our checkpoints, EMA weights unless raw, or the paper's released files, for
+    which `target` says what they predict. Raises BadInput for anything else.
+    """
+    state = read(path)
+    if "pos_embed" in state:
+        if target is None:
+            raise BadInput(f"{path}: weights of the official ViT do not say what they predict; give --target")
+        try:
+            model = from_official(state, heads)
+        except ValueError as error:
+            raise BadInput(f"{path}: {error}") from None
+        network = dict(img_size=model.img_size, in_channels=model.in_channels, num_classes=model.num_classes)
+        return model.eval(), dict(dataset="official", network=network, target=target, schedule="cosine", T=1000, step=None,
+                                  ema=None, drop=0.15, cfg=1.0, sample_steps=50, classes=[])
+    if missing := {"model", "ema", "step", "config"} - state.keys():
+        raise BadInput(f"{path}: not a checkpoint of this project ({', '.join(sorted(missing))} missing)")
+    config = {**state["config"], "step": state["step"]}
+    if target not in (None, config["target"]):
+        raise BadInput(f"--target {target}: {path} was trained to predict {config['target']}")
+    try:
+        model = build_model(config)
+        model.load_state_dict(state["model" if raw else "ema"])
+    except (RuntimeError, TypeError, KeyError, ValueError) as error:
+        raise BadInput(f"{path}: weights and config disagree ({' '.join(str(error).split())[:200]})") from None
+    return model.eval(), config
+
+
+# ------------------------------------------------------------------------------------------------------ images
+
+def to_uint8(x):
+    """[-1, 1] -> 0 .. 255, rounded half up and clipped: the one place where images become bytes."""
+    return (127.5 * x + 128).clamp(0, 255).floor().to(torch.uint8)
+
+
+def start(seed, k, labels, network):
+    """Label and unit normal noise (C,S,S) that image k begins with. labels: "random" draws the label, "balanced" is k
+    modulo the number of classes, a list is gone through in turn.
+    """
+    g, count = generator("image", seed, k), max(network["num_classes"], 1)
+    drawn = int(torch.randint(count, (), generator=g))                       # always drawn: the noise is the same
+    label = drawn if labels == "random" else k % count if labels == "balanced" else labels[k % len(labels)]
+    return label, torch.randn(network["in_channels"], network["img_size"], network["img_size"], generator=g)
+
+
+def draw(model, config, ks, seed=0, labels="balanced", device="cpu", **how):
+    """The images of numbers ks, uint8 (N,C,S,S) on the CPU; `how` goes to the sampler: steps, cfg, interval, solver."""
+    y, z = zip(*(start(seed, k, labels, config["network"]) for k in ks))
+    y = torch.tensor(y, device=device) if config["network"]["num_classes"] else None
+    diffusion = Diffusion(config["schedule"], config["T"], config["target"])
+    return to_uint8(sampler(model, diffusion, torch.stack(z).to(next(model.parameters())), y, **how)).cpu()
+
+
+def grid(model, config, path, n=None, **how):
+    """Draw n images (8 a class by default) into one PNG, a class to each column where they fit, 64 at a time."""
+    num_classes = config["network"]["num_classes"]
+    columns = num_classes if 2 <= num_classes <= 16 else 8
+    n = n or 8 * columns
+    images = torch.cat([draw(model, config, range(i, min(i + 64, n)), **how) for i in range(0, n, 64)]).numpy()
+    sheet = tile(images, columns)
+    scale = max(1, 64 // images.shape[-1])                                   # small images are shown larger
+    sheet = sheet.resize((sheet.width * scale, sheet.height * scale), Image.NEAREST)
+    replace(path, lambda f: sheet.save(f, "PNG"))
+    return path
+
+
+def save_npz(path, folder, n, size, labels):
+    """PNG files 0 .. n-1 -> npz with arr_0 uint8 (n,S,S,3) and arr_1 labels, streamed: never all in memory."""
+    def write(file):
+        with zipfile.ZipFile(file, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                header = dict(descr="|u1", fortran_order=False, shape=(n, size, size, 3))
+                np.lib.format.write_array_header_1_0(member, header)
+                for k in range(n):
+                    member.write(np.asarray(Image.open(folder / f"{k:06d}.png")).tobytes())
+            with archive.open("arr_1.npy", "w") as member:
+                np.lib.format.write_array(member, np.array(labels, dtype=np.int64))
+    replace(path, write)
+
+
+def claim(folder, protocol):
+    """Make `folder` the place of this protocol; one that holds other samples is refused."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "protocol.json"
+    if file.exists():
+        before = json.loads(file.read_text())
+        if other := [key for key in protocol if before.get(key) != protocol[key]]:
+            raise BadInput(f"--out {folder}: holds samples with {other[0]} {before.get(other[0])!r}, not {protocol[other[0]]!r}")
+    elif any(folder.glob("*.png")):
+        raise BadInput(f"--out {folder}: holds images without protocol.json; choose a new folder")
+    else:
+        replace(file, lambda f: f.write(json.dumps(protocol, indent=1).encode()))
+
+
+def parse_classes(text, config):
+    """"3,star" -> [3, 5]: class names of the checkpoint, or numbers."""
+    names, count = config.get("classes", []), config["network"]["num_classes"]
+    labels = [names.index(part) if part in names else int(part) if part.isdecimal() else -1
+              for part in (part.strip() for part in text.split(","))]
+    if not all(0 <= label < count for label in labels):
+        raise BadInput(f"--classes {text}: expected names or numbers of the checkpoint's {count} classes {names[:10]}")
+    return labels
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", required=True, help="checkpoint, run folder, or a released .pt of the paper")
+    parser.add_argument("--out", help="grid .png (default: samples.png beside the checkpoint), folder of PNGs, or .npz")
+    parser.add_argument("--n", type=int, help="number of images (default: 8 a class in a grid, else 64)")
+    parser.add_argument("--cfg", type=float, help="guidance scale, 1 = none (default: the preset's)")
+    parser.add_argument("--steps", type=int, help="sampling steps (default: the preset's)")
+    parser.add_argument("--solver", choices=SOLVERS, default="heun")
+    parser.add_argument("--interval", type=int, nargs=2, metavar=("LO", "HI"), help="guide only for LO <= t <= HI")
+    parser.add_argument("--classes", help="comma-separated class names or numbers, gone through in turn")
+    parser.add_argument("--labels", choices=("random", "balanced"), help="default: balanced in a grid, else random")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--raw", action="store_true", help="the weights themselves instead of their EMA")
+    parser.add_argument("--batch-size", type=int, default=64, help="images at a time in each process")
+    parser.add_argument("--target", choices=TARGETS, help="what released weights predict")
+    parser.add_argument("--heads", type=int, help="attention heads of released weights, where the width does not tell")
+    args = parser.parse_args()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # no process group needed
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    say = print if rank == 0 else lambda *a, **k: None
+
+    model, config = load_checkpoint(args.ckpt, args.raw, args.target, args.heads)
+    net, ckpt = config["network"], Path(args.ckpt)
+    ckpt = ckpt / "ckpt.pt" if ckpt.is_dir() else ckpt
+    cfg = config["cfg"] if args.cfg is None else args.cfg
+    if net["in_channels"] != 3:
+        raise BadInput(f"{ckpt}: draws {net['in_channels']}-channel latents, and only RGB networks can be shown")
+    if cfg != 1 and not (net["num_classes"] and config["drop"]):
+        raise BadInput(f"--cfg {cfg}: {ckpt} was trained {'without label drop' if net['num_classes'] else 'without classes'}")
+    if args.classes and args.labels:
+        raise BadInput("--classes and --labels: give one of the two")
+    if min(args.batch_size, args.n or 1, args.steps or 1) < 1:
+        raise BadInput("--n, --steps, --batch-size: expected at least 1")
+    if args.interval and not 0 <= args.interval[0] <= args.interval[1] < config["T"]:
+        raise BadInput(f"--interval {args.interval[0]} {args.interval[1]}: expected 0 <= LO <= HI < {config['T']}")
+    out = Path(args.out or ckpt.parent / "samples.png")
+    rule = parse_classes(args.classes, config) if args.classes else \
+        args.labels or ("balanced" if out.suffix == ".png" else "random")
+    how = dict(steps=args.steps or config["sample_steps"], cfg=cfg, interval=args.interval, solver=args.solver)
+    weights = "raw" if args.raw else f"EMA {config['ema']}" if config["ema"] else "as released"
+    say(f"{ckpt}: {config['target']} prediction, weights: {weights} @ step {config['step']}; "
+        f"{how['solver']} {how['steps']} steps, cfg {cfg}")
+    model.to(device)
+    how.update(seed=args.seed, labels=rule, device=device)
+
+    if out.suffix == ".png":
+        if rank == 0:
+            print(grid(model, config, out, args.n, **how).resolve())
+        return
+    n = args.n or 64
+    with open(ckpt, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read())
+    protocol = dict(checkpoint=digest.hexdigest(), step=config["step"], weights=weights, target=config["target"],
+                    dataset=config["dataset"], size=net["img_size"], sampler=args.solver, steps=how["steps"], cfg=cfg,
+                    interval=args.interval, dtype="float32", seed=args.seed, labels=rule, n=n)
+    folder = out.with_name(out.name + ".parts") if out.suffix == ".npz" else out
+    if out.suffix == ".npz" and out.exists():
+        raise BadInput(f"--out {out}: exists already")
+    claim(folder, protocol)
+    done = {int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal()}
+    todo, since = [k for k in range(rank, n, world) if k not in done], time.time()
+    for i in range(0, len(todo), args.batch_size):
+        ks = todo[i:i + args.batch_size]
+        images = draw(model, config, ks, **how).permute(0, 2, 3, 1).numpy()
+        for k, image in zip(ks, images):
+            replace(folder / f"{k:06d}.png", lambda f: Image.fromarray(image).save(f, "PNG", compress_level=1))
+        if rank == 0:
+            progress("images", min(i + args.batch_size, len(todo)), len(todo), since)
+    if out.suffix == ".npz" and rank == 0:
+        while not all((folder / f"{k:06d}.png").exists() for k in range(n)):
+            time.sleep(1)                                                    # the other processes' share
+        labels = [start(args.seed, k, rule, net)[0] for k in range(n)]
+        save_npz(out, folder, n, net["img_size"], labels)
+        replace(out.with_suffix(".protocol.json"), lambda f: f.write(json.dumps(protocol, indent=1).encode()))
+        shutil.rmtree(folder)
+    say(out.resolve())
+
+
+if __name__ == "__main__":
+    run(main)

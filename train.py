@@ -1,0 +1,346 @@
+"""Train a diffusion model with the Min-SNR weighting. `python train.py` needs nothing: built-in images, CPU, minutes.
+
+    python train.py                                             # shapes, then a grid of samples
+    torchrun --nproc-per-node 8 train.py --dataset imagenet64   # a preset of the paper on packed data in data/imagenet64
+    python train.py --resume                                    # go on where out/shapes was stopped
+
+A run depends on its flags and --seed alone: not on the number of processes or --accum, nor on having been stopped.
+"""
+import argparse
+import contextlib
+import copy
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+
+from data import BadInput, Packed, built_in, generator, replace, run
+from diffusion import TARGETS, WEIGHTINGS, Diffusion
+from model_vit import SIZES
+from sample import build_model, grid, read
+
+# One row per result of the paper (celeba64: table 3, FID 2.14; imagenet64: table 4, FID 2.28). Sources: section 4.1 and
+# appendix C; target of imagenet64, label drop and weight decay: the official scripts; sampling steps: appendix C.3.
+# "folder" is any other packed data set, "shapes" the built-in images: both rows are ours.
+#                 model       target  classes  steps    batch  lr    warmup  drop  ema     decay  cfg  sample_steps
+PRESETS = {
+    "shapes":     ("vit-tiny", "x0",  8,       1_900,   64,    2e-3, 100,    0.10, 0.99,   1.0,   1.5, 18),
+    "celeba64":   ("vit-s",    "x0",  0,       500_000, 128,   1e-4, 5_000,  0.00, 0.9999, 0.0,   1.0, 30),
+    "imagenet64": ("vit-l",    "eps", 1000,    800_000, 1024,  1e-4, 0,      0.15, 0.9999, 0.0,   1.5, 20),
+    "folder":     ("vit-s",    "x0",  None,    100_000, 128,   1e-4, 1_000,  0.10, 0.9999, 0.0,   1.5, 30),
+}
+COLUMNS = "model target classes steps batch_size lr warmup drop ema decay cfg sample_steps".split()
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    # what: a flag left out takes the preset's value, or on --resume the run's own
+    add("--dataset", help="preset and data set: shapes, celeba64, imagenet64, or any packed data/NAME (default: shapes)")
+    add("--data", help="packed folder (default: data/DATASET)")
+    add("--size", type=int, help="image side; only the built-in shapes can be had in another size (default: 16)")
+    add("--model", choices=SIZES, help="network")
+    add("--patch", type=int, help="patch side in pixels (default: 4)")
+    # the paper
+    add("--target", choices=TARGETS, help="what the network predicts")
+    add("--weighting", choices=WEIGHTINGS, help="loss weight over t, defined on the x0 loss (default: min_snr)")
+    add("--gamma", type=float, help="clamp of min_snr and max_snr (default: 5)")
+    add("--schedule", choices=("cosine", "linear"), help="noise schedule (default: cosine)")
+    add("--T", type=int, help="timesteps (default: 1000)")
+    # optimisation
+    add("--steps", type=int, help="total optimizer steps, those before a --resume included")
+    add("--batch-size", type=int, help="global: images per optimizer step, over all processes and accumulation")
+    add("--lr", type=float, help="peak learning rate of AdamW")
+    add("--warmup", type=int, help="steps of linear warm-up")
+    add("--decay", type=float, help="share of the run, at its end, in which the rate falls linearly to 0")
+    add("--betas", type=float, nargs=2, help="AdamW (default: 0.99 0.99, appendix C.2)")
+    add("--weight-decay", type=float, help="AdamW (default: 0.03)")
+    add("--drop", type=float, help="probability of replacing the label by the null label, for guidance")
+    add("--ema", type=float, help="rate of the exponential moving average of the weights")
+    add("--flip", action=argparse.BooleanOptionalAction, help="mirror half the images (default: all but shapes)")
+    add("--dtype", choices=("float32", "bfloat16", "float64"), help="bfloat16 = autocast (default on a GPU)")
+    add("--seed", type=int, help="of everything random (default: 0)")
+    add("--cfg", type=float, help="guidance scale of the sample grids")
+    add("--sample-steps", type=int, help="Heun steps of the sample grids")
+    # this machine: none of these changes the result
+    add("--accum", type=int, default=1, help="micro-batches per step and process, for small memories")
+    add("--compile", action="store_true", help="torch.compile the network")
+    add("--out", help="folder of the run (default: out/DATASET)")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--log-every", type=int, default=100)
+    add("--save-every", type=int, default=1000, help="steps between checkpoints; the last step is always saved")
+    add("--sample-every", type=int, default=0, help="steps between sample grids; 0: only after the last step")
+    add("--dry-run", action="store_true", help="time 10 steps, print parameters, speed, memory and total time, write nothing")
+    return parser.parse_args()
+
+
+def configure(args, device, saved=None):
+    """-> (data, config): the preset's row, or on --resume the saved config, under the flags that were given."""
+    name = args.dataset or (saved["dataset"] if saved else "shapes")
+    preset = dict(zip(COLUMNS, PRESETS.get(name, PRESETS["folder"])))
+    classes = preset.pop("classes")
+    config = saved or dict(
+        preset, dataset=name, data=f"data/{name}", weighting="min_snr", gamma=5.0, schedule="cosine", T=1000, betas=[0.99, 0.99],
+        weight_decay=0.03, seed=0, patch=4, flip=name != "shapes", dtype="bfloat16" if device.type == "cuda" else "float32")
+    given = {key: value for key, value in vars(args).items() if value is not None and key in config}
+    for key, value in given.items() if saved else ():
+        if key not in ("steps", "cfg", "sample_steps", "data") and value != config[key]:
+            raise BadInput(f"--{key.replace('_', '-')}: found {value}, the run in {args.out} has {config[key]}")
+    config = {**config, **given}
+    if name == "shapes":
+        data = built_in(args.size or (saved or {}).get("size", 16), flip=config["flip"])
+    else:
+        data = Packed(config["data"], config["flip"])
+    for what, found, expected in (("--size", data.size, args.size), ("--size", data.size, (saved or {}).get("size")),
+                                  ("classes", len(data.classes), classes),
+                                  ("classes", data.classes, (saved or {}).get("classes"))):
+        if expected is not None and found != expected:
+            raise BadInput(f"{what}: {config['data']} has {found}, expected {expected}")
+    network = dict(img_size=data.size, patch_size=config["patch"], in_channels=data.channels, num_classes=len(data.classes),
+                   T=config["T"], sinusoidal_time=config["model"] == "vit-tiny", **SIZES[config["model"]])
+    config.update(size=data.size, classes=data.classes, network=network)
+    if not data.classes:
+        config.update(drop=0.0, cfg=1.0)
+    if config["cfg"] != 1 and not config["drop"]:
+        raise BadInput(f"--cfg {config['cfg']}: a model trained with --drop 0 has no unconditional half to guide with")
+    bad = [key for key in ("steps", "batch_size", "lr", "T", "gamma", "sample_steps") if not config[key] > 0]
+    bad += [key for key in ("drop", "ema", "decay") if not 0 <= config[key] <= 1]
+    if bad:
+        raise BadInput(f"--{bad[0].replace('_', '-')}: found {config[bad[0]]}, out of range")
+    return data, config
+
+
+def draw_step(data, config, step, rows):
+    """Everything random in one step, drawn for the whole global batch and cut to this process's rows."""
+    B, N, seed = config["batch_size"], len(data), config["seed"]
+    g = generator("step", seed, step)
+    places = range(step * B, (step + 1) * B)                                 # in an endless sequence of epochs
+    orders = {epoch: epoch_order(N, seed, epoch) for epoch in sorted({place // N for place in places})}
+    indices = torch.stack([orders[place // N][place % N] for place in places])
+    x0, y = data.batch(indices.numpy(), g, rows)
+    t = torch.randint(config["T"], (B,), generator=g)[rows]
+    noise = torch.randn(B, *x0.shape[1:], generator=g)[rows]
+    dropped = torch.rand(B, generator=g)[rows] < config["drop"]
+    return x0, t, noise, torch.where(dropped, len(data.classes), y)
+
+
+def epoch_order(N, seed, epoch, kept={}):
+    """Permutation of 0 .. N-1 for one epoch; the last two are kept."""
+    if (N, seed, epoch) not in kept:
+        while len(kept) > 1:
+            kept.pop(next(iter(kept)))
+        kept[N, seed, epoch] = torch.randperm(N, generator=generator("epoch", seed, epoch))
+    return kept[N, seed, epoch]
+
+
+def ahead(make, first, last):
+    """make(first), ..., make(last - 1), each prepared in a thread while the step before it runs."""
+    with ThreadPoolExecutor(1) as pool:
+        jobs = [pool.submit(make, first)]
+        for step in range(first, last):
+            if step + 1 < last:
+                jobs.append(pool.submit(make, step + 1))
+            yield jobs.pop(0).result()
+
+
+def learning_rate(config, step):
+    """Linear warm-up, constant, and over the last `decay` of the run linearly to 0."""
+    rise = min(1, (step + 1) / max(config["warmup"], 1))
+    fall = min(1, (1 - step / config["steps"]) / config["decay"]) if config["decay"] else 1
+    return config["lr"] * rise * fall
+
+
+HEADER = "step,loss,mse," + ",".join(f"x0_mse_{i}" for i in range(10))    # bin i: t in [i T/10, (i+1) T/10)
+
+
+def log_row(step, tally):
+    """tally (10,4): sums of loss, mse, x0-space mse, and the count, in ten bins of t -> one line of log.csv."""
+    loss, mse, _, count = tally.sum(0).tolist()
+    bins = (tally[:, 2] / tally[:, 3]).tolist()                              # nan where no t fell into a bin
+    return f"{step},{loss / count:.9g},{mse / count:.9g}," + ",".join(f"{value:.9g}" for value in bins)
+
+
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_rss():
+    """Bytes of memory this process held at most; the system counts in KiB on Linux and in bytes on macOS."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def main():
+    args = parse()
+
+    # -------------------------------------------------------------------------------------- processes and device
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    say = print if rank == 0 else lambda *a, **k: None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")                           # TF32 for what autocast leaves in fp32
+
+    # ------------------------------------------------------------------------------------ configuration and data
+    args.out = Path(args.out or f"out/{args.dataset or 'shapes'}").resolve()
+    ckpt, log_file = args.out / "ckpt.pt", args.out / "log.csv"
+    if ckpt.exists() and not (args.resume or args.dry_run):
+        raise BadInput(f"--out {args.out}: holds a run already; go on with --resume or choose another folder")
+    state = read(ckpt) if args.resume else None
+    if state and (missing := {"model", "ema", "optimizer", "step", "config", "tally"} - state.keys()):
+        raise BadInput(f"{ckpt}: not a checkpoint to resume from ({', '.join(sorted(missing))} missing)")
+    data, config = configure(args, device, state and dict(state["config"]))
+    B, steps = config["batch_size"], config["steps"]
+    if B % (world * args.accum):
+        raise BadInput(f"--batch-size {B}: is global and must divide by {world} processes x --accum {args.accum}")
+    micro = B // (world * args.accum)
+    rows = slice(rank * B // world, (rank + 1) * B // world)
+
+    # ------------------------------------------------------------------------------------------ network, optimizer
+    torch.manual_seed(config["seed"])
+    dtype = torch.float64 if config["dtype"] == "float64" else torch.float32
+    try:
+        diffusion = Diffusion(config["schedule"], config["T"], config["target"], config["weighting"], config["gamma"]).to(device)
+        model = build_model(config).to(device, dtype)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+    ema = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), config["lr"], config["betas"], weight_decay=config["weight_decay"], fused=True)
+    first, tally, log = 0, torch.zeros(10, 4, dtype=torch.float64, device=device), []
+    if state:
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+        tally += state["tally"].to(device) * (rank == 0)                     # the sums since the last log line
+        log = [line for line in log_file.read_text().splitlines()[1:] if int(line.split(",")[0]) <= first]
+    if args.compile:
+        torch._dynamo.config.suppress_errors = True                          # no compiler: a warning, and eager
+        model.compile()                                                      # in place: checkpoint names stay plain
+    net, control = model, None
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        control = dist.new_group(backend="gloo")                             # for the stop signal, off the GPU
+        net = torch.nn.parallel.DistributedDataParallel(model, [local] if device.type == "cuda" else None)
+
+    def save(step, total):
+        replace(ckpt, lambda f: torch.save(dict(model=model.state_dict(), ema=ema.state_dict(), step=step, config=config,
+                                                optimizer=optimizer.state_dict(), tally=total.cpu()), f))
+
+    def picture(step):
+        return grid(ema, config, args.out / f"samples_{step:06d}.png", steps=config["sample_steps"], cfg=config["cfg"],
+                    device=device)
+
+    params = sum(p.numel() for p in model.parameters())
+    say(f"{config['model']} {params / 1e6:.1f}M parameters, {config['target']} prediction, {config['weighting']} weighting, gamma "
+        f"{config['gamma']:g}, {config['dtype']} on {device.type}\n{config['dataset']}: {len(data):,} images {data.size} x "
+        f"{data.size}, {len(data.classes)} classes; global batch {B} = {micro} x {world} processes x {args.accum} accumulation")
+    if 1 / (1 - min(config["ema"], 1 - 1e-9)) > steps:
+        say(f"warning: an EMA of {config['ema']} looks back {1 / (1 - config['ema']):,.0f} steps, the run has {steps}")
+    if rank == 0 and not args.dry_run:
+        args.out.mkdir(parents=True, exist_ok=True)
+        replace(args.out / "config.json", lambda f: f.write(json.dumps(config, indent=1).encode()))
+        print(f"writing to {args.out}", flush=True)
+
+    # ------------------------------------------------------------------------------------------------ training loop
+    stop = []
+    for name in (signal.SIGINT, signal.SIGTERM):                             # a second Ctrl-C interrupts at once
+        signal.signal(name, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
+    batches = ahead(lambda step: draw_step(data, config, step, rows), first, steps)
+    since, waited, mark = time.time(), 0.0, first
+    for step in range(first, steps):
+        # data: prepared by a thread, already cut to this process
+        now = time.time()
+        x0, t, noise, y = (part.to(device, non_blocking=True) for part in next(batches))
+        x0, noise = x0.to(dtype), noise.to(dtype)
+        waited += time.time() - now
+
+        # loss and gradients, micro-batch by micro-batch; DDP exchanges gradients in the last one only
+        for i in range(args.accum):
+            part = slice(i * micro, (i + 1) * micro)
+            quiet = net.no_sync() if world > 1 and i + 1 < args.accum else contextlib.nullcontext()
+            with quiet:
+                with torch.autocast(device.type, torch.bfloat16, enabled=config["dtype"] == "bfloat16"):
+                    loss, mse = diffusion.loss(net, x0[part], t[part], noise[part], y[part])
+                (loss.sum() * (world / B)).backward()                        # DDP divides by world
+            with torch.no_grad():
+                sums = torch.stack([loss, mse, mse / diffusion.factor[t[part]], torch.ones_like(mse)], 1).double()
+                tally += F.one_hot(t[part] * 10 // config["T"], 10).double().T @ sums
+
+        # update of weights and EMA
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - config["ema"])
+
+        # stop signal, agreed on by all processes
+        done = step + 1
+        if world > 1:
+            flag = torch.tensor([max(stop, default=0)])
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=control)
+            stop = [int(flag)] if flag else []
+        if args.dry_run:
+            if done == first + 3:
+                wait(device)
+                since, mark = time.time(), done
+            if done == min(first + 10, steps) or stop:
+                wait(device)
+                break
+            continue
+
+        # log and save
+        if not (stop or done == steps or done % args.log_every == 0 or done % args.save_every == 0):
+            continue
+        total = tally.clone()
+        if world > 1:
+            dist.all_reduce(total)
+        if not math.isfinite(total[:, 0].sum()):
+            sys.exit(print(f"step {done}: the loss is not finite; the last checkpoint was left as it is: {ckpt}") or 3)
+        if done == steps or done % args.log_every == 0:
+            log.append(log_row(done, total))
+            seconds, since = time.time() - since, time.time()
+            loss, mse, x0_mse, count = total.sum(0).tolist()
+            say(f"step {done:,} / {steps:,}   loss {loss / count:.4f}   {config['target']} mse {mse / count:.4f}   "
+                f"x0 mse {x0_mse / count:.4f}   {(done - mark) * B / seconds:,.0f} images/s   data {waited / seconds:.1%}   "
+                f"{(steps - done) * seconds / (done - mark) / 60:.1f} min left", flush=True)
+            mark, waited = done, 0.0
+            tally.zero_()
+            total.zero_()
+        if rank == 0:
+            replace(log_file, lambda f: f.write("\n".join([HEADER, *log, ""]).encode()))
+            if stop or done == steps or done % args.save_every == 0:
+                save(done, total)
+            if args.sample_every and done % args.sample_every == 0 and done < steps and not stop:
+                print(picture(done), flush=True)
+        if stop:
+            break
+
+    # ---------------------------------------------------------------------------------------------------------- end
+    if world > 1:
+        dist.destroy_process_group()
+    if args.dry_run:
+        seconds, peak = time.time() - since, torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_rss()
+        each = seconds / (done - mark)
+        say(f"dry run: {B / each:,.0f} images/s, {each * 1e3:,.0f} ms a step, peak memory {peak / 2**30:.2f} GiB per process, "
+            f"{(steps - first) * each / 3600:,.2f} hours for {steps - first:,} steps")
+    elif stop:
+        say(f"stopped by signal {stop[0]}; checkpoint of step {done}: {ckpt}; go on with --resume")
+        sys.exit(128 + stop[0])
+    elif rank == 0:
+        print(picture(steps))
+
+
+if __name__ == "__main__":
+    run(main)
