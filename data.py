@@ -103,10 +103,8 @@ SHAPES = {  # name: outline in the unit circle; a second outline is a hole
 def draw_shape(index, size):
     """Image `index`: class index % 8, free colours, mild changes of place, scale and angle. uint8 (size,size,3)."""
     rng = random.Random(index)                   # numbers in a fixed order, none of them dependent on size
-    hue, contrast = rng.random(), rng.uniform(0.25, 0.75)
-    light = colorsys.hsv_to_rgb(hue, rng.uniform(0.3, 1), rng.uniform(0.75, 1))
-    dark = colorsys.hsv_to_rgb((hue + contrast) % 1, rng.uniform(0.2, 0.7), rng.uniform(0.1, 0.4))
-    shape, ground = (light, dark) if rng.random() < 0.5 else (dark, light)
+    shape = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.2, 1), rng.uniform(0.8, 1))
+    ground = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.2, 1), rng.uniform(0.1, 0.4))
     x0, y0, scale, angle = (rng.uniform(*r) for r in ((.42, .58), (.42, .58), (.28, .40), (-.3, .3)))
     c, s = scale * math.cos(angle), scale * math.sin(angle)
     fill = [tuple(round(255 * value) for value in colour) for colour in (shape, ground)]
@@ -149,10 +147,23 @@ class Images:
         return x, torch.from_numpy(self.labels[chosen])
 
 
-def built_in(size, count=20_000, flip=False):
-    """The first `count` shapes as a data set; about a second at 16 x 16."""
+class Drawn:
+    """The built-in images as an array (N,3,size,size) that is drawn where it is read: 0.1 ms an image, no start-up."""
+
+    def __init__(self, count, size):
+        self.shape = (count, 3, size, size)
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, indices):
+        return shapes(indices, self.shape[2])[0]
+
+
+def built_in(size, count=100_000, flip=False):
+    """The first `count` shapes as a data set."""
     meta = dict(dataset="shapes", split="train", count=count, size=size, classes=list(SHAPES))
-    return Images(*shapes(range(count), size), meta, flip)
+    return Images(Drawn(count, size), np.arange(count) % len(SHAPES), meta, flip)
 
 
 class Packed(Images):

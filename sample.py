@@ -1,7 +1,7 @@
 """Checkpoint -> images. `python sample.py --ckpt out/shapes/ckpt.pt` draws a grid and needs nothing else.
 
     python sample.py --ckpt CKPT --n 50000 --out DIR          # PNG files, for FID; or --out FILE.npz
-    torchrun --nproc-per-node 8 sample.py ...                 # the same images, sooner
+    torchrun --nproc-per-node 8 sample.py --ckpt CKPT --count 50000 --out DIR        # the same images, sooner
     python sample.py --ckpt ema_0.9999_large.pt --target eps  # the paper's released weights
 
 Image k depends on (checkpoint, seed, k) alone: not on the batch size, on the number of processes, or on having been
@@ -15,6 +15,7 @@ import pickle
 import re
 import shutil
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -41,7 +42,9 @@ def read(path):
     if not path.is_file():
         raise BadInput(f"{path}: no such checkpoint")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                                  # about foreign pickles, which are refused
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, EOFError, TypeError,
             AttributeError, IndexError, UnicodeDecodeError) as error:
         foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -160,7 +163,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", required=True, help="checkpoint, run folder, or a released .pt of the paper")
     parser.add_argument("--out", help="grid .png (default: samples.png beside the checkpoint), folder of PNGs, or .npz")
-    parser.add_argument("--n", type=int, help="number of images (default: 8 a class in a grid, else 64)")
+    parser.add_argument("--n", "--count", type=int, help="number of images (default: 8 a class in a grid, else 64); --count "
+                                                       "under torchrun, whose own parser stumbles over --n")
     parser.add_argument("--cfg", type=float, help="guidance scale, 1 = none (default: the preset's)")
     parser.add_argument("--steps", type=int, help="sampling steps (default: the preset's)")
     parser.add_argument("--solver", choices=SOLVERS, default="heun")
@@ -187,7 +191,7 @@ def main():
         raise BadInput(f"--cfg {cfg}: {ckpt} was trained {'without label drop' if net['num_classes'] else 'without classes'}")
     if args.classes and args.labels:
         raise BadInput("--classes and --labels: give one of the two")
-    if min(args.batch_size, args.n or 1, args.steps or 1) < 1:
+    if any(value is not None and value < 1 for value in (args.n, args.steps, args.batch_size)):
         raise BadInput("--n, --steps, --batch-size: expected at least 1")
     if args.interval and not 0 <= args.interval[0] <= args.interval[1] < config["T"]:
         raise BadInput(f"--interval {args.interval[0]} {args.interval[1]}: expected 0 <= LO <= HI < {config['T']}")

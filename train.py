@@ -300,15 +300,16 @@ def main():
                 break
             continue
 
-        # log and save
-        if not (stop or done == steps or done % args.log_every == 0 or done % args.save_every == 0):
-            continue
-        total = tally.clone()
-        if world > 1:
-            dist.all_reduce(total)
-        if not math.isfinite(total[:, 0].sum()):
-            sys.exit(print(f"step {done}: the loss is not finite; the last checkpoint was left as it is: {ckpt}") or 3)
-        if done == steps or done % args.log_every == 0:
+        # log, save, sample
+        last = done == steps
+        logs, saves = last or done % args.log_every == 0, last or stop or done % args.save_every == 0
+        if logs or saves:
+            total = tally.clone()
+            if world > 1:
+                dist.all_reduce(total)
+            if not math.isfinite(total[:, 0].sum()):
+                sys.exit(print(f"step {done}: the loss is not finite; the last checkpoint was left as it is: {ckpt}") or 3)
+        if logs:
             log.append(log_row(done, total))
             seconds, since = time.time() - since, time.time()
             loss, mse, x0_mse, count = total.sum(0).tolist()
@@ -318,14 +319,14 @@ def main():
             mark, waited = done, 0.0
             tally.zero_()
             total.zero_()
-        if rank == 0:
+        if rank == 0 and (logs or saves):
             replace(log_file, lambda f: f.write("\n".join([HEADER, *log, ""]).encode()))
-            if stop or done == steps or done % args.save_every == 0:
-                save(done, total)
-            if args.sample_every and done % args.sample_every == 0 and done < steps and not stop:
-                print(picture(done), flush=True)
+        if rank == 0 and saves:
+            save(done, total)
         if stop:
             break
+        if rank == 0 and args.sample_every and done % args.sample_every == 0 and not last:
+            print(picture(done), flush=True)
 
     # ---------------------------------------------------------------------------------------------------------- end
     if world > 1:

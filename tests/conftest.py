@@ -1,0 +1,70 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(min(2, os.cpu_count()))
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes long; run with -m slow")
+    config.option.markexpr = config.option.markexpr or "not slow"
+
+
+@pytest.fixture
+def golden():
+    """golden(name) -> (arrays as tensors, state dict as float32) of the canonical implementation's values."""
+    def load(name):
+        file = np.load(Path(__file__).parent / "golden" / f"{name}.npz")
+        arrays = {key: torch.from_numpy(file[key]) for key in file.files}
+        return arrays, {key[3:]: value.float() for key, value in arrays.items() if key.startswith("sd/")}
+    return load
+
+
+@pytest.fixture
+def script(tmp_path):
+    """script("train.py", "--steps", 3, ...) runs one of the project's scripts in an empty folder, on one thread."""
+    def call(*words, code=0, torchrun=0, env=()):
+        start = [sys.executable]
+        if torchrun:
+            start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun}"]
+        words = [str(ROOT / words[0]), *map(str, words[1:])]
+        done = subprocess.run(start + words, cwd=tmp_path, capture_output=True, text=True, timeout=240,
+                              env={**os.environ, "OMP_NUM_THREADS": "1", **dict(env)})
+        text = done.stdout + done.stderr
+        assert done.returncode == code, text
+        assert code != 2 or ("Traceback" not in text and len(done.stderr.splitlines()) == 1), text
+        return text
+    return call
+
+
+@pytest.fixture
+def start_script(tmp_path):
+    """Like script, but returns the running process; whatever still runs at the end of the test is killed."""
+    running = []
+
+    def call(*words):
+        process = subprocess.Popen([sys.executable, str(ROOT / words[0]), *map(str, words[1:])], cwd=tmp_path, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
+        running.append(process)
+        return process
+    yield call
+    for process in running:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def relative(found, expected):
+    """Largest error relative to the largest expected value."""
+    found, expected = torch.as_tensor(found).double(), torch.as_tensor(expected).double()
+    assert found.shape == expected.shape
+    return ((found - expected).abs().max() / expected.abs().max()).item()

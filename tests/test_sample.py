@@ -1,0 +1,172 @@
+"""Sampling from checkpoints: image k depends on (checkpoint, seed, k) alone; what is refused."""
+import json
+import os
+import pickle
+import signal
+import time
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import BadInput
+from diffusion import Diffusion, sampler
+from sample import build_model, draw, load_checkpoint, read, start, to_uint8
+
+SIZES = dict(img_size=8, patch_size=2, in_channels=3, num_classes=5, dim=48, depth=2, heads=4)
+
+
+@pytest.fixture
+def ckpt(tmp_path):
+    """A checkpoint whose EMA weights answer loudly and differ from the raw ones."""
+    config = dict(dataset="toy", network=SIZES, target="x0", schedule="cosine", T=1000, drop=0.1, ema=0.9, cfg=1.5, sample_steps=4,
+                  classes=["a", "b", "c", "d", "e"])
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = build_model(config)
+        torch.nn.init.normal_(model.linear_projection.weight, std=0.1)
+        states.append(model.state_dict())
+    torch.save(dict(model=states[0], ema=states[1], optimizer={}, step=3, config=config), tmp_path / "ckpt.pt")
+    return tmp_path / "ckpt.pt"
+
+
+def test_to_uint8():
+    levels = torch.arange(256)
+    assert torch.equal(to_uint8(levels.float() / 127.5 - 1), levels.to(torch.uint8))
+    assert to_uint8(torch.tensor([-9.0, 9.0, 0.0, -1 + 0.99 / 255, -1 + 1.01 / 255])).tolist() == [0, 255, 128, 0, 1]
+
+
+def test_image_k_depends_on_k_alone(ckpt, script, tmp_path):
+    model, config = load_checkpoint(ckpt)
+    y, z = zip(*(start(0, k, "random", SIZES) for k in range(8)))
+    out = {}
+    for size in (1, 3, 8):
+        ks = [list(range(i, min(i + size, 8))) for i in range(0, 8, size)]
+        for part in ks:
+            again = [start(0, k, "random", SIZES) for k in part]
+            assert all(label == y[k] and torch.equal(noise, z[k]) for k, (label, noise) in zip(part, again))
+        out[size] = torch.cat([sampler(model, Diffusion(), torch.stack([z[k] for k in part]), torch.tensor([y[k] for k in part]), 4, 1.5)
+                               for part in ks])
+    assert (out[1] - out[8]).abs().max() < 1e-4 and (out[3] - out[8]).abs().max() < 1e-4 and out[8].std() > 0.1
+    words = ("--ckpt", ckpt, "--count", 8, "--labels", "random")
+    script("sample.py", *words, "--out", "one")
+    script("sample.py", *words, "--out", "two", torchrun=2)
+    script("sample.py", *words, "--out", "three", "--batch-size", 3)
+    for k in range(8):
+        images = [np.asarray(Image.open(tmp_path / run / f"{k:06d}.png")).astype(int) for run in ("one", "two", "three")]
+        assert np.abs(images[0] - images[1]).max() <= 1 and np.abs(images[0] - images[2]).max() <= 1
+        assert np.abs(images[0] - to_uint8(out[8][k]).permute(1, 2, 0).numpy()).max() <= 1
+
+
+def test_start_noise_is_unit_normal_and_labels_follow_the_rule():
+    y, z = zip(*(start(3, k, "random", SIZES) for k in range(2000)))
+    z = torch.stack(z)
+    assert abs(z.mean()) < 0.01 and abs(z.std() - 1) < 0.01 and np.bincount(y, minlength=5).min() > 340
+    assert [start(3, k, "balanced", SIZES)[0] for k in range(7)] == [0, 1, 2, 3, 4, 0, 1]
+    assert [start(3, k, [4, 1], SIZES)[0] for k in range(3)] == [4, 1, 4]
+    assert all(torch.equal(start(3, k, rule, SIZES)[1], z[k]) for k in range(3) for rule in ("balanced", [2]))
+    assert not torch.equal(start(4, 0, "random", SIZES)[1], z[0])
+
+
+def test_only_the_checkpoint_is_needed(ckpt, script, tmp_path):
+    text = script("sample.py", "--ckpt", ckpt)
+    assert "EMA 0.9 @ step 3" in text and text.splitlines()[-1] == str(tmp_path / "samples.png")
+    assert Image.open(tmp_path / "samples.png").size == (5 * 64, 8 * 64)
+    ema = (tmp_path / "samples.png").read_bytes()
+    assert "raw @ step 3" in script("sample.py", "--ckpt", tmp_path, "--raw")
+    assert (tmp_path / "samples.png").read_bytes() != ema
+
+
+def test_npz_and_folder_hold_the_same_images_with_their_protocol(ckpt, script, tmp_path):
+    words = ("--ckpt", ckpt, "--count", 11, "--cfg", 2.1, "--interval", 0, 800, "--steps", 3, "--seed", 7, "--solver", "dpm++2m")
+    script("sample.py", *words, "--out", "folder")
+    script("sample.py", *words, "--out", "file.npz", torchrun=2)
+    file = np.load(tmp_path / "file.npz")
+    assert file["arr_0"].shape == (11, 8, 8, 3) and file["arr_0"].dtype == np.uint8
+    for k in range(11):
+        assert np.abs(np.asarray(Image.open(tmp_path / f"folder/{k:06d}.png")).astype(int) - file["arr_0"][k]).max() <= 1
+    assert file["arr_1"].tolist() == [start(7, k, "random", SIZES)[0] for k in range(11)]
+    protocols = [json.loads((tmp_path / name).read_text()) for name in ("folder/protocol.json", "file.protocol.json")]
+    assert protocols[0] == protocols[1] and protocols[0]["interval"] == [0, 800] and protocols[0]["cfg"] == 2.1
+    assert len(protocols[0]["checkpoint"]) == 64 and protocols[0]["n"] == 11 and protocols[0]["labels"] == "random"
+    assert not (tmp_path / "file.npz.parts").exists()
+    assert "n 11" in script("sample.py", *words[:2], "--n", 12, *words[4:], "--out", "folder", code=2)
+    assert "exists" in script("sample.py", *words, "--out", "file.npz", code=2)
+
+
+def test_finishes_what_a_killed_run_began(ckpt, script, start_script, tmp_path):
+    words = ("--ckpt", ckpt, "--n", 60, "--batch-size", 4, "--steps", 30)
+    script("sample.py", *words, "--out", "whole.npz")
+    process = start_script("sample.py", *words, "--out", "parts.npz")
+    while not (tmp_path / "parts.npz.parts/000007.png").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = sorted((tmp_path / "parts.npz.parts").glob("*.png"))
+    times = {path: path.stat().st_mtime_ns for path in kept[:8]}
+    assert 8 <= len(kept) < 60 and not (tmp_path / "parts.npz").exists()
+    process = start_script("sample.py", *words, "--out", "parts.npz")
+    while process.poll() is None and all(path.exists() for path in times):
+        assert all(path.stat().st_mtime_ns == stamp for path, stamp in times.items() if path.exists())
+        time.sleep(0.01)
+    assert process.wait() == 0
+    whole, parts = (np.load(tmp_path / name) for name in ("whole.npz", "parts.npz"))
+    assert np.abs(whole["arr_0"].astype(int) - parts["arr_0"]).max() <= 1 and np.array_equal(whole["arr_1"], parts["arr_1"])
+
+
+def test_classes_by_name_and_number(ckpt, script, tmp_path):
+    script("sample.py", "--ckpt", ckpt, "--n", 4, "--classes", "c,0", "--out", "a.npz")
+    assert np.load(tmp_path / "a.npz")["arr_1"].tolist() == [2, 0, 2, 0]
+    for wrong in ("z", "5", "-1", ""):
+        if wrong:
+            assert "--classes" in script("sample.py", "--ckpt", ckpt, "--classes=" + wrong, code=2)
+
+
+def test_released_files(golden, script, tmp_path):
+    values, weights = golden("vit_uncond")
+    torch.save(weights, tmp_path / "released.pt")
+    assert "--target" in script("sample.py", "--ckpt", "released.pt", code=2)
+    assert "heads" in script("sample.py", "--ckpt", "released.pt", "--target", "eps", code=2)
+    words = ("--ckpt", "released.pt", "--target", "eps", "--heads", 6, "--steps", 3)
+    assert "as released" in script("sample.py", *words, "--n", 4, "--out", "grid.png")
+    model, config = load_checkpoint(tmp_path / "released.pt", target="eps", heads=6)
+    expected = draw(model, config, range(4), steps=3, cfg=1.0)
+    script("sample.py", *words, "--n", 4, "--out", "a.npz")
+    assert np.abs(np.load(tmp_path / "a.npz")["arr_0"].astype(int) - expected.permute(0, 2, 3, 1).numpy()).max() <= 1
+    torch.save(golden("vit_cond")[1], tmp_path / "latent.pt")
+    assert "latents" in script("sample.py", "--ckpt", "latent.pt", "--target", "x0", "--heads", 4, code=2)
+
+
+class Foreign:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+def test_refusals(ckpt, script, tmp_path):
+    state = torch.load(ckpt, weights_only=True)
+    torch.save({**state, "config": {**state["config"], "network": {**SIZES, "img_size": 16}}}, tmp_path / "size.pt")
+    torch.save({**state, "config": {**state["config"], "drop": 0.0, "cfg": 1.0}}, tmp_path / "nodrop.pt")
+    torch.save({**state, "config": {**state["config"], "extra": Foreign()}}, tmp_path / "foreign.pt")
+    torch.save({key: state[key] for key in ("ema", "step")}, tmp_path / "parts.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    whole = ckpt.read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "empty.pt").write_text("")
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Foreign()))
+    zipfile.ZipFile(tmp_path / "zip.pt", "w").close()
+    for name, named in (("nothing.pt", "no such"), ("size.pt", "disagree"), ("foreign.pt", "system"), ("parts.pt", "missing"),
+                        ("list.pt", "list"), ("cut.pt", "cut.pt"), ("text.pt", "text.pt"), ("empty.pt", "empty.pt"),
+                        ("pickle.pt", "pickle.pt"), ("zip.pt", "zip.pt")):
+        assert named in script("sample.py", "--ckpt", name, code=2), name
+    assert "without label drop" in script("sample.py", "--ckpt", "nodrop.pt", "--cfg", 1.5, code=2)
+    script("sample.py", "--ckpt", "nodrop.pt")
+    for words in (("--target", "eps"), ("--n", 0), ("--interval", 800, 0), ("--classes", "a", "--labels", "random")):
+        assert words[0].lstrip("-") in script("sample.py", "--ckpt", ckpt, *words, code=2)
+    assert not (tmp_path / "pwned").exists() and ckpt.read_bytes() == whole
+    with pytest.raises(BadInput):
+        read(tmp_path / "cut.pt")

@@ -1,0 +1,223 @@
+"""The training loop: exact resume, one result on any number of processes, EMA, checkpoints, refusals."""
+import csv
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from data import built_in
+from model_vit import ViT
+from sample import build_model, load_checkpoint, read
+from train import HEADER, draw_step, learning_rate, log_row
+
+TINY = ("--batch-size", 8, "--sample-steps", 2, "--log-every", 5)
+
+
+def flat(state):
+    """Nested checkpoint -> {name: tensor}."""
+    if isinstance(state, torch.Tensor):
+        return {"": state}
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
+    return {f"{key}.{name}": value for key, part in items for name, value in flat(part).items()}
+
+
+def distance(a, b):
+    a, b = flat(a), flat(b)
+    assert a.keys() == b.keys()
+    return max((a[key].double() - b[key].double()).abs().max().item() for key in a)
+
+
+def test_stopped_by_sigkill_and_resumed_is_the_same_to_the_bit(script, start_script, tmp_path):
+    script("train.py", *TINY, "--steps", 20, "--out", "whole")
+    process = start_script("train.py", *TINY, "--steps", 20, "--save-every", 7, "--out", "parts")
+    while not (tmp_path / "parts/ckpt.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert read(tmp_path / "parts/ckpt.pt")["step"] in (7, 14)
+    script("train.py", *TINY, "--steps", 20, "--save-every", 7, "--out", "parts", "--resume")
+    whole, parts = (read(tmp_path / name / "ckpt.pt") for name in ("whole", "parts"))
+    assert whole["step"] == parts["step"] == 20 and whole["config"] == parts["config"]
+    for part in ("model", "ema", "optimizer", "tally"):
+        assert distance(whole[part], parts[part]) == 0, part
+    assert (tmp_path / "whole/log.csv").read_bytes() == (tmp_path / "parts/log.csv").read_bytes()
+    rows = list(csv.DictReader((tmp_path / "whole/log.csv").open()))
+    assert [row["step"] for row in rows] == ["5", "10", "15", "20"] and list(rows[0]) == HEADER.split(",")
+    assert {p.name for p in (tmp_path / "parts").iterdir()} == {"ckpt.pt", "log.csv", "config.json", "samples_000020.png"}
+    assert (tmp_path / "whole/samples_000020.png").read_bytes() == (tmp_path / "parts/samples_000020.png").read_bytes()
+
+
+def test_sigterm_saves_and_leaves(script, start_script, tmp_path):
+    process = start_script("train.py", *TINY, "--steps", 100_000, "--out", "run")
+    while not (tmp_path / "run/log.csv").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 143 and "--resume" in text, text
+    state = read(tmp_path / "run/ckpt.pt")
+    assert state["step"] >= 5 and {p.name for p in (tmp_path / "run").iterdir()} == {"ckpt.pt", "log.csv", "config.json"}
+    step = state["step"] + 1
+    script("train.py", "--resume", "--out", "run", "--steps", step, "--log-every", 5)
+    assert read(tmp_path / "run/ckpt.pt")["step"] == step
+
+
+def test_processes_and_accumulation_do_not_change_the_run(script, tmp_path):
+    """To 1e-9 in float64. In float32 the gradients agree to rounding, but where one is nearly 0 Adam turns its rounding
+    into a whole step of size lr, so that single weights differ by up to lr a step.
+    """
+    words = (*TINY, "--steps", 5, "--dtype", "float64", "--flip", "--lr", 1e-3)
+    script("train.py", *words, "--out", "one")
+    script("train.py", *words, "--out", "two", torchrun=2)
+    script("train.py", *words, "--out", "accumulated", "--accum", 2)
+    script("train.py", *words, "--out", "both", "--accum", 2, torchrun=2)
+    one = read(tmp_path / "one/ckpt.pt")
+    start = build_model(one["config"]).double().state_dict()
+    assert distance(one["model"], start) > 1e-3
+    for name in ("two", "accumulated", "both"):
+        other = read(tmp_path / name / "ckpt.pt")
+        assert distance(one["model"], other["model"]) < 1e-9 and distance(one["ema"], other["ema"]) < 1e-9, name
+        logs = [list(csv.reader((tmp_path / run / "log.csv").open()))[1:] for run in ("one", name)]
+        assert all(abs(float(a) - float(b)) < 1e-7 for a, b in zip(sum(logs[0], []), sum(logs[1], [])) if a != "nan")
+
+
+def test_resumed_on_another_number_of_processes(script, tmp_path):
+    words = (*TINY, "--dtype", "float64", "--lr", 1e-3, "--warmup", 1, "--decay", 0)
+    script("train.py", *words, "--steps", 6, "--out", "one")
+    script("train.py", *words, "--steps", 3, "--out", "moved", torchrun=2)
+    script("train.py", *words, "--steps", 6, "--out", "moved", "--resume")
+    one, moved = (read(tmp_path / name / "ckpt.pt") for name in ("one", "moved"))
+    assert distance(one["model"], moved["model"]) < 1e-9 and distance(one["tally"], moved["tally"]) < 1e-6
+
+
+def test_ema_is_the_average_by_hand(script, tmp_path):
+    for step in range(1, 6):
+        script("train.py", *TINY, "--steps", step, "--ema", 0.7, "--warmup", 1, "--decay", 0, "--out", "run", *(["--resume"] if step > 1 else []))
+        state = read(tmp_path / "run/ckpt.pt")
+        if step == 1:
+            torch.manual_seed(0)
+            expected = {key: value.clone() for key, value in build_model(state["config"]).state_dict().items()}
+        expected = {key: 0.7 * value + 0.3 * state["model"][key] for key, value in expected.items()}
+    assert distance(state["ema"], expected) < 1e-6 and distance(state["model"], state["ema"]) > 1e-4
+
+
+def test_plain_compiled_and_ddp_checkpoints_are_alike(script, tmp_path):
+    words = (*TINY, "--steps", 2)
+    script("train.py", *words, "--out", "plain")
+    script("train.py", *words, "--out", "ddp", torchrun=2)
+    script("train.py", *words, "--out", "compiled", "--compile")
+    states = {name: read(tmp_path / name / "ckpt.pt") for name in ("plain", "ddp", "compiled")}
+    for name, state in states.items():
+        for key in (*state["model"], *state["ema"]):
+            assert not key.startswith(("module.", "_orig_mod.")), (name, key)
+        plain = build_model(state["config"])
+        compiled = build_model(state["config"])
+        compiled.compile()
+        for model in (plain, compiled):
+            model.load_state_dict(state["model"])
+            model.load_state_dict(state["ema"])
+        assert distance(state["model"], states["plain"]["model"]) < 5e-3
+        script("train.py", *TINY, "--steps", 3, "--out", name, "--resume", *(["--compile"] if name == "plain" else []))
+        load_checkpoint(tmp_path / name)
+
+
+def test_ddp_wrapper_loads_the_same_names():
+    """What DDP wraps is the bare network, so its own names never reach a file."""
+    torch.distributed.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+    try:
+        model = ViT(8, 4, 3, 2, dim=32, depth=1, heads=2)
+        wrapped = DistributedDataParallel(model)
+        assert wrapped.module is model
+        wrapped.module.load_state_dict(ViT(8, 4, 3, 2, dim=32, depth=1, heads=2).state_dict())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_everything_random_is_drawn_for_the_global_batch():
+    pool = built_in(16, 50, flip=True)
+    config = dict(batch_size=12, seed=5, T=1000, drop=0.3)
+    whole = draw_step(pool, config, 7, slice(0, 12))
+    parts = [draw_step(pool, config, 7, slice(i, i + 4)) for i in (0, 4, 8)]
+    for full, *pieces in zip(whole, *parts):
+        assert torch.equal(full, torch.cat(pieces))
+    x0, t, noise, y = whole
+    assert x0.shape == noise.shape == (12, 3, 16, 16) and t.min() >= 0 and t.max() < 1000 and t.unique().numel() > 6
+    for other in (draw_step(pool, config, 8, slice(0, 12)), draw_step(pool, {**config, "seed": 6}, 7, slice(0, 12))):
+        assert not torch.equal(other[1], t) and not torch.equal(other[2], noise)
+
+
+def test_an_epoch_shows_every_image_once_and_the_next_in_another_order():
+    pool = built_in(16, 50)
+    pool.labels = torch.arange(50).numpy()                                   # labels as numbers of the images
+    config = dict(batch_size=20, seed=0, T=1000, drop=0.0)
+    seen = torch.cat([draw_step(pool, config, step, slice(0, 20))[3] for step in range(5)])
+    assert sorted(seen[:50].tolist()) == sorted(seen[50:].tolist()) == list(range(50)) and not torch.equal(seen[:50], seen[50:])
+
+
+def test_labels_are_dropped_as_often_as_asked():
+    pool, config = built_in(16, 50), dict(batch_size=100, seed=0, T=1000, drop=0.15)
+    dropped = sum((draw_step(pool, config, step, slice(0, 100))[3] == 8).sum().item() for step in range(40))
+    assert 500 < dropped < 700                                               # 600 expected, sd 23
+
+
+def test_learning_rate():
+    config = dict(lr=2.0, warmup=4, decay=0.5, steps=20)
+    rates = [learning_rate(config, step) for step in range(20)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0] and rates[4:11] == [2.0] * 7
+    assert rates[11:] == pytest.approx([1.8, 1.6, 1.4, 1.2, 1.0, 0.8, 0.6, 0.4, 0.2])
+    assert learning_rate({**config, "decay": 0.0, "warmup": 0}, 19) == 2.0
+
+
+def test_log_row_averages_by_bin():
+    tally = torch.zeros(10, 4, dtype=torch.float64)
+    tally[0], tally[9] = torch.tensor([6.0, 4.0, 2.0, 2.0]), torch.tensor([3.0, 2.0, 4.0, 1.0])
+    assert log_row(50, tally) == "50,3,2," + ",".join(["1"] + ["nan"] * 8 + ["4"])
+
+
+def test_unweighted_errors_do_not_depend_on_the_weighting(script, tmp_path):
+    rows = []
+    for i, weighting in enumerate(("min_snr", "const", "snr")):
+        script("train.py", *TINY, "--steps", 1, "--weighting", weighting, "--out", f"run{i}")
+        rows.append(next(csv.DictReader((tmp_path / f"run{i}/log.csv").open())))
+    assert rows[0]["mse"] == rows[1]["mse"] == rows[2]["mse"] and len({row["loss"] for row in rows}) == 3
+
+
+def test_steps_saves_and_dry_run(script, tmp_path):
+    text = script("train.py", *TINY, "--dry-run", "--out", "none")
+    assert "images/s" in text and "GiB" in text and "hours for" in text and "parameters" in text
+    assert not (tmp_path / "none").exists()
+    text = script("train.py", *TINY, "--steps", 7, "--save-every", 5, "--sample-every", 3, "--out", "run")
+    assert text.splitlines()[-1] == str(tmp_path / "run/samples_000007.png")
+    assert {p.name for p in (tmp_path / "run").glob("samples*")} == {"samples_000003.png", "samples_000006.png", "samples_000007.png"}
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config == read(tmp_path / "run/ckpt.pt")["config"] and config["steps"] == 7 and config["gamma"] == 5
+    text = script("train.py", "--out", "run", "--resume")                    # finished: only the grid again
+    assert text.splitlines()[-1].endswith("samples_000007.png")
+
+
+def test_refusals(script, tmp_path):
+    script("train.py", *TINY, "--steps", 2, "--out", "run")
+    before = (tmp_path / "run/ckpt.pt").read_bytes()
+    for words, named in (((), "--resume"), (("--resume", "--lr", 0.5), "--lr: found 0.5"), (("--resume", "--size", 32), "--size: found 32"),
+                         (("--resume", "--batch-size", 9), "--batch-size"), (("--resume", "--dataset", "pets"), "--dataset")):
+        assert named in script("train.py", *words, "--out", "run", code=2)
+    for words, named in ((("--batch-size", 9, "--accum", 2), "must divide"), (("--drop", 0, "--cfg", 1.5), "--drop 0"),
+                         (("--dataset", "pets"), "data/pets"), (("--size", 18), "patch size"), (("--gamma", -1), "--gamma"),
+                         (("--resume",), "no such checkpoint"), (("--schedule", "linear", "--T", 5), "too few")):
+        assert named in script("train.py", *words, "--steps", 2, "--out", "other", code=2)
+    assert not (tmp_path / "other").exists() and (tmp_path / "run/ckpt.pt").read_bytes() == before
+
+
+def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(script, tmp_path):
+    script("train.py", *TINY, "--steps", 5, "--out", "run")
+    state = read(tmp_path / "run/ckpt.pt")
+    state["model"]["linear_projection.bias"][0] = float("inf")
+    torch.save(state, tmp_path / "run/ckpt.pt")
+    before = (tmp_path / "run/ckpt.pt").read_bytes()
+    assert "not finite" in script("train.py", *TINY, "--steps", 9, "--out", "run", "--resume", code=3)
+    assert (tmp_path / "run/ckpt.pt").read_bytes() == before
