@@ -50,17 +50,23 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+def sinusoids(positions, dim, longest):
+    """(N,) -> (N,dim): cosines and sines of wavelengths from 2 pi to 2 pi longest (Vaswani et al. 2017)."""
+    angles = positions[:, None] * torch.exp(-math.log(longest) * torch.arange((dim + 1) // 2) / (dim / 2))
+    return torch.cat([angles.cos(), angles.sin()], 1)[:, :dim]
+
+
 class ViT(nn.Module):
     """model(x (B,C,S,S), t (B,) long, y (B,) long or None) -> (B,C,S,S), whatever the prediction target.
 
     num_classes = 0 is unconditional; otherwise labels are 0 .. num_classes - 1, the null label of classifier-free
     guidance is num_classes, and y = None means the null label. img_size must be a multiple of patch_size.
-    sinusoidal_time starts the (still learned) time table from sinusoids instead of N(0,1), so that neighbouring
-    timesteps begin alike: worth it in runs too short to visit every row often.
+    short_run is for narrow networks and a few thousand steps: the time and position tables, still learned, start from
+    sinusoids, so that neighbours begin alike, and linear layers at 1 / sqrt(dim) where the official 0.02 is far below.
     """
 
     def __init__(self, img_size, patch_size, in_channels, num_classes, dim, depth, heads, T=1000,
-                 sinusoidal_time=False):
+                 short_run=False):
         super().__init__()
         if img_size % patch_size:
             raise ValueError(f"img_size: found {img_size}, expected a multiple of the patch size {patch_size}")
@@ -74,13 +80,14 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, self.tokens + (img_size // patch_size) ** 2, dim))
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.linear_projection = nn.Linear(dim, patch_size ** 2 * in_channels)
-        self.init_weights(sinusoidal_time)
+        self.init_weights(short_run)
 
-    def init_weights(self, sinusoidal_time):
-        """The official initialisation; the embedding tables keep PyTorch's N(0,1)."""
+    def init_weights(self, short_run):
+        """The official initialisation, in which the time and class tables keep PyTorch's N(0,1)."""
+        T, dim = self.time_embedding.weight.shape
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=dim ** -0.5 if short_run else 0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -89,11 +96,12 @@ class ViT(nn.Module):
                 block.attn.proj.weight /= math.sqrt(2 * layer)
                 block.mlp.fc2.weight /= math.sqrt(2 * layer)
             self.linear_projection.weight *= 0.001
-            if sinusoidal_time:
-                T, dim = self.time_embedding.weight.shape
-                half = torch.exp(-math.log(10_000) * torch.arange(dim // 2) / (dim // 2))
-                angle = torch.arange(T)[:, None] * half * (1000 / T)         # (T,D/2)
-                self.time_embedding.weight[:, : dim // 2 * 2] = torch.cat([angle.cos(), angle.sin()], 1)
+            if short_run:
+                self.time_embedding.weight.copy_(sinusoids(1000 * torch.arange(T) / T, dim, 10_000))
+                side = torch.arange(self.img_size // self.patch_size)
+                row, col = sinusoids(side, dim // 2, 100), sinusoids(side, dim - dim // 2, 100)
+                grid = torch.cat([row[:, None].expand(-1, len(side), -1), col.expand(len(side), -1, -1)], 2)
+                self.pos_embed[0, self.tokens:] = grid.flatten(0, 1)
 
     def forward(self, x, t, y=None):
         p, side = self.patch_size, self.img_size // self.patch_size

@@ -31,14 +31,14 @@ from sample import build_model, grid, read
 # One row per result of the paper (celeba64: table 3, FID 2.14; imagenet64: table 4, FID 2.28). Sources: section 4.1 and
 # appendix C; target of imagenet64, label drop and weight decay: the official scripts; sampling steps: appendix C.3.
 # "folder" is any other packed data set, "shapes" the built-in images: both rows are ours.
-#                 model       target  classes  steps    batch  lr    warmup  drop  ema     decay  cfg  sample_steps
+#                 model       target  classes  steps   batch   lr    warmup  betas         drop   ema   decay cfg  sample_steps
 PRESETS = {
-    "shapes":     ("vit-tiny", "x0",  8,       1_900,   64,    2e-3, 100,    0.10, 0.99,   1.0,   1.5, 18),
-    "celeba64":   ("vit-s",    "x0",  0,       500_000, 128,   1e-4, 5_000,  0.00, 0.9999, 0.0,   1.0, 30),
-    "imagenet64": ("vit-l",    "eps", 1000,    800_000, 1024,  1e-4, 0,      0.15, 0.9999, 0.0,   1.5, 20),
-    "folder":     ("vit-s",    "x0",  None,    100_000, 128,   1e-4, 1_000,  0.10, 0.9999, 0.0,   1.5, 30),
+    "shapes":     ("vit-tiny", "x0",  8,         2_000,   64, 4e-3,   100, (0.90, 0.99), 0.10, 0.99,   1.0, 1.5, 18),
+    "celeba64":   ("vit-s",    "x0",  0,       500_000,  128, 1e-4, 5_000, (0.99, 0.99), 0.00, 0.9999, 0.0, 1.0, 30),
+    "imagenet64": ("vit-l",    "eps", 1000,    800_000, 1024, 1e-4,     0, (0.99, 0.99), 0.15, 0.9999, 0.0, 1.5, 20),
+    "folder":     ("vit-s",    "x0",  None,    100_000,  128, 1e-4, 1_000, (0.99, 0.99), 0.10, 0.9999, 0.0, 1.5, 30),
 }
-COLUMNS = "model target classes steps batch_size lr warmup drop ema decay cfg sample_steps".split()
+COLUMNS = "model target classes steps batch_size lr warmup betas drop ema decay cfg sample_steps".split()
 
 
 def parse():
@@ -62,7 +62,7 @@ def parse():
     add("--lr", type=float, help="peak learning rate of AdamW")
     add("--warmup", type=int, help="steps of linear warm-up")
     add("--decay", type=float, help="share of the run, at its end, in which the rate falls linearly to 0")
-    add("--betas", type=float, nargs=2, help="AdamW (default: 0.99 0.99, appendix C.2)")
+    add("--betas", type=float, nargs=2, help="AdamW")
     add("--weight-decay", type=float, help="AdamW (default: 0.03)")
     add("--drop", type=float, help="probability of replacing the label by the null label, for guidance")
     add("--ema", type=float, help="rate of the exponential moving average of the weights")
@@ -88,8 +88,9 @@ def configure(args, device, saved=None):
     name = args.dataset or (saved["dataset"] if saved else "shapes")
     preset = dict(zip(COLUMNS, PRESETS.get(name, PRESETS["folder"])))
     classes = preset.pop("classes")
+    preset["betas"] = list(preset["betas"])
     config = saved or dict(
-        preset, dataset=name, data=f"data/{name}", weighting="min_snr", gamma=5.0, schedule="cosine", T=1000, betas=[0.99, 0.99],
+        preset, dataset=name, data=f"data/{name}", weighting="min_snr", gamma=5.0, schedule="cosine", T=1000,
         weight_decay=0.03, seed=0, patch=4, flip=name != "shapes", dtype="bfloat16" if device.type == "cuda" else "float32")
     given = {key: value for key, value in vars(args).items() if value is not None and key in config}
     for key, value in given.items() if saved else ():
@@ -106,7 +107,7 @@ def configure(args, device, saved=None):
         if expected is not None and found != expected:
             raise BadInput(f"{what}: {config['data']} has {found}, expected {expected}")
     network = dict(img_size=data.size, patch_size=config["patch"], in_channels=data.channels, num_classes=len(data.classes),
-                   T=config["T"], sinusoidal_time=config["model"] == "vit-tiny", **SIZES[config["model"]])
+                   T=config["T"], short_run=config["model"] == "vit-tiny", **SIZES[config["model"]])
     config.update(size=data.size, classes=data.classes, network=network)
     if not data.classes:
         config.update(drop=0.0, cfg=1.0)
@@ -313,8 +314,9 @@ def main():
             log.append(log_row(done, total))
             seconds, since = time.time() - since, time.time()
             loss, mse, x0_mse, count = total.sum(0).tolist()
-            say(f"step {done:,} / {steps:,}   loss {loss / count:.4f}   {config['target']} mse {mse / count:.4f}   "
-                f"x0 mse {x0_mse / count:.4f}   {(done - mark) * B / seconds:,.0f} images/s   data {waited / seconds:.1%}   "
+            own = "" if config["target"] == "x0" else f"{config['target']} mse {mse / count:.4f}   "
+            say(f"step {done:,} / {steps:,}   loss {loss / count:.4f}   {own}x0 mse {x0_mse / count:.4f}   "
+                f"{(done - mark) * B / seconds:,.0f} images/s   data {waited / seconds:.1%}   "
                 f"{(steps - done) * seconds / (done - mark) / 60:.1f} min left", flush=True)
             mark, waited = done, 0.0
             tally.zero_()

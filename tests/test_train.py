@@ -3,14 +3,13 @@ import csv
 import json
 import os
 import signal
+import socket
 import time
 
 import pytest
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from data import built_in
-from model_vit import ViT
 from sample import build_model, load_checkpoint, read
 from train import HEADER, draw_step, learning_rate, log_row
 
@@ -86,6 +85,35 @@ def test_processes_and_accumulation_do_not_change_the_run(script, tmp_path):
         assert all(abs(float(a) - float(b)) < 1e-7 for a, b in zip(sum(logs[0], []), sum(logs[1], [])) if a != "nan")
 
 
+def test_two_nodes_meet_and_do_not_change_the_run(script, start_script, tmp_path):
+    words = (*TINY, "--steps", 3, "--dtype", "float64", "--lr", 1e-3)
+    script("train.py", *words, "--out", "one")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = [start_script("train.py", *words, "--out", "nodes", torchrun=("--nnodes=2", f"--node-rank={i}", "--nproc-per-node=1",
+                                                                          "--master-addr=127.0.0.1", f"--master-port={port}"))
+             for i in range(2)]
+    for node in nodes:
+        text = node.communicate(timeout=120)[0]
+        assert node.returncode == 0, text
+    one, other = (read(tmp_path / name / "ckpt.pt") for name in ("one", "nodes"))
+    assert distance(one["model"], other["model"]) < 1e-9 and distance(one["ema"], other["ema"]) < 1e-9
+
+
+def test_sigterm_to_torchrun_saves_once_and_leaves(script, start_script, tmp_path):
+    process = start_script("train.py", *TINY, "--steps", 100_000, "--out", "run", torchrun=("--standalone", "--nproc-per-node=2"))
+    while not (tmp_path / "run/log.csv").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    text = process.communicate(timeout=60)[0]
+    assert text.count("go on with --resume") == 1, text
+    step = read(tmp_path / "run/ckpt.pt")["step"] + 1
+    script("train.py", "--resume", "--out", "run", "--steps", step, torchrun=2)
+    assert read(tmp_path / "run/ckpt.pt")["step"] == step
+
+
 def test_resumed_on_another_number_of_processes(script, tmp_path):
     words = (*TINY, "--dtype", "float64", "--lr", 1e-3, "--warmup", 1, "--decay", 0)
     script("train.py", *words, "--steps", 6, "--out", "one")
@@ -122,20 +150,9 @@ def test_plain_compiled_and_ddp_checkpoints_are_alike(script, tmp_path):
             model.load_state_dict(state["model"])
             model.load_state_dict(state["ema"])
         assert distance(state["model"], states["plain"]["model"]) < 5e-3
-        script("train.py", *TINY, "--steps", 3, "--out", name, "--resume", *(["--compile"] if name == "plain" else []))
+        script("train.py", *TINY, "--steps", 3, "--out", name, "--resume", *(["--compile"] if name == "ddp" else []),
+               torchrun=2 if name == "plain" else 0)
         load_checkpoint(tmp_path / name)
-
-
-def test_ddp_wrapper_loads_the_same_names():
-    """What DDP wraps is the bare network, so its own names never reach a file."""
-    torch.distributed.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
-    try:
-        model = ViT(8, 4, 3, 2, dim=32, depth=1, heads=2)
-        wrapped = DistributedDataParallel(model)
-        assert wrapped.module is model
-        wrapped.module.load_state_dict(ViT(8, 4, 3, 2, dim=32, depth=1, heads=2).state_dict())
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_everything_random_is_drawn_for_the_global_batch():

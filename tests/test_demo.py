@@ -1,0 +1,46 @@
+"""The main job as a newcomer runs it: `python train.py`, then images of a class on demand."""
+import resource
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from data import shapes
+
+
+def judge():
+    """A small convolutional classifier of the real shapes; the test refuses to go on where it is not nearly perfect."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU(),
+                        nn.Conv2d(64, 128, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(128 * 16, 8))
+    x, y = (torch.from_numpy(part) for part in shapes(range(1_000_000, 1_020_000), 16))
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+    for _ in range(4):
+        for rows in torch.randperm(len(x)).split(128):
+            loss = nn.functional.cross_entropy(net(x[rows] / 127.5 - 1), y[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    x, y = (torch.from_numpy(part) for part in shapes(range(2_000_000, 2_002_000), 16))
+    assert (net(x / 127.5 - 1).argmax(1) == y).float().mean() > 0.98
+    return net
+
+
+@pytest.mark.slow
+def test_train_and_sample(script, tmp_path):
+    began = time.time()
+    text = script("train.py", env=dict(OMP_NUM_THREADS="2"), timeout=1200)
+    minutes = (time.time() - began) / 60
+    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** 20
+    picture = text.splitlines()[-1]
+    assert Image.open(picture).size == (8 * 64, 8 * 64) and memory < 2
+    script("sample.py", "--ckpt", "out/shapes", "--n", 100, "--labels", "balanced", "--cfg", 1.5, "--out", "hundred.npz")
+    file = np.load(tmp_path / "hundred.npz")
+    x = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2) / 127.5 - 1
+    right = (judge()(x).argmax(1).numpy() == file["arr_1"]).sum()
+    spread = len(np.unique(file["arr_0"].reshape(100, -1), axis=0))
+    print(f"\nmain job: {minutes:.1f} minutes, {memory:.2f} GiB, {right} of 100 samples recognised")
+    assert right >= 95 and spread == 100
