@@ -68,12 +68,10 @@ def progress(what, done, total, since, start=0):
 
 # ---------------------------------------------------------------------------------------- the built-in images
 
-def star(points, inner, turn=-0.25):
-    """Corners of a star (inner < 1), or of a regular polygon (inner = None), on the unit circle."""
-    radii = [1.0] if inner is None else [1.0, inner]
-    corners = points * len(radii)
-    return [(radii[i % len(radii)] * math.cos(2 * math.pi * (turn + i / corners)),
-             radii[i % len(radii)] * math.sin(2 * math.pi * (turn + i / corners))) for i in range(corners)]
+def polygon(corners, turn=0.0):
+    """Corners of a regular polygon on the unit circle, from straight up, turned by a share of a full turn."""
+    angles = [2 * math.pi * (turn - 0.25 + i / corners) for i in range(corners)]
+    return [(math.cos(a), math.sin(a)) for a in angles]
 
 
 def arc(x, radius, start, stop):
@@ -90,11 +88,11 @@ CIRCLE = arc(0, 1, 0, 2 * math.pi)
 SHAPES = {  # name: outline in the unit circle; a second outline is a hole
     "circle":   [CIRCLE],
     "ring":     [CIRCLE, [(x / 2, y / 2) for x, y in CIRCLE]],
-    "square":   [star(4, None, turn=0.125)],
-    "triangle": [star(3, None)],
+    "square":   [polygon(4, turn=0.125)],
+    "triangle": [polygon(3)],
     "cross":    [[(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3),
                   (.3, 1), (-.3, 1), (-.3, .3), (-1, .3), (-1, -.3), (-.3, -.3)]],
-    "star":     [star(5, 0.4)],
+    "glass":    [[(-.8, -1), (.8, -1), (.12, 0), (.8, 1), (-.8, 1), (-.12, 0)]],
     "heart":    [[heart(2 * math.pi * i / 48) for i in range(48)]],
     "moon":     [arc(0, 1, 0.3 * math.pi, 1.7 * math.pi) + arc(0.588, 0.809, 1.5 * math.pi, 0.5 * math.pi)],
 }
@@ -105,7 +103,7 @@ def draw_shape(index, size):
     rng = random.Random(index)                   # numbers in a fixed order, none of them dependent on size
     shape = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.2, 1), rng.uniform(0.8, 1))
     ground = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.2, 1), rng.uniform(0.1, 0.4))
-    x0, y0, scale, angle = (rng.uniform(*r) for r in ((.42, .58), (.42, .58), (.28, .40), (-.3, .3)))
+    x0, y0, scale, angle = (rng.uniform(*r) for r in ((.42, .58), (.42, .58), (.31, .42), (-.3, .3)))
     c, s = scale * math.cos(angle), scale * math.sin(angle)
     fill = [tuple(round(255 * value) for value in colour) for colour in (shape, ground)]
     image = Image.new("RGB", (4 * size, 4 * size), fill[1])

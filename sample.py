@@ -121,18 +121,29 @@ def grid(model, config, path, n=None, **how):
     return path
 
 
-def save_npz(path, folder, n, size, labels):
+def save_npz(path, folder, n, labels):
     """PNG files 0 .. n-1 -> npz with arr_0 uint8 (n,S,S,3) and arr_1 labels, streamed: never all in memory."""
     def write(file):
         with zipfile.ZipFile(file, "w") as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-                header = dict(descr="|u1", fortran_order=False, shape=(n, size, size, 3))
-                np.lib.format.write_array_header_1_0(member, header)
                 for k in range(n):
-                    member.write(np.asarray(Image.open(folder / f"{k:06d}.png")).tobytes())
+                    with Image.open(folder / f"{k:06d}.png") as image:
+                        if k == 0:
+                            shape = (n, image.height, image.width, 3)
+                            np.lib.format.write_array_header_1_0(member, dict(descr="|u1", fortran_order=False, shape=shape))
+                        member.write(image.tobytes())
             with archive.open("arr_1.npy", "w") as member:
                 np.lib.format.write_array(member, np.array(labels, dtype=np.int64))
     replace(path, write)
+
+
+def hash_file(path):
+    """SHA-256 of a file, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def claim(folder, protocol):
@@ -150,7 +161,7 @@ def claim(folder, protocol):
 
 
 def parse_classes(text, config):
-    """"3,star" -> [3, 5]: class names of the checkpoint, or numbers."""
+    """"3,glass" -> [3, 5]: class names of the checkpoint, or numbers."""
     names, count = config.get("classes", []), config["network"]["num_classes"]
     labels = [names.index(part) if part in names else int(part) if part.isdecimal() else -1
               for part in (part.strip() for part in text.split(","))]
@@ -159,32 +170,30 @@ def parse_classes(text, config):
     return labels
 
 
-def main():
+def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", required=True, help="checkpoint, run folder, or a released .pt of the paper")
-    parser.add_argument("--out", help="grid .png (default: samples.png beside the checkpoint), folder of PNGs, or .npz")
-    parser.add_argument("--n", "--count", type=int, help="number of images (default: 8 a class in a grid, else 64); --count "
-                                                       "under torchrun, whose own parser stumbles over --n")
-    parser.add_argument("--cfg", type=float, help="guidance scale, 1 = none (default: the preset's)")
-    parser.add_argument("--steps", type=int, help="sampling steps (default: the preset's)")
-    parser.add_argument("--solver", choices=SOLVERS, default="heun")
-    parser.add_argument("--interval", type=int, nargs=2, metavar=("LO", "HI"), help="guide only for LO <= t <= HI")
-    parser.add_argument("--classes", help="comma-separated class names or numbers, gone through in turn")
-    parser.add_argument("--labels", choices=("random", "balanced"), help="default: balanced in a grid, else random")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--raw", action="store_true", help="the weights themselves instead of their EMA")
-    parser.add_argument("--batch-size", type=int, default=64, help="images at a time in each process")
-    parser.add_argument("--target", choices=TARGETS, help="what released weights predict")
-    parser.add_argument("--heads", type=int, help="attention heads of released weights, where the width does not tell")
-    args = parser.parse_args()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # no process group needed
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    say = print if rank == 0 else lambda *a, **k: None
+    add = parser.add_argument
+    add("--ckpt", required=True, help="checkpoint, run folder, or a released .pt of the paper")
+    add("--out", help="grid .png (default: samples.png beside the checkpoint), folder of PNGs, or .npz")
+    add("--n", "--count", type=int, help="number of images (default: 8 a class in a grid, else 64); --count under torchrun, "
+                                         "whose own parser stumbles over --n")
+    add("--cfg", type=float, help="guidance scale, 1 = none (default: the preset's)")
+    add("--steps", type=int, help="sampling steps (default: the preset's)")
+    add("--solver", choices=SOLVERS, default="heun")
+    add("--interval", type=int, nargs=2, metavar=("LO", "HI"), help="guide only for LO <= t <= HI")
+    add("--classes", help="comma-separated class names or numbers, gone through in turn")
+    add("--labels", choices=("random", "balanced"), help="default: balanced in a grid, else random")
+    add("--seed", type=int, default=0)
+    add("--raw", action="store_true", help="the weights themselves instead of their EMA")
+    add("--batch-size", type=int, default=64, help="images at a time in each process")
+    add("--target", choices=TARGETS, help="what released weights predict")
+    add("--heads", type=int, help="attention heads of released weights, where the width does not tell")
+    return parser.parse_args()
 
-    model, config = load_checkpoint(args.ckpt, args.raw, args.target, args.heads)
-    net, ckpt = config["network"], Path(args.ckpt)
-    ckpt = ckpt / "ckpt.pt" if ckpt.is_dir() else ckpt
-    cfg = config["cfg"] if args.cfg is None else args.cfg
+
+def settle(args, config, ckpt):
+    """Flags and checkpoint -> keyword arguments for `draw`. Raises BadInput where they contradict each other."""
+    net, cfg = config["network"], config["cfg"] if args.cfg is None else args.cfg
     if net["in_channels"] != 3:
         raise BadInput(f"{ckpt}: draws {net['in_channels']}-channel latents, and only RGB networks can be shown")
     if cfg != 1 and not (net["num_classes"] and config["drop"]):
@@ -195,47 +204,55 @@ def main():
         raise BadInput("--n, --steps, --batch-size: expected at least 1")
     if args.interval and not 0 <= args.interval[0] <= args.interval[1] < config["T"]:
         raise BadInput(f"--interval {args.interval[0]} {args.interval[1]}: expected 0 <= LO <= HI < {config['T']}")
-    out = Path(args.out or ckpt.parent / "samples.png")
-    rule = parse_classes(args.classes, config) if args.classes else \
-        args.labels or ("balanced" if out.suffix == ".png" else "random")
-    how = dict(steps=args.steps or config["sample_steps"], cfg=cfg, interval=args.interval, solver=args.solver)
-    weights = "raw" if args.raw else f"EMA {config['ema']}" if config["ema"] else "as released"
-    say(f"{ckpt}: {config['target']} prediction, weights: {weights} @ step {config['step']}; "
-        f"{how['solver']} {how['steps']} steps, cfg {cfg}")
-    model.to(device)
-    how.update(seed=args.seed, labels=rule, device=device)
+    labels = parse_classes(args.classes, config) if args.classes else args.labels or ("balanced" if args.out.suffix == ".png" else "random")
+    return dict(steps=args.steps or config["sample_steps"], cfg=cfg, interval=args.interval, solver=args.solver,
+                seed=args.seed, labels=labels)
 
-    if out.suffix == ".png":
+
+def main():
+    args = parse()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # no process group needed
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    model, config = load_checkpoint(args.ckpt, args.raw, args.target, args.heads)
+    ckpt = Path(args.ckpt) / "ckpt.pt" if Path(args.ckpt).is_dir() else Path(args.ckpt)
+    args.out = Path(args.out or ckpt.parent / "samples.png")
+    how = settle(args, config, ckpt)
+    weights = "raw" if args.raw else f"EMA {config['ema']}" if config["ema"] else "as released"
+    if rank == 0:
+        print(f"{ckpt}: {config['target']} prediction, weights: {weights} @ step {config['step']}; "
+              f"{how['solver']} {how['steps']} steps, cfg {how['cfg']}", flush=True)
+    model.to(device)
+    if args.out.suffix == ".png":
         if rank == 0:
-            print(grid(model, config, out, args.n, **how).resolve())
+            print(grid(model, config, args.out, args.n, device=device, **how).resolve())
         return
-    n = args.n or 64
-    with open(ckpt, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read())
-    protocol = dict(checkpoint=digest.hexdigest(), step=config["step"], weights=weights, target=config["target"],
-                    dataset=config["dataset"], size=net["img_size"], sampler=args.solver, steps=how["steps"], cfg=cfg,
-                    interval=args.interval, dtype="float32", seed=args.seed, labels=rule, n=n)
-    folder = out.with_name(out.name + ".parts") if out.suffix == ".npz" else out
-    if out.suffix == ".npz" and out.exists():
-        raise BadInput(f"--out {out}: exists already")
+
+    # images into a folder, each under its number, those that are there already left alone
+    n, npz = args.n or 64, args.out.suffix == ".npz"
+    folder = args.out.with_name(args.out.name + ".parts") if npz else args.out
+    if npz and args.out.exists():
+        raise BadInput(f"--out {args.out}: exists already")
+    protocol = dict(checkpoint=hash_file(ckpt), step=config["step"], weights=weights, target=config["target"],
+                    dataset=config["dataset"], size=config["network"]["img_size"], dtype="float32", n=n, **how)
     claim(folder, protocol)
-    done = {int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal()}
-    todo, since = [k for k in range(rank, n, world) if k not in done], time.time()
+    path = lambda k: folder / f"{k:06d}.png"
+    todo, since = [k for k in range(rank, n, world) if not path(k).exists()], time.time()
     for i in range(0, len(todo), args.batch_size):
         ks = todo[i:i + args.batch_size]
-        images = draw(model, config, ks, **how).permute(0, 2, 3, 1).numpy()
-        for k, image in zip(ks, images):
-            replace(folder / f"{k:06d}.png", lambda f: Image.fromarray(image).save(f, "PNG", compress_level=1))
+        for k, image in zip(ks, draw(model, config, ks, device=device, **how).permute(0, 2, 3, 1).numpy()):
+            replace(path(k), lambda f: Image.fromarray(image).save(f, "PNG", compress_level=1))
         if rank == 0:
             progress("images", min(i + args.batch_size, len(todo)), len(todo), since)
-    if out.suffix == ".npz" and rank == 0:
-        while not all((folder / f"{k:06d}.png").exists() for k in range(n)):
-            time.sleep(1)                                                    # the other processes' share
-        labels = [start(args.seed, k, rule, net)[0] for k in range(n)]
-        save_npz(out, folder, n, net["img_size"], labels)
-        replace(out.with_suffix(".protocol.json"), lambda f: f.write(json.dumps(protocol, indent=1).encode()))
+    if rank:
+        return
+    while missing := sum(not path(k).exists() for k in range(n)):            # the other processes' share
+        print(f"\rwaiting for {missing:,} images of other processes   ", end="", flush=True)
+        time.sleep(1)
+    if npz:
+        save_npz(args.out, folder, n, [start(args.seed, k, how["labels"], config["network"])[0] for k in range(n)])
+        replace(args.out.with_suffix(".protocol.json"), lambda f: f.write(json.dumps(protocol, indent=1).encode()))
         shutil.rmtree(folder)
-    say(out.resolve())
+    print(args.out.resolve())
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ A run depends on its flags and --seed alone: not on the number of processes or -
 import argparse
 import contextlib
 import copy
+import functools
 import json
 import math
 import os
@@ -21,7 +22,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.nn import functional as F
 
 from data import BadInput, Packed, built_in, generator, replace, run
 from diffusion import TARGETS, WEIGHTINGS, Diffusion
@@ -33,7 +33,7 @@ from sample import build_model, grid, read
 # "folder" is any other packed data set, "shapes" the built-in images: both rows are ours.
 #                 model       target  classes  steps   batch   lr    warmup  betas         drop   ema   decay cfg  sample_steps
 PRESETS = {
-    "shapes":     ("vit-tiny", "x0",  8,         2_000,   64, 4e-3,   100, (0.90, 0.99), 0.10, 0.99,   1.0, 1.5, 18),
+    "shapes":     ("vit-tiny", "x0",  8,         2_400,   64, 4e-3,   100, (0.90, 0.99), 0.10, 0.99,   1.0, 1.5, 18),
     "celeba64":   ("vit-s",    "x0",  0,       500_000,  128, 1e-4, 5_000, (0.99, 0.99), 0.00, 0.9999, 0.0, 1.0, 30),
     "imagenet64": ("vit-l",    "eps", 1000,    800_000, 1024, 1e-4,     0, (0.99, 0.99), 0.15, 0.9999, 0.0, 1.5, 20),
     "folder":     ("vit-s",    "x0",  None,    100_000,  128, 1e-4, 1_000, (0.99, 0.99), 0.10, 0.9999, 0.0, 1.5, 30),
@@ -124,9 +124,9 @@ def draw_step(data, config, step, rows):
     """Everything random in one step, drawn for the whole global batch and cut to this process's rows."""
     B, N, seed = config["batch_size"], len(data), config["seed"]
     g = generator("step", seed, step)
-    places = range(step * B, (step + 1) * B)                                 # in an endless sequence of epochs
-    orders = {epoch: epoch_order(N, seed, epoch) for epoch in sorted({place // N for place in places})}
-    indices = torch.stack([orders[place // N][place % N] for place in places])
+    places = torch.arange(step * B, (step + 1) * B)                          # in an endless sequence of epochs
+    indices = torch.cat([epoch_order(N, seed, epoch)[places[places // N == epoch] % N]
+                         for epoch in (places // N).unique().tolist()])
     x0, y = data.batch(indices.numpy(), g, rows)
     t = torch.randint(config["T"], (B,), generator=g)[rows]
     noise = torch.randn(B, *x0.shape[1:], generator=g)[rows]
@@ -134,13 +134,10 @@ def draw_step(data, config, step, rows):
     return x0, t, noise, torch.where(dropped, len(data.classes), y)
 
 
-def epoch_order(N, seed, epoch, kept={}):
-    """Permutation of 0 .. N-1 for one epoch; the last two are kept."""
-    if (N, seed, epoch) not in kept:
-        while len(kept) > 1:
-            kept.pop(next(iter(kept)))
-        kept[N, seed, epoch] = torch.randperm(N, generator=generator("epoch", seed, epoch))
-    return kept[N, seed, epoch]
+@functools.lru_cache(maxsize=2)
+def epoch_order(N, seed, epoch):
+    """Permutation of 0 .. N-1 for one epoch."""
+    return torch.randperm(N, generator=generator("epoch", seed, epoch))
 
 
 def ahead(make, first, last):
@@ -219,12 +216,16 @@ def main():
     optimizer = torch.optim.AdamW(model.parameters(), config["lr"], config["betas"], weight_decay=config["weight_decay"], fused=True)
     first, tally, log = 0, torch.zeros(10, 4, dtype=torch.float64, device=device), []
     if state:
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            model.load_state_dict(state["model"])
+            ema.load_state_dict(state["ema"])
+            optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"{ckpt}: weights and config disagree ({' '.join(str(error).split())[:200]})") from None
         first = state["step"]
         tally += state["tally"].to(device) * (rank == 0)                     # the sums since the last log line
         log = [line for line in log_file.read_text().splitlines()[1:] if int(line.split(",")[0]) <= first]
+        state = None                                                         # its memory is needed
     if args.compile:
         torch._dynamo.config.suppress_errors = True                          # no compiler: a warning, and eager
         model.compile()                                                      # in place: checkpoint names stay plain
@@ -254,10 +255,11 @@ def main():
         print(f"writing to {args.out}", flush=True)
 
     # ------------------------------------------------------------------------------------------------ training loop
-    stop = []
+    stop, signals, finite, tens = 0, [], True, torch.arange(10, device=device)[:, None]
     for name in (signal.SIGINT, signal.SIGTERM):                             # a second Ctrl-C interrupts at once
-        signal.signal(name, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
-    batches = ahead(lambda step: draw_step(data, config, step, rows), first, steps)
+        signal.signal(name, lambda number, _: (signals.append(number), signal.signal(number, signal.SIG_DFL)))
+    pin = torch.Tensor.pin_memory if device.type == "cuda" else lambda part: part
+    batches = ahead(lambda step: [pin(part) for part in draw_step(data, config, step, rows)], first, steps)
     since, waited, mark = time.time(), 0.0, first
     for step in range(first, steps):
         # data: prepared by a thread, already cut to this process
@@ -276,7 +278,7 @@ def main():
                 (loss.sum() * (world / B)).backward()                        # DDP divides by world
             with torch.no_grad():
                 sums = torch.stack([loss, mse, mse / diffusion.factor[t[part]], torch.ones_like(mse)], 1).double()
-                tally += F.one_hot(t[part] * 10 // config["T"], 10).double().T @ sums
+                tally += (t[part] * 10 // config["T"] == tens).double() @ sums       # (10,B) @ (B,4)
 
         # update of weights and EMA
         for group in optimizer.param_groups:
@@ -287,11 +289,11 @@ def main():
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - config["ema"])
 
         # stop signal, agreed on by all processes
-        done = step + 1
+        done, stop = step + 1, max(signals, default=0)
         if world > 1:
-            flag = torch.tensor([max(stop, default=0)])
+            flag = torch.tensor([stop])
             dist.all_reduce(flag, dist.ReduceOp.MAX, group=control)
-            stop = [int(flag)] if flag else []
+            stop = int(flag)
         if args.dry_run:
             if done == first + 3:
                 wait(device)
@@ -308,8 +310,9 @@ def main():
             total = tally.clone()
             if world > 1:
                 dist.all_reduce(total)
-            if not math.isfinite(total[:, 0].sum()):
-                sys.exit(print(f"step {done}: the loss is not finite; the last checkpoint was left as it is: {ckpt}") or 3)
+            finite = math.isfinite(total[:, 0].sum())
+            if not finite:
+                break
         if logs:
             log.append(log_row(done, total))
             seconds, since = time.time() - since, time.time()
@@ -332,15 +335,19 @@ def main():
 
     # ---------------------------------------------------------------------------------------------------------- end
     if world > 1:
-        dist.destroy_process_group()
+        time.sleep(0.2)                          # gloo's threads need the GIL to drop their last tensors, and are
+        dist.destroy_process_group()             # joined with the GIL held: without the pause one exit in six hung
     if args.dry_run:
         seconds, peak = time.time() - since, torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_rss()
         each = seconds / (done - mark)
         say(f"dry run: {B / each:,.0f} images/s, {each * 1e3:,.0f} ms a step, peak memory {peak / 2**30:.2f} GiB per process, "
             f"{(steps - first) * each / 3600:,.2f} hours for {steps - first:,} steps")
+    elif not finite:
+        say(f"step {done}: the loss is not finite; the last checkpoint was left as it is: {ckpt}")
+        sys.exit(3)
     elif stop:
-        say(f"stopped by signal {stop[0]}; checkpoint of step {done}: {ckpt}; go on with --resume")
-        sys.exit(128 + stop[0])
+        say(f"stopped by signal {stop}; checkpoint of step {done}: {ckpt}; go on with --resume")
+        sys.exit(128 + stop)
     elif rank == 0:
         print(picture(steps))
 
