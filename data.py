@@ -1,10 +1,10 @@
-"""Images in, batches out: the built-in shapes, the packed format, and `python data.py` to make it from a folder.
+"""Images in, batches out: the built-in shapes, the packed format, and `python data.py` that makes it.
 
-    python data.py --src DIR --size 64 --out data/NAME     # sub-folders are the classes (or none); restartable
-    python data.py --check data/NAME                       # counts, classes and a contact sheet
+    python data.py --src DIR --size 64 --out data/NAME   # sub-folders are the classes (or none); restartable
+    python data.py --check data/NAME                     # counts, classes and a contact sheet
 
-A packed folder holds images.npy, uint8 (N,3,S,S), labels.npy, int64 (N,), and meta.json, which is written last:
-a folder without meta.json is an unfinished pack.
+A packed folder holds images.npy, uint8 (N,3,S,S), labels.npy, int64 (N,), and meta.json, which is written
+last: a folder without meta.json is an unfinished pack.
 """
 import argparse
 import colorsys
@@ -43,13 +43,13 @@ def run(main):
 
 
 def generator(*key):
-    """A CPU generator seeded by what it is for, such as ("step", seed, 7): the same numbers on every machine."""
+    """A CPU generator seeded by its purpose, such as ("step", seed, 7): the same numbers on every machine."""
     digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))       # mt19937 takes 32 bits
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))   # mt19937 takes 32 bits
 
 
 def replace(path, write):
-    """write(file) to a neighbour of path, then rename: path is the old file or the new one, never half of it."""
+    """write(file) to a neighbour of path, then rename: path is the old file or the new one, never half."""
     part = Path(f"{path}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
@@ -63,10 +63,11 @@ def progress(what, done, total, since, start=0):
     """One line with rate and time left; `start` of the `done` were there before `since`."""
     rate = (done - start) / max(time.time() - since, 1e-9)
     left = f"{(total - done) / rate / 60:.1f} min left" if rate else ""
-    print(f"\r{what} {done:,} / {total:,}   {rate:,.0f}/s   {left}   ", end="\n" if done == total else "", flush=True)
+    end = "\n" if done == total else ""
+    print(f"\r{what} {done:,} / {total:,}   {rate:,.0f}/s   {left}   ", end=end, flush=True)
 
 
-# ---------------------------------------------------------------------------------------- the built-in images
+# ----------------------------------------------------------------------------------- the built-in images
 
 def polygon(corners, turn=0.0):
     """Corners of a regular polygon on the unit circle, from straight up, turned by a share of a full turn."""
@@ -81,7 +82,8 @@ def arc(x, radius, start, stop):
 
 
 def heart(a):
-    return math.sin(a) ** 3, -(13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)) / 16
+    y = 13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)
+    return math.sin(a) ** 3, -y / 16
 
 
 CIRCLE = arc(0, 1, 0, 2 * math.pi)
@@ -99,7 +101,7 @@ SHAPES = {  # name: outline in the unit circle; a second outline is a hole
 
 
 def draw_shape(index, size):
-    """Image `index`: class index % 8, free colours, mild changes of place, scale and angle. uint8 (size,size,3)."""
+    """uint8 (size,size,3) of class index % 8: free colours, mild changes of place, scale and angle."""
     rng = random.Random(index)                   # numbers in a fixed order, none of them dependent on size
     shape = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.2, 1), rng.uniform(0.8, 1))
     ground = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.2, 1), rng.uniform(0.1, 0.4))
@@ -119,7 +121,7 @@ def shapes(indices, size):
     return np.ascontiguousarray(images), np.array([int(i) % len(SHAPES) for i in indices], dtype=np.int64)
 
 
-# ------------------------------------------------------------------------------------------ batches (training)
+# ------------------------------------------------------------------------------------ batches (training)
 
 class Images:
     """images uint8 (N,3,S,S), labels int64 (N,) and meta (dict), from anywhere, as batches for training."""
@@ -134,8 +136,8 @@ class Images:
     def batch(self, indices, generator=None, rows=slice(None)):
         """x float32 (B,C,S,S) in [-1,1] and y int64 (B,) of indices[rows].
 
-        Flips (given flip=True and a generator) are drawn for all the indices and then cut to `rows`, so that a
-        process that loads its share of a global batch sees what a single process would have seen there.
+        Flips (given flip=True and a generator) are drawn for all the indices and then cut to `rows`, so a
+        process that loads its share of a global batch sees what a single one would have seen there.
         """
         chosen = np.asarray(indices)[rows]
         x = torch.from_numpy(self.images[chosen]).float().div_(127.5).sub_(1)
@@ -146,7 +148,7 @@ class Images:
 
 
 class Drawn:
-    """The built-in images as an array (N,3,size,size) that is drawn where it is read: 0.1 ms an image, no start-up."""
+    """The built-in images as an array (N,3,size,size) that is drawn where it is read, 0.1 ms an image."""
 
     def __init__(self, count, size):
         self.shape = (count, 3, size, size)
@@ -165,29 +167,32 @@ def built_in(size, count=100_000, flip=False):
 
 
 class Packed(Images):
-    """A packed folder, memory-mapped. Raises BadInput where it is not one, is unfinished or contradicts itself."""
+    """A packed folder, memory-mapped. Raises BadInput where it is none, unfinished or contradicts itself."""
 
     def __init__(self, dir, flip=False):
         dir = Path(dir)
         if not (dir / "meta.json").is_file():
             state = "an unfinished pack" if (dir / "images.npy").exists() else "no packed data set"
-            raise BadInput(f"{dir}: {state} (meta.json is missing); make it with python data.py --src ... --out {dir}")
+            raise BadInput(f"{dir}: {state}, no meta.json; python data.py --src ... --out {dir} makes it")
         try:
             meta = json.loads((dir / "meta.json").read_text())
             images, labels = (np.load(dir / f"{name}.npy", mmap_mode="r") for name in ("images", "labels"))
             shape, names = (meta["count"], 3, meta["size"], meta["size"]), meta["classes"]
         except (ValueError, KeyError, TypeError, EOFError) as error:
             raise BadInput(f"{dir}: damaged pack ({type(error).__name__}: {error})") from None
-        if images.shape != shape or images.dtype != np.uint8 or labels.shape != shape[:1] or labels.dtype != np.int64:
-            raise BadInput(f"{dir}: images.npy is {images.dtype} {images.shape} and labels.npy {labels.dtype} "
-                           f"{labels.shape}, meta.json promises uint8 {shape} and int64 {shape[:1]}")
+        for name, array, expected in (("images", images, (np.dtype("uint8"), shape)),
+                                      ("labels", labels, (np.dtype("int64"), shape[:1]))):
+            if (array.dtype, array.shape) != expected:
+                raise BadInput(f"{dir}/{name}.npy: found {array.dtype} {array.shape}, meta.json promises "
+                               f"{expected[0]} {expected[1]}")
         labels = np.array(labels)
-        if len(labels) and not 0 <= labels.min() <= labels.max() < max(1, len(names)):
-            raise BadInput(f"{dir}: labels.npy has labels {labels.min()} .. {labels.max()}, classes are {len(names)}")
+        low, high = labels.min(initial=0), labels.max(initial=0)
+        if low < 0 or high >= max(1, len(names)):
+            raise BadInput(f"{dir}/labels.npy: found {low} .. {high}, expected labels of {len(names)} classes")
         super().__init__(images, labels, meta, flip)
 
 
-# ------------------------------------------------------------------------------- folder of images -> packed file
+# ----------------------------------------------------------------------- folder of images -> packed file
 
 def load_image(path):
     """Any image file -> 8-bit RGB as a person sees it: upright by EXIF, 16-bit grey scaled to 8, see-through
@@ -197,7 +202,7 @@ def load_image(path):
         with Image.open(path) as image:
             image.load()
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):                                   # 16 bits of grey; convert() would clip
+            if image.mode.startswith("I"):                                   # 16 bits; convert() would clip
                 grey = np.asarray(image).astype(np.int64).clip(0, 65535)
                 image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
             elif image.mode == "F":
@@ -211,7 +216,7 @@ def load_image(path):
 
 
 def center_crop(image, size):
-    """ADM's crop: box-halve while the short side is >= 2 size, bicubic to size, cut the centre. uint8 (size,size,3)."""
+    """ADM's crop, uint8 (size,size,3): box-halve while a side is >= 2 size, bicubic, cut the centre."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
@@ -221,8 +226,8 @@ def center_crop(image, size):
 
 
 def list_images(src):
-    """Paths below src in a fixed order, label of each, class names. Sub-folders of src are the classes, sorted by
-    name (by number where all are numbers); a folder without sub-folders has none.
+    """Paths below src in a fixed order, label of each, class names. Sub-folders of src are the classes,
+    sorted by name (by number where all are numbers); a folder without sub-folders has none.
     """
     src = Path(src)
     if not src.is_dir():
@@ -245,7 +250,8 @@ def end_with_parent():
     """Worker start: Ctrl-C is the parent's business, and a killed parent leaves no worker behind."""
     import signal
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def pack_chunk(paths, size, file, first):
@@ -258,13 +264,13 @@ def pack_chunk(paths, size, file, first):
 
 
 def pack(src, size, out, split="train", classes=None, workers=None):
-    """Pack the images below `src` into folder `out`; called again after a kill it goes on, to the same bytes."""
+    """Pack the images below `src` into folder `out`; after a kill it goes on, to the same bytes."""
     out = Path(out)
     paths, labels, names = list_images(src)
     if classes is not None and len(names) != classes:
         raise BadInput(f"--src {src}: found {len(names)} class folders, expected --classes {classes}")
-    listing = hashlib.sha256("\n".join(f"{path.relative_to(src)}\0{label}" for path, label in zip(paths, labels))
-                             .encode("utf-8", "surrogateescape")).hexdigest()
+    listing = "\n".join(f"{path.relative_to(src)}\0{label}" for path, label in zip(paths, labels))
+    listing = hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
     meta = dict(dataset=out.name, split=split, count=len(paths), size=size, classes=names, listing=listing,
                 crop="center (ADM)", filter="box halving, then bicubic")
     if (out / "meta.json").exists():
@@ -276,7 +282,7 @@ def pack(src, size, out, split="train", classes=None, workers=None):
     if journal.exists():
         before = json.loads(journal.read_text())
         if before["meta"] != meta:
-            raise BadInput(f"--out {out}: an unfinished pack of other images or another size; remove the folder")
+            raise BadInput(f"--out {out}: an unfinished pack of other images or size; remove the folder")
         done = before["done"]
     else:
         np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=(len(paths), 3, size, size)).flush()
@@ -307,7 +313,8 @@ def tile(images, columns):
     rows = -(-n // columns)
     sheet = np.full((rows * columns, 3, h, w), 128, dtype=np.uint8)
     sheet[:n] = images
-    return Image.fromarray(sheet.reshape(rows, columns, 3, h, w).transpose(0, 3, 1, 4, 2).reshape(rows * h, columns * w, 3))
+    sheet = sheet.reshape(rows, columns, 3, h, w).transpose(0, 3, 1, 4, 2)   # (rows,h,columns,w,3)
+    return Image.fromarray(sheet.reshape(rows * h, columns * w, 3))
 
 
 def check(dir):
@@ -319,7 +326,8 @@ def check(dir):
     for label, name in enumerate(data.classes[:20]):
         print(f"{label:5d}  {counts[label]:9,}  {name!r}")
     if len(data.classes) > 20:
-        print(f"  ...  last: {len(data.classes) - 1} {data.classes[-1]!r}; images per class {counts.min()} .. {counts.max()}")
+        last, most = len(data.classes) - 1, counts.max()
+        print(f"  ...  last: {last} {data.classes[last]!r}; {counts.min()} .. {most} images a class")
     sheet = Path(dir) / "sheet.png"
     picks = np.linspace(0, len(data) - 1, min(64, len(data))).astype(int)
     replace(sheet, lambda f: tile(data.images[picks], 8).save(f, "PNG"))
@@ -327,14 +335,15 @@ def check(dir):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--src", help="folder of images; its sub-folders are the classes")
-    parser.add_argument("--size", type=int, help="side of the packed images in pixels")
-    parser.add_argument("--out", help="packed folder to write, such as data/NAME")
-    parser.add_argument("--split", default="train", help="recorded in meta.json")
-    parser.add_argument("--classes", type=int, help="refuse a source with another number of class folders")
-    parser.add_argument("--workers", type=int, help="processes that decode (default: one a core)")
-    parser.add_argument("--check", metavar="DIR", help="print what a packed folder holds and draw a contact sheet")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--src", help="folder of images; its sub-folders are the classes")
+    add("--size", type=int, help="side of the packed images in pixels")
+    add("--out", help="packed folder to write, such as data/NAME")
+    add("--split", default="train", help="recorded in meta.json")
+    add("--classes", type=int, help="refuse a source with another number of class folders")
+    add("--workers", type=int, help="processes that decode (default: one a core)")
+    add("--check", metavar="DIR", help="print what a packed folder holds and draw a contact sheet")
     args = parser.parse_args()
     if args.check:
         return check(args.check)

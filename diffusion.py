@@ -13,7 +13,7 @@ TARGETS = ("x0", "eps", "v")
 SOLVERS = ("heun", "euler", "dpm++2m")
 
 
-# ---------------------------------------------------------------------------------- schedule (section 3.1)
+# -------------------------------------------------------------------------------- schedule (section 3.1)
 
 def alphas_cumprod(schedule="cosine", T=1000):
     """alpha_t^2 for t = 0 .. T-1 as float64 (T,), strictly falling.
@@ -35,7 +35,7 @@ def alphas_cumprod(schedule="cosine", T=1000):
     return torch.cumprod(1 - betas, dim=0)
 
 
-# ------------------------------------------------------------------------ loss weights (section 3.4, eq. 11)
+# -------------------------------------------------------------------- loss weights (section 3.4, eq. 11)
 
 WEIGHTINGS = {  # name: w(SNR, gamma) on the x0 loss
     "const":        lambda snr, gamma: torch.ones_like(snr),               # section 3.4
@@ -43,14 +43,14 @@ WEIGHTINGS = {  # name: w(SNR, gamma) on the x0 loss
     "max_snr":      lambda snr, gamma: snr.clamp(min=gamma),               # gamma = 1: Salimans & Ho 2022
     "min_snr":      lambda snr, gamma: snr.clamp(max=gamma),               # the paper
     "soft_min_snr": lambda snr, gamma: gamma * snr / (snr + gamma),        # Crowson et al. 2024
-    "p2":           lambda snr, gamma: snr / (1 + snr),                    # Choi et al. 2022, k = 1, exponent 1
+    "p2":           lambda snr, gamma: snr / (1 + snr),                    # Choi et al. 2022 at k = gamma = 1
     "sqrt_snr":     lambda snr, gamma: snr.sqrt(),                         # "debiased", Yu et al. 2023
     "snr_plus_1":   lambda snr, gamma: snr + 1,                            # = the plain v loss
 }
 
 
 def target_factor(snr, target):
-    """|target - prediction|^2 = factor * |x0 - x0 prediction|^2: 1 (x0), SNR (eps), SNR + 1 (v); appendix B."""
+    """|target - prediction|^2 = factor |x0 - predicted x0|^2: 1 (x0), SNR (eps), SNR + 1 (v); appendix B."""
     if target not in TARGETS:
         raise ValueError(f"target: found {target!r}, expected one of {', '.join(TARGETS)}")
     return {"x0": torch.ones_like(snr), "eps": snr, "v": snr + 1}[target]
@@ -73,14 +73,14 @@ def loss_weight(snr, weighting, target, gamma=5.0):
     if not (torch.isfinite(snr) & (snr >= 0)).all():
         raise ValueError("snr: expected finite values >= 0")
     if target == "eps":
-        snr = snr.clamp(min=1e-300)                      # w(SNR) / SNR at 1e-300 is its limit at 0, or > 1e100
+        snr = snr.clamp(min=1e-300)              # w(SNR) / SNR at 1e-300 is its limit at 0, or > 1e100
     weight = WEIGHTINGS[weighting](snr, gamma) / target_factor(snr, target)
     if (weight > 1e100).any():
         raise ValueError(f"weighting {weighting!r} has no finite limit at SNR = 0 for target {target!r}")
     return weight
 
 
-# ------------------------------------------------------------------------------- forward process and loss
+# ------------------------------------------------------------------------------ forward process and loss
 
 class Diffusion:
     """Schedule, target and weighting as float64 tables `.alphas_cumprod .snr .weight .factor`, each (T,).
@@ -90,7 +90,8 @@ class Diffusion:
     Images are (B,C,H,W), t is (B,) long. Raises ValueError for values that it does not know.
     """
 
-    def __init__(self, schedule="cosine", T=1000, target="x0", weighting="min_snr", gamma=5.0, timesteps="uniform"):
+    def __init__(self, schedule="cosine", T=1000, target="x0", weighting="min_snr", gamma=5.0,
+                 timesteps="uniform"):
         if timesteps != "uniform":
             raise ValueError(f"timesteps: found {timesteps!r}, expected 'uniform'")
         table = alphas_cumprod(schedule, T) if isinstance(schedule, str) else schedule.double()
@@ -106,7 +107,7 @@ class Diffusion:
         return self
 
     def alpha_sigma(self, t, x):
-        """alpha_t and sigma_t, each (B,1,1,1) in x's dtype: one row per sample, never broadcast over width."""
+        """alpha_t and sigma_t, each (B,1,1,1) in x's dtype: one a sample, never broadcast over width."""
         a2 = self.alphas_cumprod.to(t.device)[t].view(-1, *[1] * (x.ndim - 1))
         return a2.sqrt().to(x.dtype), (1 - a2).sqrt().to(x.dtype)
 
@@ -141,7 +142,7 @@ class Diffusion:
         return self.weight.to(t.device)[t].to(mse.dtype) * mse, mse
 
 
-# ---------------------------------------------------------- sampler (appendix C.3: EDM's, Karras et al. 2022)
+# ----------------------------------------------------- sampler (appendix C.3: EDM's, Karras et al. 2022)
 
 def noise_levels(diffusion, steps, rho=7):
     """The t of each step, (<= steps,) long, falling: EDM eq. 5 from min(80, max) to max(0.002, min) in
@@ -165,7 +166,7 @@ def sampler(model, diffusion, z, y=None, steps=30, cfg=1.0, interval=None, solve
     2024); outside, as everywhere at cfg 1, the unconditional half is not run.
     """
     if solver not in SOLVERS or steps < 1:
-        raise ValueError(f"solver, steps: found {solver!r}, {steps}, expected one of {', '.join(SOLVERS)}, steps >= 1")
+        raise ValueError(f"found solver {solver!r}, steps {steps}, expected one of {SOLVERS}, >= 1")
     if cfg != 1 and y is None:
         raise ValueError("cfg: guidance needs class labels y")
     diffusion.to(z.device)
@@ -174,7 +175,7 @@ def sampler(model, diffusion, z, y=None, steps=30, cfg=1.0, interval=None, solve
     sigmas, ts = diffusion.snr[ts].rsqrt().tolist(), ts.tolist()             # the only wait for the device
     t_lo, t_hi = interval or (0, diffusion.T - 1)
 
-    def denoise(x, sigma, t):                                                # x = x_t / alpha_t, so noise has sd sigma
+    def denoise(x, sigma, t):                                                # x = x_t / alpha_t
         x_t = x / math.sqrt(1 + sigma ** 2)
         guided = cfg != 1 and t_lo <= t <= t_hi
         times = torch.full((len(x) * (1 + guided),), t, device=x.device)

@@ -1,4 +1,4 @@
-"""The paper's vanilla ViT: time and class are learned tokens in front of the patches (section 4.1, appendix C.1).
+"""The paper's vanilla ViT: time and class are learned tokens before the patches (section 4.1, appendix C.1).
 
 Facts of the official code that the released weights depend on: no final norm before the head, norm eps 1e-6,
 exact GELU, q and v have a bias and k has none, and head width is dim // heads even where that does not divide
@@ -25,7 +25,7 @@ class Attention(nn.Module):
         self.heads, inner = heads, dim // heads * heads
         self.qkv = nn.Linear(dim, 3 * inner, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(inner))
-        self.v_bias = nn.Parameter(torch.zeros(inner))   # a bias on k would add the same to every logit of a row
+        self.v_bias = nn.Parameter(torch.zeros(inner))   # on k it would add the same to all logits of a row
         self.proj = nn.Linear(inner, dim)
 
     def forward(self, x):                                                    # (B,N,D)
@@ -59,18 +59,19 @@ def sinusoids(positions, dim, longest):
 class ViT(nn.Module):
     """model(x (B,C,S,S), t (B,) long, y (B,) long or None) -> (B,C,S,S), whatever the prediction target.
 
-    num_classes = 0 is unconditional; otherwise labels are 0 .. num_classes - 1, the null label of classifier-free
-    guidance is num_classes, and y = None means the null label. img_size must be a multiple of patch_size.
-    short_run is for narrow networks and a few thousand steps: the time and position tables, still learned, start from
-    sinusoids, so that neighbours begin alike, and linear layers at 1 / sqrt(dim) where the official 0.02 is far below.
+    num_classes = 0 is unconditional; otherwise labels are 0 .. num_classes - 1, the null label of guidance is
+    num_classes, and y = None means the null label. img_size must be a multiple of patch_size.
+    short_run is for narrow networks and a few thousand steps: the time and position tables, still learned,
+    start from sinusoids, so that neighbours begin alike, and linear layers from 1 / sqrt(dim), not 0.02.
     """
 
     def __init__(self, img_size, patch_size, in_channels, num_classes, dim, depth, heads, T=1000,
                  short_run=False):
         super().__init__()
         if img_size % patch_size:
-            raise ValueError(f"img_size: found {img_size}, expected a multiple of the patch size {patch_size}")
-        self.img_size, self.in_channels, self.num_classes, self.patch_size = img_size, in_channels, num_classes, patch_size
+            raise ValueError(f"img_size: found {img_size}, not a multiple of the patch size {patch_size}")
+        self.img_size, self.patch_size = img_size, patch_size
+        self.in_channels, self.num_classes = in_channels, num_classes
         self.tokens = 2 if num_classes else 1                                # in front of the patches
         self.patch_embed = nn.Sequential()
         self.patch_embed.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
@@ -105,8 +106,8 @@ class ViT(nn.Module):
 
     def forward(self, x, t, y=None):
         p, side = self.patch_size, self.img_size // self.patch_size
-        if x.shape[1:] != (self.in_channels, self.img_size, self.img_size):
-            raise ValueError(f"x: found {tuple(x.shape)}, expected (B,{self.in_channels},{self.img_size},{self.img_size})")
+        if x.shape[1:] != (shape := (self.in_channels, self.img_size, self.img_size)):
+            raise ValueError(f"x: found {tuple(x.shape)}, expected (B, *{shape})")
         tokens = [self.time_embedding(t)[:, None]]                           # (B,1,D)
         if self.num_classes:
             y = torch.full_like(t, self.num_classes) if y is None else y
@@ -123,20 +124,20 @@ class ViT(nn.Module):
 def from_official(state_dict, heads=None):
     """The paper's released `.pt` files (`ema_0.9999_xl.pt`, ...) -> ViT, every name and shape checked.
 
-    The architecture is read off the shapes; heads, which no shape shows, off the width (512, 768, 1024, 1152 ->
-    6, 12, 16, 16) unless given. The official time table has 4,000 rows of which T = 1000 are used; the class
-    table's last row is the null label. Raises ValueError for what is not such a file.
+    The architecture is read off the shapes; heads, which no shape shows, off the width (512, 768, 1024, 1152
+    -> 6, 12, 16, 16) unless given. Of the official time table's 4,000 rows 1,000 are used; the class table's
+    last row is the null label. Raises ValueError for what is not such a file.
     """
     try:
         dim, in_channels, patch, _ = state_dict["patch_embed.proj.weight"].shape
         tokens, (rows, _) = state_dict["pos_embed"].shape[1], state_dict["time_embedding.weight"].shape
         depth = 1 + max(int(name.split(".")[1]) for name in state_dict if name.startswith("blocks."))
-        num_classes = len(state_dict["class_embedding.weight"]) - 1 if "class_embedding.weight" in state_dict else 0
+        num_classes = len(state_dict.get("class_embedding.weight", [0])) - 1
     except (KeyError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"not a state dict of the official ViT: {error}") from None
     heads = heads or {size["dim"]: size["heads"] for size in SIZES.values() if size["dim"] >= 512}.get(dim)
     if heads is None:
-        raise ValueError(f"heads: width {dim} is not one of the paper's, so the number of heads must be given")
+        raise ValueError(f"heads: must be given, since width {dim} is not one of the paper's")
     side = math.isqrt(tokens - (2 if num_classes else 1))
     T = min(rows, 1000)
     model = ViT(side * patch, patch, in_channels, num_classes, dim, depth, heads, T)

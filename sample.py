@@ -1,11 +1,11 @@
 """Checkpoint -> images. `python sample.py --ckpt out/shapes/ckpt.pt` draws a grid and needs nothing else.
 
     python sample.py --ckpt CKPT --n 50000 --out DIR          # PNG files, for FID; or --out FILE.npz
-    torchrun --nproc-per-node 8 sample.py --ckpt CKPT --count 50000 --out DIR        # the same images, sooner
+    torchrun --nproc-per-node 8 sample.py --ckpt CKPT --count 50000 --out DIR   # the same images, sooner
     python sample.py --ckpt ema_0.9999_large.pt --target eps  # the paper's released weights
 
-Image k depends on (checkpoint, seed, k) alone: not on the batch size, on the number of processes, or on having been
-stopped; the same command finishes what a killed one began.
+Image k depends on (checkpoint, seed, k) alone: not on the batch size, the number of processes, or having been
+stopped. The same command finishes what a killed one began.
 """
 import argparse
 import hashlib
@@ -28,7 +28,7 @@ from diffusion import SOLVERS, TARGETS, Diffusion, sampler
 from model_vit import ViT, from_official
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
+# ------------------------------------------------------------------------------------------- checkpoints
 
 def build_model(config):
     """The network that a run's config describes, freshly initialised."""
@@ -36,19 +36,19 @@ def build_model(config):
 
 
 def read(path):
-    """The dict in a checkpoint or weight file; tensors and plain values only, nothing is unpickled beyond that."""
+    """The dict in a checkpoint or weight file: tensors and plain values, no other object is unpickled."""
     path = Path(path)
     path = path / "ckpt.pt" if path.is_dir() else path
     if not path.is_file():
         raise BadInput(f"{path}: no such checkpoint")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                                  # about foreign pickles, which are refused
+            warnings.simplefilter("ignore")                              # of foreign pickles: refused below
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, EOFError, TypeError,
             AttributeError, IndexError, UnicodeDecodeError) as error:
         foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
-        why = f"holds a foreign object, {foreign[1]}" if foreign else f"{type(error).__name__}, damaged or not a checkpoint"
+        why = f"holds a foreign object, {foreign[1]}" if foreign else f"damaged, {type(error).__name__}"
         raise BadInput(f"{path}: cannot be loaded ({why})") from None
     if not isinstance(state, dict):
         raise BadInput(f"{path}: found {type(state).__name__}, expected a checkpoint")
@@ -56,8 +56,8 @@ def read(path):
 
 
 def load_checkpoint(path, raw=False, target=None, heads=None):
-    """-> (network in eval mode, config). Our checkpoints, EMA weights unless raw, or the paper's released files, for
-    which `target` says what they predict. Raises BadInput for anything else.
+    """-> (network in eval mode, config). Our checkpoints, EMA weights unless raw, or the paper's released
+    files, for which `target` says what they predict. Raises BadInput for anything else.
     """
     state = read(path)
     if "pos_embed" in state:
@@ -68,8 +68,9 @@ def load_checkpoint(path, raw=False, target=None, heads=None):
         except ValueError as error:
             raise BadInput(f"{path}: {error}") from None
         network = dict(img_size=model.img_size, in_channels=model.in_channels, num_classes=model.num_classes)
-        return model.eval(), dict(dataset="official", network=network, target=target, schedule="cosine", T=1000, step=None,
-                                  ema=None, drop=0.15, cfg=1.0, sample_steps=50, classes=[])
+        config = dict(dataset="official", network=network, target=target, schedule="cosine", T=1000,
+                      step=None, ema=None, drop=0.15, cfg=1.0, sample_steps=50, classes=[])
+        return model.eval(), config
     if missing := {"model", "ema", "step", "config"} - state.keys():
         raise BadInput(f"{path}: not a checkpoint of this project ({', '.join(sorted(missing))} missing)")
     config = {**state["config"], "step": state["step"]}
@@ -79,11 +80,12 @@ def load_checkpoint(path, raw=False, target=None, heads=None):
         model = build_model(config)
         model.load_state_dict(state["model" if raw else "ema"])
     except (RuntimeError, TypeError, KeyError, ValueError) as error:
-        raise BadInput(f"{path}: weights and config disagree ({' '.join(str(error).split())[:200]})") from None
+        why = " ".join(str(error).split())[:200]
+        raise BadInput(f"{path}: weights and config disagree ({why})") from None
     return model.eval(), config
 
 
-# ------------------------------------------------------------------------------------------------------ images
+# ------------------------------------------------------------------------------------------------ images
 
 def to_uint8(x):
     """[-1, 1] -> 0 .. 255, rounded half up and clipped: the one place where images become bytes."""
@@ -91,17 +93,17 @@ def to_uint8(x):
 
 
 def start(seed, k, labels, network):
-    """Label and unit normal noise (C,S,S) that image k begins with. labels: "random" draws the label, "balanced" is k
-    modulo the number of classes, a list is gone through in turn.
+    """Label and unit normal noise (C,S,S) that image k begins with. labels: "random" draws the label,
+    "balanced" is k modulo the number of classes, a list is gone through in turn.
     """
     g, count = generator("image", seed, k), max(network["num_classes"], 1)
-    drawn = int(torch.randint(count, (), generator=g))                       # always drawn: the noise is the same
+    drawn = int(torch.randint(count, (), generator=g))                   # always drawn: the noise is the same
     label = drawn if labels == "random" else k % count if labels == "balanced" else labels[k % len(labels)]
     return label, torch.randn(network["in_channels"], network["img_size"], network["img_size"], generator=g)
 
 
 def draw(model, config, ks, seed=0, labels="balanced", device="cpu", **how):
-    """The images of numbers ks, uint8 (N,C,S,S) on the CPU; `how` goes to the sampler: steps, cfg, interval, solver."""
+    """The images of numbers ks, uint8 (N,C,S,S); `how` is steps, cfg, interval and solver of `sampler`."""
     y, z = zip(*(start(seed, k, labels, config["network"]) for k in ks))
     y = torch.tensor(y, device=device) if config["network"]["num_classes"] else None
     diffusion = Diffusion(config["schedule"], config["T"], config["target"])
@@ -109,11 +111,12 @@ def draw(model, config, ks, seed=0, labels="balanced", device="cpu", **how):
 
 
 def grid(model, config, path, n=None, **how):
-    """Draw n images (8 a class by default) into one PNG, a class to each column where they fit, 64 at a time."""
+    """Draw n images (8 a class by default) into one PNG, one class to a column where they fit."""
     num_classes = config["network"]["num_classes"]
     columns = num_classes if 2 <= num_classes <= 16 else 8
     n = n or 8 * columns
-    images = torch.cat([draw(model, config, range(i, min(i + 64, n)), **how) for i in range(0, n, 64)]).numpy()
+    parts = [range(i, min(i + 64, n)) for i in range(0, n, 64)]
+    images = torch.cat([draw(model, config, ks, **how) for ks in parts]).numpy()
     sheet = tile(images, columns)
     scale = max(1, 64 // images.shape[-1])                                   # small images are shown larger
     sheet = sheet.resize((sheet.width * scale, sheet.height * scale), Image.NEAREST)
@@ -122,7 +125,7 @@ def grid(model, config, path, n=None, **how):
 
 
 def save_npz(path, folder, n, labels):
-    """PNG files 0 .. n-1 -> npz with arr_0 uint8 (n,S,S,3) and arr_1 labels, streamed: never all in memory."""
+    """PNG files 0 .. n-1 -> npz with arr_0 uint8 (n,S,S,3) and arr_1 labels, never all in memory."""
     def write(file):
         with zipfile.ZipFile(file, "w") as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as member:
@@ -130,7 +133,8 @@ def save_npz(path, folder, n, labels):
                     with Image.open(folder / f"{k:06d}.png") as image:
                         if k == 0:
                             shape = (n, image.height, image.width, 3)
-                            np.lib.format.write_array_header_1_0(member, dict(descr="|u1", fortran_order=False, shape=shape))
+                            header = dict(descr="|u1", fortran_order=False, shape=shape)
+                            np.lib.format.write_array_header_1_0(member, header)
                         member.write(image.tobytes())
             with archive.open("arr_1.npy", "w") as member:
                 np.lib.format.write_array(member, np.array(labels, dtype=np.int64))
@@ -153,7 +157,9 @@ def claim(folder, protocol):
     if file.exists():
         before = json.loads(file.read_text())
         if other := [key for key in protocol if before.get(key) != protocol[key]]:
-            raise BadInput(f"--out {folder}: holds samples with {other[0]} {before.get(other[0])!r}, not {protocol[other[0]]!r}")
+            key = other[0]
+            found = before.get(key)
+            raise BadInput(f"--out {folder}: holds samples with {key} {found!r}, not {protocol[key]!r}")
     elif any(folder.glob("*.png")):
         raise BadInput(f"--out {folder}: holds images without protocol.json; choose a new folder")
     else:
@@ -166,17 +172,17 @@ def parse_classes(text, config):
     labels = [names.index(part) if part in names else int(part) if part.isdecimal() else -1
               for part in (part.strip() for part in text.split(","))]
     if not all(0 <= label < count for label in labels):
-        raise BadInput(f"--classes {text}: expected names or numbers of the checkpoint's {count} classes {names[:10]}")
+        raise BadInput(f"--classes {text}: expected names or numbers of the {count} classes {names[:10]}")
     return labels
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint, run folder, or a released .pt of the paper")
     add("--out", help="grid .png (default: samples.png beside the checkpoint), folder of PNGs, or .npz")
-    add("--n", "--count", type=int, help="number of images (default: 8 a class in a grid, else 64); --count under torchrun, "
-                                         "whose own parser stumbles over --n")
+    add("--n", "--count", type=int, help="number of images (default: 8 a class in a grid, else 64);\n"
+                                         "--count under torchrun, whose own parser stumbles over --n")
     add("--cfg", type=float, help="guidance scale, 1 = none (default: the preset's)")
     add("--steps", type=int, help="sampling steps (default: the preset's)")
     add("--solver", choices=SOLVERS, default="heun")
@@ -192,27 +198,30 @@ def parse():
 
 
 def settle(args, config, ckpt):
-    """Flags and checkpoint -> keyword arguments for `draw`. Raises BadInput where they contradict each other."""
+    """Flags and checkpoint -> keyword arguments for `draw`. Raises BadInput where they contradict."""
     net, cfg = config["network"], config["cfg"] if args.cfg is None else args.cfg
     if net["in_channels"] != 3:
-        raise BadInput(f"{ckpt}: draws {net['in_channels']}-channel latents, and only RGB networks can be shown")
+        raise BadInput(f"{ckpt}: draws {net['in_channels']}-channel latents, only RGB can be shown")
     if cfg != 1 and not (net["num_classes"] and config["drop"]):
-        raise BadInput(f"--cfg {cfg}: {ckpt} was trained {'without label drop' if net['num_classes'] else 'without classes'}")
+        lack = "label drop" if net["num_classes"] else "classes"
+        raise BadInput(f"--cfg {cfg}: {ckpt} was trained without {lack}, expected 1")
     if args.classes and args.labels:
         raise BadInput("--classes and --labels: give one of the two")
     if any(value is not None and value < 1 for value in (args.n, args.steps, args.batch_size)):
         raise BadInput("--n, --steps, --batch-size: expected at least 1")
     if args.interval and not 0 <= args.interval[0] <= args.interval[1] < config["T"]:
-        raise BadInput(f"--interval {args.interval[0]} {args.interval[1]}: expected 0 <= LO <= HI < {config['T']}")
-    labels = parse_classes(args.classes, config) if args.classes else args.labels or ("balanced" if args.out.suffix == ".png" else "random")
-    return dict(steps=args.steps or config["sample_steps"], cfg=cfg, interval=args.interval, solver=args.solver,
-                seed=args.seed, labels=labels)
+        raise BadInput(f"--interval {args.interval}: expected 0 <= LO <= HI < {config['T']}")
+    labels = args.labels or ("balanced" if args.out.suffix == ".png" else "random")
+    labels = parse_classes(args.classes, config) if args.classes else labels
+    return dict(steps=args.steps or config["sample_steps"], cfg=cfg, interval=args.interval,
+                solver=args.solver, seed=args.seed, labels=labels)
 
 
 def main():
     args = parse()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # no process group needed
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))   # no process group is needed
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     model, config = load_checkpoint(args.ckpt, args.raw, args.target, args.heads)
     ckpt = Path(args.ckpt) / "ckpt.pt" if Path(args.ckpt).is_dir() else Path(args.ckpt)
     args.out = Path(args.out or ckpt.parent / "samples.png")
@@ -232,8 +241,8 @@ def main():
     folder = args.out.with_name(args.out.name + ".parts") if npz else args.out
     if npz and args.out.exists():
         raise BadInput(f"--out {args.out}: exists already")
-    protocol = dict(checkpoint=hash_file(ckpt), step=config["step"], weights=weights, target=config["target"],
-                    dataset=config["dataset"], size=config["network"]["img_size"], dtype="float32", n=n, **how)
+    protocol = dict(checkpoint=hash_file(ckpt), step=config["step"], weights=weights, n=n, dtype="float32",
+                    **how, target=config["target"], dataset=config["dataset"], size=config["network"]["img_size"])
     claim(folder, protocol)
     path = lambda k: folder / f"{k:06d}.png"
     todo, since = [k for k in range(rank, n, world) if not path(k).exists()], time.time()
@@ -249,8 +258,10 @@ def main():
         print(f"\rwaiting for {missing:,} images of other processes   ", end="", flush=True)
         time.sleep(1)
     if npz:
-        save_npz(args.out, folder, n, [start(args.seed, k, how["labels"], config["network"])[0] for k in range(n)])
-        replace(args.out.with_suffix(".protocol.json"), lambda f: f.write(json.dumps(protocol, indent=1).encode()))
+        labels = [start(args.seed, k, how["labels"], config["network"])[0] for k in range(n)]
+        save_npz(args.out, folder, n, labels)
+        text = json.dumps(protocol, indent=1).encode()
+        replace(args.out.with_suffix(".protocol.json"), lambda f: f.write(text))
         shutil.rmtree(folder)
     print(args.out.resolve())
 

@@ -1,10 +1,10 @@
-"""Train a diffusion model with the Min-SNR weighting. `python train.py` needs nothing: built-in images, CPU, minutes.
+"""Train a diffusion model with the Min-SNR weighting.
 
-    python train.py                                             # shapes, then a grid of samples
-    torchrun --nproc-per-node 8 train.py --dataset imagenet64   # a preset of the paper on packed data in data/imagenet64
+    python train.py                                             # built-in images, CPU, minutes; then a grid
+    torchrun --nproc-per-node 8 train.py --dataset imagenet64   # a preset of the paper, on data/imagenet64
     python train.py --resume                                    # go on where out/shapes was stopped
 
-A run depends on its flags and --seed alone: not on the number of processes or --accum, nor on having been stopped.
+A run depends on its flags and --seed alone: not on the number of processes, --accum, or having been stopped.
 """
 import argparse
 import contextlib
@@ -28,37 +28,37 @@ from diffusion import TARGETS, WEIGHTINGS, Diffusion
 from model_vit import SIZES
 from sample import build_model, grid, read
 
-# One row per result of the paper (celeba64: table 3, FID 2.14; imagenet64: table 4, FID 2.28). Sources: section 4.1 and
-# appendix C; target of imagenet64, label drop and weight decay: the official scripts; sampling steps: appendix C.3.
-# "folder" is any other packed data set, "shapes" the built-in images: both rows are ours.
-#                 model       target  classes  steps   batch   lr    warmup  betas         drop   ema   decay cfg  sample_steps
+# One row per result of the paper (celeba64: table 3, FID 2.14; imagenet64: table 4, FID 2.28): section 4.1 and
+# appendix C; target of imagenet64, label drop and weight decay: the official scripts.
+# "shapes" is the built-in images, "folder" any other packed data set: both rows are ours.
+#                 model    target classes steps batch  lr   warmup  betas     drop   ema decay cfg sample_steps
 PRESETS = {
-    "shapes":     ("vit-tiny", "x0",  8,         2_400,   64, 4e-3,   100, (0.90, 0.99), 0.10, 0.99,   1.0, 1.5, 18),
-    "celeba64":   ("vit-s",    "x0",  0,       500_000,  128, 1e-4, 5_000, (0.99, 0.99), 0.00, 0.9999, 0.0, 1.0, 30),
-    "imagenet64": ("vit-l",    "eps", 1000,    800_000, 1024, 1e-4,     0, (0.99, 0.99), 0.15, 0.9999, 0.0, 1.5, 20),
-    "folder":     ("vit-s",    "x0",  None,    100_000,  128, 1e-4, 1_000, (0.99, 0.99), 0.10, 0.9999, 0.0, 1.5, 30),
+    "shapes":     ("vit-tiny", "x0",  8,      2_400,   64, 4e-3,   100, (.90, .99), .10, .99,   1., 1.5, 18),
+    "celeba64":   ("vit-s",    "x0",  0,    500_000,  128, 1e-4, 5_000, (.99, .99), .00, .9999, 0., 1.0, 30),
+    "imagenet64": ("vit-l",    "eps", 1000, 800_000, 1024, 1e-4,     0, (.99, .99), .15, .9999, 0., 1.5, 20),
+    "folder":     ("vit-s",    "x0",  None, 100_000,  128, 1e-4, 1_000, (.99, .99), .10, .9999, 0., 1.5, 30),
 }
 COLUMNS = "model target classes steps batch_size lr warmup betas drop ema decay cfg sample_steps".split()
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     # what: a flag left out takes the preset's value, or on --resume the run's own
-    add("--dataset", help="preset and data set: shapes, celeba64, imagenet64, or any packed data/NAME (default: shapes)")
+    add("--dataset", help="shapes (default), celeba64, imagenet64, or NAME of any packed data/NAME")
     add("--data", help="packed folder (default: data/DATASET)")
-    add("--size", type=int, help="image side; only the built-in shapes can be had in another size (default: 16)")
+    add("--size", type=int, help="image side, free for the built-in shapes alone (default: 16)")
     add("--model", choices=SIZES, help="network")
     add("--patch", type=int, help="patch side in pixels (default: 4)")
     # the paper
     add("--target", choices=TARGETS, help="what the network predicts")
-    add("--weighting", choices=WEIGHTINGS, help="loss weight over t, defined on the x0 loss (default: min_snr)")
+    add("--weighting", choices=WEIGHTINGS, help="of the loss over t, defined on x0 (default: min_snr)")
     add("--gamma", type=float, help="clamp of min_snr and max_snr (default: 5)")
     add("--schedule", choices=("cosine", "linear"), help="noise schedule (default: cosine)")
     add("--T", type=int, help="timesteps (default: 1000)")
     # optimisation
     add("--steps", type=int, help="total optimizer steps, those before a --resume included")
-    add("--batch-size", type=int, help="global: images per optimizer step, over all processes and accumulation")
+    add("--batch-size", type=int, help="global: images per optimizer step, over all processes")
     add("--lr", type=float, help="peak learning rate of AdamW")
     add("--warmup", type=int, help="steps of linear warm-up")
     add("--decay", type=float, help="share of the run, at its end, in which the rate falls linearly to 0")
@@ -66,7 +66,7 @@ def parse():
     add("--weight-decay", type=float, help="AdamW (default: 0.03)")
     add("--drop", type=float, help="probability of replacing the label by the null label, for guidance")
     add("--ema", type=float, help="rate of the exponential moving average of the weights")
-    add("--flip", action=argparse.BooleanOptionalAction, help="mirror half the images (default: all but shapes)")
+    add("--flip", action=argparse.BooleanOptionalAction, help="mirror half (default: all but shapes)")
     add("--dtype", choices=("float32", "bfloat16", "float64"), help="bfloat16 = autocast (default on a GPU)")
     add("--seed", type=int, help="of everything random (default: 0)")
     add("--cfg", type=float, help="guidance scale of the sample grids")
@@ -77,42 +77,45 @@ def parse():
     add("--out", help="folder of the run (default: out/DATASET)")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--log-every", type=int, default=100)
-    add("--save-every", type=int, default=1000, help="steps between checkpoints; the last step is always saved")
+    add("--save-every", type=int, default=1000, help="steps between checkpoints; the last is always saved")
     add("--sample-every", type=int, default=0, help="steps between sample grids; 0: only after the last step")
-    add("--dry-run", action="store_true", help="time 10 steps, print parameters, speed, memory and total time, write nothing")
+    add("--dry-run", action="store_true", help="print parameters, speed, memory and time, write nothing")
     return parser.parse_args()
 
 
 def configure(args, device, saved=None):
-    """-> (data, config): the preset's row, or on --resume the saved config, under the flags that were given."""
+    """-> (data, config): the preset's row, or on --resume the saved config, under the flags given."""
     name = args.dataset or (saved["dataset"] if saved else "shapes")
     preset = dict(zip(COLUMNS, PRESETS.get(name, PRESETS["folder"])))
     classes = preset.pop("classes")
     preset["betas"] = list(preset["betas"])
     config = saved or dict(
         preset, dataset=name, data=f"data/{name}", weighting="min_snr", gamma=5.0, schedule="cosine", T=1000,
-        weight_decay=0.03, seed=0, patch=4, flip=name != "shapes", dtype="bfloat16" if device.type == "cuda" else "float32")
+        weight_decay=0.03, seed=0, patch=4, flip=name != "shapes",
+        dtype="bfloat16" if device.type == "cuda" else "float32")
     given = {key: value for key, value in vars(args).items() if value is not None and key in config}
     for key, value in given.items() if saved else ():
         if key not in ("steps", "cfg", "sample_steps", "data") and value != config[key]:
-            raise BadInput(f"--{key.replace('_', '-')}: found {value}, the run in {args.out} has {config[key]}")
+            flag = key.replace("_", "-")
+            raise BadInput(f"--{flag}: found {value}, the run in {args.out} has {config[key]}")
     config = {**config, **given}
     if name == "shapes":
         data = built_in(args.size or (saved or {}).get("size", 16), flip=config["flip"])
     else:
         data = Packed(config["data"], config["flip"])
-    for what, found, expected in (("--size", data.size, args.size), ("--size", data.size, (saved or {}).get("size")),
-                                  ("classes", len(data.classes), classes),
-                                  ("classes", data.classes, (saved or {}).get("classes"))):
+    for what, found, expected in (("--size", data.size, args.size), ("size", data.size, config.get("size")),
+                                  ("number of classes", len(data.classes), classes),
+                                  ("classes", data.classes, config.get("classes"))):
         if expected is not None and found != expected:
             raise BadInput(f"{what}: {config['data']} has {found}, expected {expected}")
-    network = dict(img_size=data.size, patch_size=config["patch"], in_channels=data.channels, num_classes=len(data.classes),
-                   T=config["T"], short_run=config["model"] == "vit-tiny", **SIZES[config["model"]])
+    network = dict(img_size=data.size, patch_size=config["patch"], in_channels=data.channels,
+                   num_classes=len(data.classes), T=config["T"], short_run=config["model"] == "vit-tiny",
+                   **SIZES[config["model"]])
     config.update(size=data.size, classes=data.classes, network=network)
     if not data.classes:
         config.update(drop=0.0, cfg=1.0)
     if config["cfg"] != 1 and not config["drop"]:
-        raise BadInput(f"--cfg {config['cfg']}: a model trained with --drop 0 has no unconditional half to guide with")
+        raise BadInput(f"--cfg {config['cfg']}: a model trained with --drop 0 cannot be guided, expected 1")
     bad = [key for key in ("steps", "batch_size", "lr", "T", "gamma", "sample_steps") if not config[key] > 0]
     bad += [key for key in ("drop", "ema", "decay") if not 0 <= config[key] <= 1]
     if bad:
@@ -124,7 +127,7 @@ def draw_step(data, config, step, rows):
     """Everything random in one step, drawn for the whole global batch and cut to this process's rows."""
     B, N, seed = config["batch_size"], len(data), config["seed"]
     g = generator("step", seed, step)
-    places = torch.arange(step * B, (step + 1) * B)                          # in an endless sequence of epochs
+    places = torch.arange(step * B, (step + 1) * B)                      # in an endless sequence of epochs
     indices = torch.cat([epoch_order(N, seed, epoch)[places[places // N == epoch] % N]
                          for epoch in (places // N).unique().tolist()])
     x0, y = data.batch(indices.numpy(), g, rows)
@@ -161,7 +164,7 @@ HEADER = "step,loss,mse," + ",".join(f"x0_mse_{i}" for i in range(10))    # bin 
 
 
 def log_row(step, tally):
-    """tally (10,4): sums of loss, mse, x0-space mse, and the count, in ten bins of t -> one line of log.csv."""
+    """tally (10,4), sums of loss, mse, x0-space mse and 1 in ten bins of t -> one line of log.csv."""
     loss, mse, _, count = tally.sum(0).tolist()
     bins = (tally[:, 2] / tally[:, 3]).tolist()                              # nan where no t fell into a bin
     return f"{step},{loss / count:.9g},{mse / count:.9g}," + ",".join(f"{value:.9g}" for value in bins)
@@ -180,16 +183,16 @@ def peak_rss():
 def main():
     args = parse()
 
-    # -------------------------------------------------------------------------------------- processes and device
+    # ------------------------------------------------------------------------------- processes and device
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     say = print if rank == 0 else lambda *a, **k: None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")                           # TF32 for what autocast leaves in fp32
+        torch.set_float32_matmul_precision("high")                       # TF32 where autocast leaves float32
 
-    # ------------------------------------------------------------------------------------ configuration and data
+    # ----------------------------------------------------------------------------- configuration and data
     args.out = Path(args.out or f"out/{args.dataset or 'shapes'}").resolve()
     ckpt, log_file = args.out / "ckpt.pt", args.out / "log.csv"
     if ckpt.exists() and not (args.resume or args.dry_run):
@@ -200,20 +203,22 @@ def main():
     data, config = configure(args, device, state and dict(state["config"]))
     B, steps = config["batch_size"], config["steps"]
     if B % (world * args.accum):
-        raise BadInput(f"--batch-size {B}: is global and must divide by {world} processes x --accum {args.accum}")
+        raise BadInput(f"--batch-size {B}: global, must divide by {world} processes x --accum {args.accum}")
     micro = B // (world * args.accum)
     rows = slice(rank * B // world, (rank + 1) * B // world)
 
-    # ------------------------------------------------------------------------------------------ network, optimizer
+    # --------------------------------------------------------------------------------- network, optimizer
     torch.manual_seed(config["seed"])
     dtype = torch.float64 if config["dtype"] == "float64" else torch.float32
     try:
-        diffusion = Diffusion(config["schedule"], config["T"], config["target"], config["weighting"], config["gamma"]).to(device)
+        keys = ("schedule", "T", "target", "weighting", "gamma")
+        diffusion = Diffusion(*(config[key] for key in keys)).to(device)
         model = build_model(config).to(device, dtype)
     except ValueError as error:
         raise BadInput(str(error)) from None
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), config["lr"], config["betas"], weight_decay=config["weight_decay"], fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), config["lr"], config["betas"],
+                                  weight_decay=config["weight_decay"], fused=True)
     first, tally, log = 0, torch.zeros(10, 4, dtype=torch.float64, device=device), []
     if state:
         try:
@@ -221,46 +226,49 @@ def main():
             ema.load_state_dict(state["ema"])
             optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"{ckpt}: weights and config disagree ({' '.join(str(error).split())[:200]})") from None
+            why = " ".join(str(error).split())[:200]
+            raise BadInput(f"{ckpt}: weights and config disagree ({why})") from None
         first = state["step"]
-        tally += state["tally"].to(device) * (rank == 0)                     # the sums since the last log line
+        tally += state["tally"].to(device) * (rank == 0)                 # the sums since the last log line
         log = [line for line in log_file.read_text().splitlines()[1:] if int(line.split(",")[0]) <= first]
         state = None                                                         # its memory is needed
     if args.compile:
-        torch._dynamo.config.suppress_errors = True                          # no compiler: a warning, and eager
-        model.compile()                                                      # in place: checkpoint names stay plain
+        torch._dynamo.config.suppress_errors = True                      # no compiler: a warning, and eager
+        model.compile()                                                  # in place: names stay plain
     net, control = model, None
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        control = dist.new_group(backend="gloo")                             # for the stop signal, off the GPU
+        control = dist.new_group(backend="gloo")                         # for the stop signal, off the GPU
         net = torch.nn.parallel.DistributedDataParallel(model, [local] if device.type == "cuda" else None)
 
     def save(step, total):
-        replace(ckpt, lambda f: torch.save(dict(model=model.state_dict(), ema=ema.state_dict(), step=step, config=config,
-                                                optimizer=optimizer.state_dict(), tally=total.cpu()), f))
+        state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
+                     step=step, config=config, tally=total.cpu())
+        replace(ckpt, lambda f: torch.save(state, f))
 
     def picture(step):
-        return grid(ema, config, args.out / f"samples_{step:06d}.png", steps=config["sample_steps"], cfg=config["cfg"],
-                    device=device)
+        path = args.out / f"samples_{step:06d}.png"
+        return grid(ema, config, path, steps=config["sample_steps"], cfg=config["cfg"], device=device)
 
     params = sum(p.numel() for p in model.parameters())
-    say(f"{config['model']} {params / 1e6:.1f}M parameters, {config['target']} prediction, {config['weighting']} weighting, gamma "
-        f"{config['gamma']:g}, {config['dtype']} on {device.type}\n{config['dataset']}: {len(data):,} images {data.size} x "
-        f"{data.size}, {len(data.classes)} classes; global batch {B} = {micro} x {world} processes x {args.accum} accumulation")
+    say(f"{config['model']}: {params / 1e6:.1f}M parameters, {config['target']} prediction, "
+        f"{config['weighting']} weighting, gamma {config['gamma']:g}, {config['dtype']} on {device.type}")
+    say(f"{config['dataset']}: {len(data):,} images {data.size} x {data.size}, {len(data.classes)} classes; "
+        f"global batch {B} = {micro} x {world} processes x {args.accum} accumulation")
     if 1 / (1 - min(config["ema"], 1 - 1e-9)) > steps:
-        say(f"warning: an EMA of {config['ema']} looks back {1 / (1 - config['ema']):,.0f} steps, the run has {steps}")
+        say(f"warning: an EMA of {config['ema']} averages over more steps than the run's {steps}")
     if rank == 0 and not args.dry_run:
         args.out.mkdir(parents=True, exist_ok=True)
         replace(args.out / "config.json", lambda f: f.write(json.dumps(config, indent=1).encode()))
         print(f"writing to {args.out}", flush=True)
 
-    # ------------------------------------------------------------------------------------------------ training loop
+    # -------------------------------------------------------------------------------------- training loop
     stop, signals, finite, tens = 0, [], True, torch.arange(10, device=device)[:, None]
-    for name in (signal.SIGINT, signal.SIGTERM):                             # a second Ctrl-C interrupts at once
+    for name in (signal.SIGINT, signal.SIGTERM):                         # a second Ctrl-C interrupts at once
         signal.signal(name, lambda number, _: (signals.append(number), signal.signal(number, signal.SIG_DFL)))
     pin = torch.Tensor.pin_memory if device.type == "cuda" else lambda part: part
     batches = ahead(lambda step: [pin(part) for part in draw_step(data, config, step, rows)], first, steps)
-    since, waited, mark = time.time(), 0.0, first
+    since, waited, mark, done = time.time(), 0.0, first, first
     for step in range(first, steps):
         # data: prepared by a thread, already cut to this process
         now = time.time()
@@ -277,7 +285,8 @@ def main():
                     loss, mse = diffusion.loss(net, x0[part], t[part], noise[part], y[part])
                 (loss.sum() * (world / B)).backward()                        # DDP divides by world
             with torch.no_grad():
-                sums = torch.stack([loss, mse, mse / diffusion.factor[t[part]], torch.ones_like(mse)], 1).double()
+                x0_mse = mse / diffusion.factor[t[part]]
+                sums = torch.stack([loss, mse, x0_mse, torch.ones_like(mse)], 1).double()
                 tally += (t[part] * 10 // config["T"] == tens).double() @ sums       # (10,B) @ (B,4)
 
         # update of weights and EMA
@@ -333,15 +342,15 @@ def main():
         if rank == 0 and args.sample_every and done % args.sample_every == 0 and not last:
             print(picture(done), flush=True)
 
-    # ---------------------------------------------------------------------------------------------------------- end
+    # ------------------------------------------------------------------------------------------------ end
     if world > 1:
-        time.sleep(0.2)                          # gloo's threads need the GIL to drop their last tensors, and are
-        dist.destroy_process_group()             # joined with the GIL held: without the pause one exit in six hung
+        time.sleep(0.2)                      # gloo's threads need the GIL to drop their last tensors, and are
+        dist.destroy_process_group()         # joined with the GIL held: without the pause 1 exit in 6 hung
     if args.dry_run:
-        seconds, peak = time.time() - since, torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_rss()
-        each = seconds / (done - mark)
-        say(f"dry run: {B / each:,.0f} images/s, {each * 1e3:,.0f} ms a step, peak memory {peak / 2**30:.2f} GiB per process, "
-            f"{(steps - first) * each / 3600:,.2f} hours for {steps - first:,} steps")
+        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_rss()
+        each = (time.time() - since) / max(done - mark, 1)
+        say(f"dry run: {B / each:,.0f} images/s, {each * 1e3:,.0f} ms a step, peak memory {peak / 2**30:.2f} "
+            f"GiB per process, {(steps - first) * each / 3600:,.2f} hours for {steps - first:,} steps")
     elif not finite:
         say(f"step {done}: the loss is not finite; the last checkpoint was left as it is: {ckpt}")
         sys.exit(3)
