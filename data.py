@@ -50,7 +50,7 @@ def generator(*key):
 
 def replace(path, write):
     """write(file) to a neighbour of path, then rename: path is the old file or the new one, never half."""
-    part = Path(f"{path}.{os.getpid()}.part")
+    part = Path(f"{path}.part")                  # one name: what a killed run left is written over
     try:
         with open(part, "wb") as file:
             write(file)
@@ -188,7 +188,7 @@ class Packed(Images):
         labels = np.array(labels)
         low, high = labels.min(initial=0), labels.max(initial=0)
         if low < 0 or high >= max(1, len(names)):
-            raise BadInput(f"{dir}/labels.npy: found {low} .. {high}, expected labels of {len(names)} classes")
+            raise BadInput(f"{dir}/labels.npy: found {low} .. {high}, expected {len(names)} classes")
         super().__init__(images, labels, meta, flip)
 
 

@@ -236,13 +236,14 @@ def main():
             print(grid(model, config, args.out, args.n, device=device, **how).resolve())
         return
 
+    network = config["network"]
     # images into a folder, each under its number, those that are there already left alone
     n, npz = args.n or 64, args.out.suffix == ".npz"
     folder = args.out.with_name(args.out.name + ".parts") if npz else args.out
     if npz and args.out.exists():
         raise BadInput(f"--out {args.out}: exists already")
     protocol = dict(checkpoint=hash_file(ckpt), step=config["step"], weights=weights, n=n, dtype="float32",
-                    **how, target=config["target"], dataset=config["dataset"], size=config["network"]["img_size"])
+                    **how, target=config["target"], dataset=config["dataset"], size=network["img_size"])
     claim(folder, protocol)
     path = lambda k: folder / f"{k:06d}.png"
     todo, since = [k for k in range(rank, n, world) if not path(k).exists()], time.time()
@@ -258,7 +259,7 @@ def main():
         print(f"\rwaiting for {missing:,} images of other processes   ", end="", flush=True)
         time.sleep(1)
     if npz:
-        labels = [start(args.seed, k, how["labels"], config["network"])[0] for k in range(n)]
+        labels = [start(args.seed, k, how["labels"], network)[0] for k in range(n)]
         save_npz(args.out, folder, n, labels)
         text = json.dumps(protocol, indent=1).encode()
         replace(args.out.with_suffix(".protocol.json"), lambda f: f.write(text))

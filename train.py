@@ -28,10 +28,10 @@ from diffusion import TARGETS, WEIGHTINGS, Diffusion
 from model_vit import SIZES
 from sample import build_model, grid, read
 
-# One row per result of the paper (celeba64: table 3, FID 2.14; imagenet64: table 4, FID 2.28): section 4.1 and
+# One row per result of the paper (celeba64: table 3, FID 2.14; imagenet64: table 4, FID 2.28): section 4.1,
 # appendix C; target of imagenet64, label drop and weight decay: the official scripts.
 # "shapes" is the built-in images, "folder" any other packed data set: both rows are ours.
-#                 model    target classes steps batch  lr   warmup  betas     drop   ema decay cfg sample_steps
+#                  model       target classes steps   batch lr   warmup betas       drop ema    decay cfg sample_steps
 PRESETS = {
     "shapes":     ("vit-tiny", "x0",  8,      2_400,   64, 4e-3,   100, (.90, .99), .10, .99,   1., 1.5, 18),
     "celeba64":   ("vit-s",    "x0",  0,    500_000,  128, 1e-4, 5_000, (.99, .99), .00, .9999, 0., 1.0, 30),
@@ -230,7 +230,8 @@ def main():
             raise BadInput(f"{ckpt}: weights and config disagree ({why})") from None
         first = state["step"]
         tally += state["tally"].to(device) * (rank == 0)                 # the sums since the last log line
-        log = [line for line in log_file.read_text().splitlines()[1:] if int(line.split(",")[0]) <= first]
+        lines = log_file.read_text().splitlines()[1:] if log_file.exists() else []
+        log = [line for line in lines if int(line.split(",")[0]) <= first]
         state = None                                                         # its memory is needed
     if args.compile:
         torch._dynamo.config.suppress_errors = True                      # no compiler: a warning, and eager
