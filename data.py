@@ -17,7 +17,9 @@ import random
 import sys
 import threading
 import time
+import warnings
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -32,20 +34,34 @@ class BadInput(ValueError):
     """A user's mistake: its text is the one line that is printed before exit code 2."""
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line too, and which takes no abbreviations."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        raise BadInput(message)
+
+
 def run(main):
     """Call main(); a user's mistake and a full disk become one line and exit code 2, not a traceback."""
     try:
         main()
     except (BadInput, OSError) as error:
-        sys.exit(print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr) or 2)
+        if os.environ.get("LOCAL_RANK", "0") == "0":                     # once, not once a process
+            print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(print("\nstopped: the same command goes on from here", file=sys.stderr) or 130)
+        sys.exit(print("\nstopped", file=sys.stderr) or 130)
 
 
-def generator(*key):
-    """A CPU generator seeded by its purpose, such as ("step", seed, 7): the same numbers on every machine."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))   # mt19937 takes 32 bits
+def generator(purpose, seed, k):
+    """A CPU generator for number k of a purpose ("step" 7 of seed 0): the same numbers on every machine.
+    PyTorch's mt19937 takes 32 bits, so k is added to a hash of the rest: no two of 2^32 k are alike.
+    """
+    digest = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
+    return torch.Generator().manual_seed((int.from_bytes(digest[:4], "little") + k) % 2 ** 32)
 
 
 def replace(path, write):
@@ -55,6 +71,8 @@ def replace(path, write):
         with open(part, "wb") as file:
             write(file)
         os.replace(part, path)
+    except (OSError, RuntimeError) as error:     # torch.save turns a full disk into RuntimeError
+        raise BadInput(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -178,7 +196,13 @@ class Packed(Images):
             meta = json.loads((dir / "meta.json").read_text())
             images, labels = (np.load(dir / f"{name}.npy", mmap_mode="r") for name in ("images", "labels"))
             shape, names = (meta["count"], 3, meta["size"], meta["size"]), meta["classes"]
-        except (ValueError, KeyError, TypeError, EOFError) as error:
+            if type(names) is not list or any(type(name) is not str for name in names):
+                raise TypeError("classes: expected a list of names")
+            if any(type(number) is not int or number < 1 for number in shape):
+                raise TypeError("count, size: expected positive numbers")
+            if any(type(array) is not np.memmap for array in (images, labels)):
+                raise TypeError("images, labels: expected .npy files")
+        except (ValueError, KeyError, TypeError, EOFError, OSError, RecursionError, SyntaxError) as error:
             raise BadInput(f"{dir}: damaged pack ({type(error).__name__}: {error})") from None
         for name, array, expected in (("images", images, (np.dtype("uint8"), shape)),
                                       ("labels", labels, (np.dtype("int64"), shape[:1]))):
@@ -199,8 +223,11 @@ def load_image(path):
     parts on white, CMYK and palettes converted. Raises BadInput that names the file where it cannot be read.
     """
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")                              # of large pictures, odd metadata
             image.load()
+            if max(image.size) > 400 * min(image.size):
+                raise BadInput(f"{image.width} x {image.height} pixels are too narrow to crop a square from")
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):                                   # 16 bits; convert() would clip
                 grey = np.asarray(image).astype(np.int64).clip(0, 65535)
@@ -233,7 +260,7 @@ def list_images(src):
     if not src.is_dir():
         raise BadInput(f"--src {src}: no such folder")
     folders = [entry for entry in src.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-    by_number = all(folder.name.isdigit() for folder in folders)
+    by_number = all(folder.name.isascii() and folder.name.isdecimal() for folder in folders)
     folders.sort(key=lambda folder: int(folder.name) if by_number else folder.name)
     images = {folder: sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
               for folder in folders or [src]}
@@ -266,6 +293,10 @@ def pack_chunk(paths, size, file, first):
 def pack(src, size, out, split="train", classes=None, workers=None):
     """Pack the images below `src` into folder `out`; after a kill it goes on, to the same bytes."""
     out = Path(out)
+    if out.resolve().is_relative_to(Path(src).resolve()):
+        raise BadInput(f"--out {out}: lies in --src {src}; expected another place")
+    if workers is not None and workers < 1:
+        raise BadInput(f"--workers: found {workers}, expected at least 1")
     paths, labels, names = list_images(src)
     if classes is not None and len(names) != classes:
         raise BadInput(f"--src {src}: found {len(names)} class folders, expected --classes {classes}")
@@ -274,18 +305,26 @@ def pack(src, size, out, split="train", classes=None, workers=None):
     meta = dict(dataset=out.name, split=split, count=len(paths), size=size, classes=names, listing=listing,
                 crop="center (ADM)", filter="box halving, then bicubic")
     if (out / "meta.json").exists():
-        if Packed(out).meta == meta:
+        if {**Packed(out).meta, "dataset": out.name} == meta:            # the folder may have been renamed
             return print(f"{out}: already packed, {len(paths):,} images")
         raise BadInput(f"--out {out}: already holds another packed data set; choose a new folder")
     out.mkdir(parents=True, exist_ok=True)
     file, journal, done = out / "images.npy", out / "packing.json", 0
+    shape = (len(paths), 3, size, size)
     if journal.exists():
-        before = json.loads(journal.read_text())
-        if before["meta"] != meta:
-            raise BadInput(f"--out {out}: an unfinished pack of other images or size; remove the folder")
-        done = before["done"]
+        try:
+            before = json.loads(journal.read_text())
+            done = before["done"] if {**before["meta"], "dataset": out.name} == meta else None
+            fits = (rows := np.load(file, mmap_mode="r")).shape == shape and rows.dtype == np.uint8
+        except (ValueError, KeyError, TypeError, OSError):
+            done = None
+        if type(done) is not int or not (fits and 0 <= done <= len(paths)):
+            raise BadInput(f"--out {out}: an unfinished pack of other images or size, or damaged; remove it")
     else:
-        np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=(len(paths), 3, size, size)).flush()
+        np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=shape).flush()
+        if hasattr(os, "posix_fallocate"):                               # a full disk shows now
+            with open(file, "rb+") as f:
+                os.posix_fallocate(f.fileno(), 0, file.stat().st_size)
     note = lambda: replace(journal, lambda f: f.write(json.dumps(dict(meta=meta, done=done)).encode()))
     note()
     since, noted, start = time.time(), time.time(), done
@@ -299,6 +338,8 @@ def pack(src, size, out, split="train", classes=None, workers=None):
                     progress("packed", done, len(paths), since, start)
                     note()
                     noted = time.time()
+        except BrokenProcessPool:
+            raise BadInput(f"--out {out}: a worker was killed (out of memory?); run again") from None
         finally:
             pool.shutdown(cancel_futures=True)
     replace(out / "labels.npy", lambda f: np.save(f, labels))
@@ -335,7 +376,7 @@ def check(dir):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--src", help="folder of images; its sub-folders are the classes")
     add("--size", type=int, help="side of the packed images in pixels")
@@ -348,7 +389,7 @@ def main():
     if args.check:
         return check(args.check)
     if not (args.src and args.out and args.size and args.size > 0):
-        raise BadInput("expected --src DIR --size S --out data/NAME, or --check data/NAME")
+        raise BadInput("expected --src DIR --size S (at least 1) --out data/NAME, or --check data/NAME")
     pack(args.src, args.size, args.out, args.split, args.classes, args.workers)
 
 

@@ -22,6 +22,8 @@ def alphas_cumprod(schedule="cosine", T=1000):
     (Nichol & Dhariwal 2021, eq. 17). "linear": betas from 1e-4 to 0.02, scaled by 1000 / T (Ho et al. 2020).
     Raises ValueError for another name and for a T so small that a beta of the linear schedule reaches 1.
     """
+    if T < 1:
+        raise ValueError(f"T: found {T}, expected at least 1")
     if schedule == "cosine":
         s = torch.arange(T + 1, dtype=torch.float64) / T
         f = torch.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -30,7 +32,7 @@ def alphas_cumprod(schedule="cosine", T=1000):
         betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)
     else:
         raise ValueError(f"schedule: found {schedule!r}, expected 'cosine' or 'linear'")
-    if T < 1 or betas.max() >= 1:
+    if betas.max() >= 1:
         raise ValueError(f"T: found {T}, too few steps for the {schedule} schedule")
     return torch.cumprod(1 - betas, dim=0)
 
@@ -62,13 +64,13 @@ def loss_weight(snr, weighting, target, gamma=5.0):
     Every weighting is defined on the x0 loss and converted once, so that x0, eps and v trained under one
     name minimise the same objective (section 4.2, appendix B). At SNR = 0 (zero terminal SNR) the entry is
     the limit: for min_snr 0 (x0, v) and 1 (eps), where the official code writes 1 for all three.
-    Raises ValueError for unknown names, gamma <= 0, an SNR that is not finite and >= 0, and a combination
-    with no finite limit at an SNR of 0 that the table holds (eps with const, max_snr, sqrt_snr, snr_plus_1).
+    Raises ValueError for unknown names, gamma not in (0, inf), an SNR that is not finite and >= 0, and a
+    combination without a finite limit at an SNR of 0 in the table (eps with const, max_snr, sqrt_snr, snr_plus_1).
     """
     snr = torch.as_tensor(snr, dtype=torch.float64)
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting: found {weighting!r}, expected one of {', '.join(WEIGHTINGS)}")
-    if not gamma > 0:
+    if not 0 < gamma < math.inf:
         raise ValueError(f"gamma: found {gamma}, expected a positive number")
     if not (torch.isfinite(snr) & (snr >= 0)).all():
         raise ValueError("snr: expected finite values >= 0")

@@ -136,7 +136,7 @@ def from_official(state_dict, heads=None):
     except (KeyError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"not a state dict of the official ViT: {error}") from None
     heads = heads or {size["dim"]: size["heads"] for size in SIZES.values() if size["dim"] >= 512}.get(dim)
-    if heads is None:
+    if heads is None or heads < 1:
         raise ValueError(f"heads: must be given, since width {dim} is not one of the paper's")
     side = math.isqrt(tokens - (2 if num_classes else 1))
     T = min(rows, 1000)

@@ -7,9 +7,9 @@
 Image k depends on (checkpoint, seed, k) alone: not on the batch size, the number of processes, or having been
 stopped. The same command finishes what a killed one began.
 """
-import argparse
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -17,13 +17,14 @@ import shutil
 import time
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from data import BadInput, generator, progress, replace, run, tile
+from data import BadInput, Parser, generator, load_image, progress, replace, run, tile
 from diffusion import SOLVERS, TARGETS, Diffusion, sampler
 from model_vit import ViT, from_official
 
@@ -42,11 +43,15 @@ def read(path):
     if not path.is_file():
         raise BadInput(f"{path}: no such checkpoint")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:                           # torch.load skips the checksums
+                if bad := archive.testzip():
+                    raise ValueError(f"{bad} does not match its checksum")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                              # of foreign pickles: refused below
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, EOFError, TypeError,
-            AttributeError, IndexError, UnicodeDecodeError) as error:
+    except (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, KeyError,
+            EOFError, TypeError, AttributeError, IndexError, OSError) as error:
         foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
         why = f"holds a foreign object, {foreign[1]}" if foreign else f"damaged, {type(error).__name__}"
         raise BadInput(f"{path}: cannot be loaded ({why})") from None
@@ -73,15 +78,17 @@ def load_checkpoint(path, raw=False, target=None, heads=None):
         return model.eval(), config
     if missing := {"model", "ema", "step", "config"} - state.keys():
         raise BadInput(f"{path}: not a checkpoint of this project ({', '.join(sorted(missing))} missing)")
-    config = {**state["config"], "step": state["step"]}
-    if target not in (None, config["target"]):
-        raise BadInput(f"--target {target}: {path} was trained to predict {config['target']}")
     try:
+        config = {**state["config"], "step": state["step"]}
+        [config[key] for key in ("dataset", "cfg", "sample_steps", "drop", "classes", "ema")]
+        Diffusion(config["schedule"], config["T"], config["target"])
         model = build_model(config)
         model.load_state_dict(state["model" if raw else "ema"])
-    except (RuntimeError, TypeError, KeyError, ValueError) as error:
+    except (RuntimeError, TypeError, KeyError, ValueError, AttributeError) as error:
         why = " ".join(str(error).split())[:200]
         raise BadInput(f"{path}: weights and config disagree ({why})") from None
+    if target not in (None, config["target"]):
+        raise BadInput(f"--target {target}: {path} was trained to predict {config['target']}")
     return model.eval(), config
 
 
@@ -120,22 +127,24 @@ def grid(model, config, path, n=None, **how):
     sheet = tile(images, columns)
     scale = max(1, 64 // images.shape[-1])                                   # small images are shown larger
     sheet = sheet.resize((sheet.width * scale, sheet.height * scale), Image.NEAREST)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     replace(path, lambda f: sheet.save(f, "PNG"))
     return path
 
 
-def save_npz(path, folder, n, labels):
+def save_npz(path, folder, n, size, labels):
     """PNG files 0 .. n-1 -> npz with arr_0 uint8 (n,S,S,3) and arr_1 labels, never all in memory."""
-    def write(file):
-        with zipfile.ZipFile(file, "w") as archive:
+    def write(out):
+        with zipfile.ZipFile(out, "w") as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                header = dict(descr="|u1", fortran_order=False, shape=(n, size, size, 3))
+                np.lib.format.write_array_header_1_0(member, header)
                 for k in range(n):
-                    with Image.open(folder / f"{k:06d}.png") as image:
-                        if k == 0:
-                            shape = (n, image.height, image.width, 3)
-                            header = dict(descr="|u1", fortran_order=False, shape=shape)
-                            np.lib.format.write_array_header_1_0(member, header)
-                        member.write(image.tobytes())
+                    file = folder / f"{k:06d}.png"
+                    image = load_image(file)
+                    if image.size != (size, size):
+                        raise BadInput(f"{file}: found {image.size}, expected {size, size}")
+                    member.write(image.tobytes())
             with archive.open("arr_1.npy", "w") as member:
                 np.lib.format.write_array(member, np.array(labels, dtype=np.int64))
     replace(path, write)
@@ -155,7 +164,10 @@ def claim(folder, protocol):
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "protocol.json"
     if file.exists():
-        before = json.loads(file.read_text())
+        try:
+            before = dict(json.loads(file.read_text()))
+        except (ValueError, TypeError):
+            raise BadInput(f"{file}: damaged, expected the protocol of the samples beside it") from None
         if other := [key for key in protocol if before.get(key) != protocol[key]]:
             key = other[0]
             found = before.get(key)
@@ -177,7 +189,7 @@ def parse_classes(text, config):
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint, run folder, or a released .pt of the paper")
     add("--out", help="grid .png (default: samples.png beside the checkpoint), folder of PNGs, or .npz")
@@ -205,14 +217,19 @@ def settle(args, config, ckpt):
     if cfg != 1 and not (net["num_classes"] and config["drop"]):
         lack = "label drop" if net["num_classes"] else "classes"
         raise BadInput(f"--cfg {cfg}: {ckpt} was trained without {lack}, expected 1")
-    if args.classes and args.labels:
+    if not 0 <= cfg < math.inf:
+        raise BadInput(f"--cfg: found {cfg}, expected a number >= 0")
+    if args.classes is not None and args.labels:
         raise BadInput("--classes and --labels: give one of the two")
-    if any(value is not None and value < 1 for value in (args.n, args.steps, args.batch_size)):
-        raise BadInput("--n, --steps, --batch-size: expected at least 1")
+    for flag, value in (("n", args.n), ("steps", args.steps), ("batch-size", args.batch_size)):
+        if value is not None and value < 1:
+            raise BadInput(f"--{flag}: found {value}, expected at least 1")
+    if args.interval and cfg == 1:
+        raise BadInput(f"--interval {args.interval}: there is no guidance at --cfg 1")
     if args.interval and not 0 <= args.interval[0] <= args.interval[1] < config["T"]:
         raise BadInput(f"--interval {args.interval}: expected 0 <= LO <= HI < {config['T']}")
     labels = args.labels or ("balanced" if args.out.suffix == ".png" else "random")
-    labels = parse_classes(args.classes, config) if args.classes else labels
+    labels = labels if args.classes is None else parse_classes(args.classes, config)
     return dict(steps=args.steps or config["sample_steps"], cfg=cfg, interval=args.interval,
                 solver=args.solver, seed=args.seed, labels=labels)
 
@@ -225,6 +242,8 @@ def main():
     model, config = load_checkpoint(args.ckpt, args.raw, args.target, args.heads)
     ckpt = Path(args.ckpt) / "ckpt.pt" if Path(args.ckpt).is_dir() else Path(args.ckpt)
     args.out = Path(args.out or ckpt.parent / "samples.png")
+    if args.out.suffix not in ("", ".png", ".npz") and not args.out.is_dir():
+        raise BadInput(f"--out {args.out}: expected a .png grid, an .npz, or a folder for PNGs")
     how = settle(args, config, ckpt)
     weights = "raw" if args.raw else f"EMA {config['ema']}" if config["ema"] else "as released"
     if rank == 0:
@@ -240,8 +259,10 @@ def main():
     # images into a folder, each under its number, those that are there already left alone
     n, npz = args.n or 64, args.out.suffix == ".npz"
     folder = args.out.with_name(args.out.name + ".parts") if npz else args.out
-    if npz and args.out.exists():
-        raise BadInput(f"--out {args.out}: exists already")
+    if npz and args.out.exists():                                        # written last, before the clean-up
+        if rank == 0 and not folder.exists():
+            raise BadInput(f"--out {args.out}: exists already")
+        return shutil.rmtree(folder, ignore_errors=True) if rank == 0 else None
     protocol = dict(checkpoint=hash_file(ckpt), step=config["step"], weights=weights, n=n, dtype="float32",
                     **how, target=config["target"], dataset=config["dataset"], size=network["img_size"])
     claim(folder, protocol)
@@ -260,10 +281,10 @@ def main():
         time.sleep(1)
     if npz:
         labels = [start(args.seed, k, how["labels"], network)[0] for k in range(n)]
-        save_npz(args.out, folder, n, labels)
         text = json.dumps(protocol, indent=1).encode()
         replace(args.out.with_suffix(".protocol.json"), lambda f: f.write(text))
-        shutil.rmtree(folder)
+        save_npz(args.out, folder, n, network["img_size"], labels)
+        shutil.rmtree(folder, ignore_errors=True)
     print(args.out.resolve())
 
 

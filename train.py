@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data import BadInput, Packed, built_in, generator, replace, run
+from data import BadInput, Packed, Parser, built_in, generator, replace, run
 from diffusion import TARGETS, WEIGHTINGS, Diffusion
 from model_vit import SIZES
 from sample import build_model, grid, read
@@ -38,11 +38,17 @@ PRESETS = {
     "imagenet64": ("vit-l",    "eps", 1000, 800_000, 1024, 1e-4,     0, (.99, .99), .15, .9999, 0., 1.5, 20),
     "folder":     ("vit-s",    "x0",  None, 100_000,  128, 1e-4, 1_000, (.99, .99), .10, .9999, 0., 1.5, 30),
 }
+FREE = "steps cfg sample_steps data log_every save_every sample_every".split()       # may change on --resume
+MANY, BELOW_1 = 2 ** 62, 1 - 1e-9
+RANGES = dict(steps=(1, MANY), batch_size=(1, 1e6), lr=(1e-12, 1e3), warmup=(0, MANY), decay=(0, 1),
+              drop=(0, 0.999), betas=(0, BELOW_1), ema=(0, BELOW_1), weight_decay=(0, 1e3), gamma=(1e-12, 1e12),
+              T=(1, 1e6), patch=(1, 1e4), size=(1, 1e4), seed=(0, MANY), cfg=(0, 1e3), sample_steps=(1, 1e4),
+              accum=(1, 1e6), log_every=(1, MANY), save_every=(1, MANY), sample_every=(0, MANY))
 COLUMNS = "model target classes steps batch_size lr warmup betas drop ema decay cfg sample_steps".split()
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     # what: a flag left out takes the preset's value, or on --resume the run's own
     add("--dataset", help="shapes (default), celeba64, imagenet64, or NAME of any packed data/NAME")
@@ -57,7 +63,8 @@ def parse():
     add("--schedule", choices=("cosine", "linear"), help="noise schedule (default: cosine)")
     add("--T", type=int, help="timesteps (default: 1000)")
     # optimisation
-    add("--steps", type=int, help="total optimizer steps, those before a --resume included")
+    add("--steps", type=int, help="total optimizer steps, those before a --resume included; with --decay\n"
+                                  "another total is another learning rate, not the same run prolonged")
     add("--batch-size", type=int, help="global: images per optimizer step, over all processes")
     add("--lr", type=float, help="peak learning rate of AdamW")
     add("--warmup", type=int, help="steps of linear warm-up")
@@ -76,31 +83,42 @@ def parse():
     add("--compile", action="store_true", help="torch.compile the network")
     add("--out", help="folder of the run (default: out/DATASET)")
     add("--resume", action="store_true", help="go on with the run in --out")
-    add("--log-every", type=int, default=100)
-    add("--save-every", type=int, default=1000, help="steps between checkpoints; the last is always saved")
-    add("--sample-every", type=int, default=0, help="steps between sample grids; 0: only after the last step")
+    add("--log-every", type=int, help="steps between log lines (default: 100)")
+    add("--save-every", type=int, help="steps between checkpoints; the last is always saved (default: 1000)")
+    add("--sample-every", type=int, help="steps between sample grids; 0: only at the end (default: 0)")
     add("--dry-run", action="store_true", help="print parameters, speed, memory and time, write nothing")
     return parser.parse_args()
 
 
 def configure(args, device, saved=None):
     """-> (data, config): the preset's row, or on --resume the saved config, under the flags given."""
-    name = args.dataset or (saved["dataset"] if saved else "shapes")
+    name = args.dataset or (saved or {}).get("dataset", "shapes")
     preset = dict(zip(COLUMNS, PRESETS.get(name, PRESETS["folder"])))
     classes = preset.pop("classes")
-    preset["betas"] = list(preset["betas"])
-    config = saved or dict(
-        preset, dataset=name, data=f"data/{name}", weighting="min_snr", gamma=5.0, schedule="cosine", T=1000,
-        weight_decay=0.03, seed=0, patch=4, flip=name != "shapes",
-        dtype="bfloat16" if device.type == "cuda" else "float32")
+    config = dict(preset, dataset=name, data=f"data/{name}", weighting="min_snr", gamma=5.0,
+                  schedule="cosine", T=1000, betas=list(preset["betas"]), weight_decay=0.03, seed=0, patch=4,
+                  flip=name != "shapes", dtype="bfloat16" if device.type == "cuda" else "float32",
+                  log_every=100, save_every=1000, sample_every=0)
     given = {key: value for key, value in vars(args).items() if value is not None and key in config}
-    for key, value in given.items() if saved else ():
-        if key not in ("steps", "cfg", "sample_steps", "data") and value != config[key]:
-            flag = key.replace("_", "-")
-            raise BadInput(f"--{flag}: found {value}, the run in {args.out} has {config[key]}")
+    if saved is not None:
+        if missing := sorted({*config, "size", "classes"} - saved.keys()):
+            raise BadInput(f"{args.out}/ckpt.pt: its config lacks {', '.join(missing)}")
+        for key, value in given.items():
+            if key not in FREE and value != saved[key]:
+                flag = key.replace("_", "-")
+                raise BadInput(f"--{flag}: found {value}, the run in {args.out} has {saved[key]}")
+        config = saved
     config = {**config, **given}
+    for key, (low, high) in RANGES.items():
+        value = config.get(key, getattr(args, key, None))
+        parts = value if key == "betas" else [] if value is None else [value]
+        if not all(low <= part <= high for part in parts):
+            raise BadInput(f"--{key.replace('_', '-')}: found {value}, expected {low:g} to {high:g}")
+
+    if name == "shapes" and args.data:
+        raise BadInput(f"--data {args.data}: shapes are built in; name the data set with --dataset")
     if name == "shapes":
-        data = built_in(args.size or (saved or {}).get("size", 16), flip=config["flip"])
+        data = built_in(config.get("size", args.size or 16), flip=config["flip"])
     else:
         data = Packed(config["data"], config["flip"])
     for what, found, expected in (("--size", data.size, args.size), ("size", data.size, config.get("size")),
@@ -108,19 +126,18 @@ def configure(args, device, saved=None):
                                   ("classes", data.classes, config.get("classes"))):
         if expected is not None and found != expected:
             raise BadInput(f"{what}: {config['data']} has {found}, expected {expected}")
-    network = dict(img_size=data.size, patch_size=config["patch"], in_channels=data.channels,
-                   num_classes=len(data.classes), T=config["T"], short_run=config["model"] == "vit-tiny",
-                   **SIZES[config["model"]])
-    config.update(size=data.size, classes=data.classes, network=network)
+    if data.size % config["patch"]:
+        raise BadInput(f"--patch: found {config['patch']}, expected a divisor of the image side {data.size}")
     if not data.classes:
+        if args.drop or (args.cfg or 1) != 1:
+            raise BadInput(f"--drop, --cfg: {config['data']} has no classes, expected 0 and 1")
         config.update(drop=0.0, cfg=1.0)
     if config["cfg"] != 1 and not config["drop"]:
         raise BadInput(f"--cfg {config['cfg']}: a model trained with --drop 0 cannot be guided, expected 1")
-    bad = [key for key in ("steps", "batch_size", "lr", "T", "gamma", "sample_steps") if not config[key] > 0]
-    bad += [key for key in ("drop", "ema", "decay") if not 0 <= config[key] <= 1]
-    if bad:
-        raise BadInput(f"--{bad[0].replace('_', '-')}: found {config[bad[0]]}, out of range")
-    return data, config
+    network = dict(img_size=data.size, patch_size=config["patch"], in_channels=data.channels,
+                   num_classes=len(data.classes), T=config["T"], short_run=config["model"] == "vit-tiny",
+                   **SIZES[config["model"]])
+    return data, {**config, "size": data.size, "classes": data.classes, "network": network}
 
 
 def draw_step(data, config, step, rows):
@@ -198,10 +215,17 @@ def main():
     if ckpt.exists() and not (args.resume or args.dry_run):
         raise BadInput(f"--out {args.out}: holds a run already; go on with --resume or choose another folder")
     state = read(ckpt) if args.resume else None
-    if state and (missing := {"model", "ema", "optimizer", "step", "config", "tally"} - state.keys()):
-        raise BadInput(f"{ckpt}: not a checkpoint to resume from ({', '.join(sorted(missing))} missing)")
-    data, config = configure(args, device, state and dict(state["config"]))
+    for part, kind in (("model", dict), ("ema", dict), ("optimizer", dict), ("config", dict), ("step", int),
+                       ("tally", torch.Tensor)) if state else ():
+        if not isinstance(state.get(part), kind):
+            raise BadInput(f"{ckpt}: not a checkpoint to resume from ({part} missing or damaged)")
+    data, config = configure(args, device, state and state["config"])
     B, steps = config["batch_size"], config["steps"]
+    log_every, save_every, sample_every = (config[f"{what}_every"] for what in ("log", "save", "sample"))
+    if state and not 0 <= state["step"] <= steps:
+        raise BadInput(f"--steps: found {steps}, the run in {args.out} has done {state['step']}")
+    if state and steps != state["config"]["steps"] and config["decay"]:
+        say(f"warning: --steps was {state['config']['steps']}, so the past was not that of a {steps}-step run")
     if B % (world * args.accum):
         raise BadInput(f"--batch-size {B}: global, must divide by {world} processes x --accum {args.accum}")
     micro = B // (world * args.accum)
@@ -225,13 +249,16 @@ def main():
             model.load_state_dict(state["model"])
             ema.load_state_dict(state["ema"])
             optimizer.load_state_dict(state["optimizer"])
+            for p, moments in optimizer.state.items():
+                if not p.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape:
+                    raise ValueError("optimizer moments of another shape")
+            tally += state["tally"].to(tally) * (rank == 0)              # the sums since the last log line
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             why = " ".join(str(error).split())[:200]
             raise BadInput(f"{ckpt}: weights and config disagree ({why})") from None
         first = state["step"]
-        tally += state["tally"].to(device) * (rank == 0)                 # the sums since the last log line
-        lines = log_file.read_text().splitlines()[1:] if log_file.exists() else []
-        log = [line for line in lines if int(line.split(",")[0]) <= first]
+        lines = log_file.read_text(errors="replace").splitlines() if log_file.exists() else []
+        log = [line for line in lines if (number := line.split(",")[0]).isdecimal() and int(number) <= first]
         state = None                                                         # its memory is needed
     if args.compile:
         torch._dynamo.config.suppress_errors = True                      # no compiler: a warning, and eager
@@ -305,7 +332,7 @@ def main():
             dist.all_reduce(flag, dist.ReduceOp.MAX, group=control)
             stop = int(flag)
         if args.dry_run:
-            if done == first + 3:
+            if done == first + 3 < steps:
                 wait(device)
                 since, mark = time.time(), done
             if done == min(first + 10, steps) or stop:
@@ -315,12 +342,12 @@ def main():
 
         # log, save, sample
         last = done == steps
-        logs, saves = last or done % args.log_every == 0, last or stop or done % args.save_every == 0
+        logs, saves = last or done % log_every == 0, last or stop or done % save_every == 0
         if logs or saves:
             total = tally.clone()
             if world > 1:
                 dist.all_reduce(total)
-            finite = math.isfinite(total[:, 0].sum())
+            finite = math.isfinite(total[:, 0].sum()) and all(p.isfinite().all() for p in model.parameters())
             if not finite:
                 break
         if logs:
@@ -340,23 +367,25 @@ def main():
             save(done, total)
         if stop:
             break
-        if rank == 0 and args.sample_every and done % args.sample_every == 0 and not last:
+        if rank == 0 and sample_every and done % sample_every == 0 and not last:
             print(picture(done), flush=True)
 
     # ------------------------------------------------------------------------------------------------ end
     if world > 1:
         time.sleep(0.2)                      # gloo's threads need the GIL to drop their last tensors, and are
         dist.destroy_process_group()         # joined with the GIL held: without the pause 1 exit in 6 hung
-    if args.dry_run:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if args.dry_run and not stop:
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_rss()
         each = (time.time() - since) / max(done - mark, 1)
         say(f"dry run: {B / each:,.0f} images/s, {each * 1e3:,.0f} ms a step, peak memory {peak / 2**30:.2f} "
             f"GiB per process, {(steps - first) * each / 3600:,.2f} hours for {steps - first:,} steps")
     elif not finite:
-        say(f"step {done}: the loss is not finite; the last checkpoint was left as it is: {ckpt}")
+        say(f"step {done}: loss or weights are not finite; an earlier checkpoint was left as it is: {ckpt}")
         sys.exit(3)
     elif stop:
-        say(f"stopped by signal {stop}; checkpoint of step {done}: {ckpt}; go on with --resume")
+        say("stopped" if args.dry_run else f"stopped; checkpoint of step {done}: {ckpt}; go on with --resume")
         sys.exit(128 + stop)
     elif rank == 0:
         print(picture(steps))

@@ -206,10 +206,10 @@ def test_batches_scale_flip_and_slice():
     x, y = pool.batch(indices)
     assert x.shape == (6, 3, 16, 16) and x.dtype == torch.float32 and torch.equal(y, torch.tensor([7, 3, 4, 3, 4, 3]))
     assert torch.allclose(x, torch.from_numpy(pool.images[indices]).float() / 127.5 - 1) and x.min() >= -1 and x.max() <= 1
-    flipped, _ = pool.batch(indices, generator("test", 1))
+    flipped, _ = pool.batch(indices, generator("test", 0, 1))
     same, mirrored = ((flipped == other).flatten(1).all(1) for other in (x, x.flip(3)))
     assert (same | mirrored).all() and same.any() and mirrored.any()
-    parts = [pool.batch(indices, generator("test", 1), rows)[0] for rows in (slice(0, 2), slice(2, 6))]
+    parts = [pool.batch(indices, generator("test", 0, 1), rows)[0] for rows in (slice(0, 2), slice(2, 6))]
     assert torch.equal(torch.cat(parts), flipped)
-    many = torch.cat([built_in(16, 50, flip=True).batch([9], generator("test", i))[0] for i in range(200)])
+    many = torch.cat([built_in(16, 50, flip=True).batch([9], generator("test", 0, i))[0] for i in range(200)])
     assert 60 < (many == pool.batch([9])[0]).flatten(1).all(1).sum() < 140

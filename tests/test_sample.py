@@ -95,6 +95,9 @@ def test_npz_and_folder_hold_the_same_images_with_their_protocol(ckpt, script, t
     assert not (tmp_path / "file.npz.parts").exists()
     assert "n 11" in script("sample.py", *words[:2], "--n", 12, *words[4:], "--out", "folder", code=2)
     assert "exists" in script("sample.py", *words, "--out", "file.npz", code=2)
+    os.rename(tmp_path / "folder", tmp_path / "late.npz.parts")              # killed before the npz was made of them
+    script("sample.py", *words, "--out", "late.npz", torchrun=2)
+    assert np.load(tmp_path / "late.npz")["arr_0"].shape == (11, 8, 8, 3) and not (tmp_path / "late.npz.parts").exists()
 
 
 def test_finishes_what_a_killed_run_began(ckpt, script, start_script, tmp_path):
@@ -165,7 +168,9 @@ def test_refusals(ckpt, script, tmp_path):
         assert named in script("sample.py", "--ckpt", name, code=2), name
     assert "without label drop" in script("sample.py", "--ckpt", "nodrop.pt", "--cfg", 1.5, code=2)
     script("sample.py", "--ckpt", "nodrop.pt")
-    for words in (("--target", "eps"), ("--n", 0), ("--interval", 800, 0), ("--classes", "a", "--labels", "random")):
+    for words in (("--target", "eps"), ("--n", 0), ("--interval", 800, 0), ("--classes", "a", "--labels", "random"),
+                  ("--steps", -1), ("--batch-size", 0), ("--cfg", "nan"), ("--cfg", -1), ("--interval", 0, 800, "--cfg", 1),
+                  ("--classes", ""), ("--out", "x.jpg"), ("--seeds", 1), ("--solver", "ddim")):
         assert words[0].lstrip("-") in script("sample.py", "--ckpt", ckpt, *words, code=2)
     assert not (tmp_path / "pwned").exists() and ckpt.read_bytes() == whole
     with pytest.raises(BadInput):

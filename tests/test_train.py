@@ -1,4 +1,5 @@
 """The training loop: exact resume, one result on any number of processes, EMA, checkpoints, refusals."""
+import copy
 import csv
 import json
 import os
@@ -39,9 +40,9 @@ def test_stopped_by_sigkill_and_resumed_is_the_same_to_the_bit(script, start_scr
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert read(tmp_path / "parts/ckpt.pt")["step"] in (7, 14)
-    script("train.py", *TINY, "--steps", 20, "--save-every", 7, "--out", "parts", "--resume")
+    script("train.py", "--out", "parts", "--resume")                         # the run remembers its flags
     whole, parts = (read(tmp_path / name / "ckpt.pt") for name in ("whole", "parts"))
-    assert whole["step"] == parts["step"] == 20 and whole["config"] == parts["config"]
+    assert whole["step"] == parts["step"] == 20 and {**whole["config"], "save_every": 7} == parts["config"]
     for part in ("model", "ema", "optimizer", "tally"):
         assert distance(whole[part], parts[part]) == 0, part
     assert (tmp_path / "whole/log.csv").read_bytes() == (tmp_path / "parts/log.csv").read_bytes()
@@ -220,14 +221,39 @@ def test_steps_saves_and_dry_run(script, tmp_path):
 def test_refusals(script, tmp_path):
     script("train.py", *TINY, "--steps", 2, "--out", "run")
     before = (tmp_path / "run/ckpt.pt").read_bytes()
-    for words, named in (((), "--resume"), (("--resume", "--lr", 0.5), "--lr: found 0.5"), (("--resume", "--size", 32), "--size: found 32"),
+    for words, named in (((), "--resume"), (("--resume", "--lr", 0.5), "--lr: found 0.5"), (("--resume", "--size", 32), "--size"),
                          (("--resume", "--batch-size", 9), "--batch-size"), (("--resume", "--dataset", "pets"), "--dataset")):
         assert named in script("train.py", *words, "--out", "run", code=2)
     for words, named in ((("--batch-size", 9, "--accum", 2), "must divide"), (("--drop", 0, "--cfg", 1.5), "--drop 0"),
-                         (("--dataset", "pets"), "data/pets"), (("--size", 18), "patch size"), (("--gamma", -1), "--gamma"),
+                         (("--dataset", "pets"), "data/pets"), (("--size", 18), "--patch"), (("--gamma", -1), "--gamma"),
                          (("--resume",), "no such checkpoint"), (("--schedule", "linear", "--T", 5), "too few")):
         assert named in script("train.py", *words, "--steps", 2, "--out", "other", code=2)
+    for flag, values in dict(steps=(0,), batch_size=(0, -1), lr=(0, "nan", "inf"), warmup=(-1,), decay=(-1, 2), drop=(1, -1),
+                             betas=("1 .9", "nan .9"), ema=(1, -1), weight_decay=(-1, "nan"), gamma=(0, "inf"), T=(0, 10 ** 12),
+                             patch=(0, -4), size=(-16, 10 ** 6), seed=(-1, 10 ** 30), cfg=("nan", -1), sample_steps=(0,),
+                             accum=(0, -1), log_every=(0,), save_every=(-1,), sample_every=(-1,), model=("vit-x",),
+                             nonsense=(1,), step=(3,)).items():
+        flag = "--" + flag.replace("_", "-") if flag != "T" else "--T"
+        for value in values:
+            assert flag in script("train.py", flag, *str(value).split(), "--out", "other", code=2), (flag, value)
+    assert "--data" in script("train.py", "--data", "x", "--out", "other", code=2)
     assert not (tmp_path / "other").exists() and (tmp_path / "run/ckpt.pt").read_bytes() == before
+    assert "has done 2" in script("train.py", "--resume", "--steps", 1, "--out", "run", code=2)
+    state = read(tmp_path / "run/ckpt.pt")
+    moments = copy.deepcopy(state["optimizer"])
+    moments["state"][0]["exp_avg"] = torch.zeros(3)
+    for change in (dict(config=[]), dict(config={}), dict(config={**state["config"], "model": "vit-s"}), dict(step="2"), dict(step=-1),
+                   dict(tally=torch.zeros(3)), dict(optimizer={}), dict(optimizer=moments), dict(model={})):
+        torch.save({**state, **change}, tmp_path / "run/ckpt.pt")
+        script("train.py", "--resume", "--out", "run", code=2)
+    flipped = bytearray(before)
+    flipped[len(before) // 2] ^= 4
+    (tmp_path / "run/ckpt.pt").write_bytes(flipped)
+    script("train.py", "--resume", "--out", "run", code=2)
+    (tmp_path / "run/ckpt.pt").write_bytes(before)
+    (tmp_path / "run/log.csv").write_text("\nnonsense\n")
+    script("train.py", "--resume", "--out", "run")
+    script("train.py", *TINY, "--steps", 3, "--dry-run")
 
 
 def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(script, tmp_path):
