@@ -14,6 +14,7 @@ import math
 import multiprocessing
 import os
 import random
+import struct
 import sys
 import threading
 import time
@@ -238,7 +239,7 @@ def load_image(path):
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise BadInput(f"{path}: cannot be read as an image ({error})") from None
 
 
@@ -259,12 +260,13 @@ def list_images(src):
     src = Path(src)
     if not src.is_dir():
         raise BadInput(f"--src {src}: no such folder")
-    folders = [entry for entry in src.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    shown = lambda path: not path.name.startswith((".", "__MACOSX"))
+    folders = [entry for entry in src.iterdir() if entry.is_dir() and shown(entry)]
     by_number = all(folder.name.isascii() and folder.name.isdecimal() for folder in folders)
     folders.sort(key=lambda folder: int(folder.name) if by_number else folder.name)
-    images = {folder: sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-              for folder in folders or [src]}
-    if folders and (loose := sorted(path for path in src.iterdir() if path.suffix.lower() in SUFFIXES)):
+    pick = lambda found: sorted(path for path in found if path.suffix.lower() in SUFFIXES and shown(path))
+    images = {folder: pick(folder.rglob("*")) for folder in folders or [src]}
+    if folders and (loose := pick(src.iterdir())):
         raise BadInput(f"{loose[0]}: an image beside class folders ({folders[0].name}, ...) has no class")
     if not any(images.values()):
         raise BadInput(f"--src {src}: no images found ({' '.join(SUFFIXES)})")

@@ -109,12 +109,13 @@ def start(seed, k, labels, network):
     return label, torch.randn(network["in_channels"], network["img_size"], network["img_size"], generator=g)
 
 
-def draw(model, config, ks, seed=0, labels="balanced", device="cpu", **how):
+def draw(model, config, ks, seed=0, labels="balanced", **how):
     """The images of numbers ks, uint8 (N,C,S,S); `how` is steps, cfg, interval and solver of `sampler`."""
     y, z = zip(*(start(seed, k, labels, config["network"]) for k in ks))
-    y = torch.tensor(y, device=device) if config["network"]["num_classes"] else None
+    weight = next(model.parameters())                                        # of the device and dtype to draw in
+    y = torch.tensor(y, device=weight.device) if config["network"]["num_classes"] else None
     diffusion = Diffusion(config["schedule"], config["T"], config["target"])
-    return to_uint8(sampler(model, diffusion, torch.stack(z).to(next(model.parameters())), y, **how)).cpu()
+    return to_uint8(sampler(model, diffusion, torch.stack(z).to(weight), y, **how)).cpu()
 
 
 def grid(model, config, path, n=None, **how):
@@ -162,7 +163,7 @@ def hash_file(path):
 def claim(folder, protocol):
     """Make `folder` the place of this protocol; one that holds other samples is refused."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "protocol.json"
+    file, used = folder / "protocol.json", any(folder.glob("*.png"))     # in this order: others may be starting
     if file.exists():
         try:
             before = dict(json.loads(file.read_text()))
@@ -172,7 +173,7 @@ def claim(folder, protocol):
             key = other[0]
             found = before.get(key)
             raise BadInput(f"--out {folder}: holds samples with {key} {found!r}, not {protocol[key]!r}")
-    elif any(folder.glob("*.png")):
+    elif used:
         raise BadInput(f"--out {folder}: holds images without protocol.json; choose a new folder")
     else:
         replace(file, lambda f: f.write(json.dumps(protocol, indent=1).encode()))
@@ -250,9 +251,10 @@ def main():
         print(f"{ckpt}: {config['target']} prediction, weights: {weights} @ step {config['step']}; "
               f"{how['solver']} {how['steps']} steps, cfg {how['cfg']}", flush=True)
     model.to(device)
+    torch.backends.cudnn.allow_tf32 = False                                  # float32 means float32
     if args.out.suffix == ".png":
         if rank == 0:
-            print(grid(model, config, args.out, args.n, device=device, **how).resolve())
+            print(grid(model, config, args.out, args.n, **how).resolve())
         return
 
     network = config["network"]
@@ -270,7 +272,7 @@ def main():
     todo, since = [k for k in range(rank, n, world) if not path(k).exists()], time.time()
     for i in range(0, len(todo), args.batch_size):
         ks = todo[i:i + args.batch_size]
-        for k, image in zip(ks, draw(model, config, ks, device=device, **how).permute(0, 2, 3, 1).numpy()):
+        for k, image in zip(ks, draw(model, config, ks, **how).permute(0, 2, 3, 1).numpy()):
             replace(path(k), lambda f: Image.fromarray(image).save(f, "PNG", compress_level=1))
         if rank == 0:
             progress("images", min(i + args.batch_size, len(todo)), len(todo), since)

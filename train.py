@@ -123,7 +123,8 @@ def configure(args, device, saved=None):
         data = Packed(config["data"], config["flip"])
     for what, found, expected in (("--size", data.size, args.size), ("size", data.size, config.get("size")),
                                   ("number of classes", len(data.classes), classes),
-                                  ("classes", data.classes, config.get("classes"))):
+                                  ("classes", data.classes, config.get("classes")),
+                                  ("list of images", data.meta.get("listing"), config.get("listing"))):
         if expected is not None and found != expected:
             raise BadInput(f"{what}: {config['data']} has {found}, expected {expected}")
     if data.size % config["patch"]:
@@ -137,7 +138,8 @@ def configure(args, device, saved=None):
     network = dict(img_size=data.size, patch_size=config["patch"], in_channels=data.channels,
                    num_classes=len(data.classes), T=config["T"], short_run=config["model"] == "vit-tiny",
                    **SIZES[config["model"]])
-    return data, {**config, "size": data.size, "classes": data.classes, "network": network}
+    return data, {**config, "size": data.size, "classes": data.classes, "network": network,
+                  "listing": data.meta.get("listing")}
 
 
 def draw_step(data, config, step, rows):
@@ -207,7 +209,6 @@ def main():
     say = print if rank == 0 else lambda *a, **k: None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")                       # TF32 where autocast leaves float32
 
     # ----------------------------------------------------------------------------- configuration and data
     args.out = Path(args.out or f"out/{args.dataset or 'shapes'}").resolve()
@@ -220,6 +221,8 @@ def main():
         if not isinstance(state.get(part), kind):
             raise BadInput(f"{ckpt}: not a checkpoint to resume from ({part} missing or damaged)")
     data, config = configure(args, device, state and state["config"])
+    if config["dtype"] == "bfloat16":
+        torch.set_float32_matmul_precision("high")                       # TF32 where autocast leaves float32
     B, steps = config["batch_size"], config["steps"]
     log_every, save_every, sample_every = (config[f"{what}_every"] for what in ("log", "save", "sample"))
     if state and not 0 <= state["step"] <= steps:
@@ -276,7 +279,7 @@ def main():
 
     def picture(step):
         path = args.out / f"samples_{step:06d}.png"
-        return grid(ema, config, path, steps=config["sample_steps"], cfg=config["cfg"], device=device)
+        return grid(ema, config, path, steps=config["sample_steps"], cfg=config["cfg"])
 
     params = sum(p.numel() for p in model.parameters())
     say(f"{config['model']}: {params / 1e6:.1f}M parameters, {config['target']} prediction, "
@@ -353,9 +356,8 @@ def main():
         if logs:
             log.append(log_row(done, total))
             seconds, since = time.time() - since, time.time()
-            loss, mse, x0_mse, count = total.sum(0).tolist()
-            own = "" if config["target"] == "x0" else f"{config['target']} mse {mse / count:.4f}   "
-            say(f"step {done:,} / {steps:,}   loss {loss / count:.4f}   {own}x0 mse {x0_mse / count:.4f}   "
+            loss, mse, _, count = total.sum(0).tolist()
+            say(f"step {done:,} / {steps:,}   loss {loss / count:.4f}   {config['target']} mse {mse / count:.4f}   "
                 f"{(done - mark) * B / seconds:,.0f} images/s   data {waited / seconds:.1%}   "
                 f"{(steps - done) * seconds / (done - mark) / 60:.1f} min left", flush=True)
             mark, waited = done, 0.0

@@ -37,7 +37,7 @@ def test_shapes_depend_on_index_and_size_alone(size):
     images, labels = shapes(range(24), size)
     assert images.shape == (24, 3, size, size) and images.dtype == np.uint8 and labels.dtype == np.int64
     again, _ = shapes([17, 3, 5], size)
-    assert np.array_equal(again, images[[17, 3, 5]])
+    assert np.array_equal(again, images[[17, 3, 5]]) and labels.tolist() == [i % 8 for i in range(24)]
     assert len({image.tobytes() for image in images}) == 24 and set(labels) == set(range(8)) and len(data.SHAPES) == 8
     colours = [len(np.unique(image.reshape(3, -1).T, axis=0)) for image in images]
     assert min(colours) > 4                                                  # two colours and the smooth edge between
@@ -107,6 +107,14 @@ def test_center_crop():
     found = center_crop(image, 24)
     error = np.abs(found - a[:, 8:32])                                       # Pillow rounds after each direction
     assert found.shape == (24, 24, 3) and error.max() <= 2 and error.mean() < 0.7
+    for width, height in ((37, 53), (53, 37), (31, 97)):                     # the recipe in full, odd sizes
+        image = picture((width, height))
+        while min(image.size) >= 48:
+            image = image.resize((image.size[0] // 2, image.size[1] // 2), resample=Image.BOX)
+        scale = 24 / min(image.size)
+        image = image.resize(tuple(round(side * scale) for side in image.size), resample=Image.BICUBIC)
+        a, x, y = np.array(image), (image.size[0] - 24) // 2, (image.size[1] - 24) // 2
+        assert np.array_equal(center_crop(picture((width, height)), 24), a[y:y + 24, x:x + 24])
     for width, height in ((24, 24), (25, 31), (31, 25), (7, 90), (500, 26)):  # smaller sides are enlarged
         assert center_crop(picture((width, height)), 24).shape == (24, 24, 3)
 
@@ -163,6 +171,9 @@ def test_packing_refuses(tree, script, tmp_path):
         assert named in script("data.py", *words, "--size", 16, "--out", "out", code=2)
     assert not (tmp_path / "out").exists()
     assert "nothing" in script("data.py", "--check", "nothing", code=2)
+    (tree / "._loose.png").write_bytes(b"a Mac's shadow of a file")
+    (tree / "__MACOSX").mkdir()
+    assert data.list_images(tree)[2] == ["cat", "dog", "eel"]
     picture().save(tree / "loose.png")
     assert "loose.png" in script("data.py", "--src", "src", "--size", 16, "--out", "out", code=2)
     (tree / "loose.png").unlink()
@@ -211,5 +222,19 @@ def test_batches_scale_flip_and_slice():
     assert (same | mirrored).all() and same.any() and mirrored.any()
     parts = [pool.batch(indices, generator("test", 0, 1), rows)[0] for rows in (slice(0, 2), slice(2, 6))]
     assert torch.equal(torch.cat(parts), flipped)
-    many = torch.cat([built_in(16, 50, flip=True).batch([9], generator("test", 0, i))[0] for i in range(200)])
-    assert 60 < (many == pool.batch([9])[0]).flatten(1).all(1).sum() < 140
+    mirrored = torch.cat([pool.batch([9] * 500, generator("test", 0, i))[0] for i in range(4)]) != pool.batch([9])[0]
+    assert 900 < mirrored.flatten(1).any(1).sum() < 1100                     # 1000 expected, sd 22
+    still = built_in(16, 50).batch(indices, generator("test", 0, 1))[0]
+    assert torch.equal(still, x)
+
+
+def test_generators_of_one_purpose_never_repeat():
+    first = {torch.rand(4, generator=generator("image", 0, k)).tolist()[3] for k in range(3000)}
+    assert len(first) > 2995
+    assert not torch.equal(torch.rand(4, generator=generator("image", 0, 5)), torch.rand(4, generator=generator("step", 0, 5)))
+
+
+def test_tile():
+    images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 3, 2, 4), np.uint8)
+    sheet = np.asarray(data.tile(images, 3))
+    assert sheet.shape == (4, 12, 3) and sheet[0, 5, 0] == 1 and sheet[2, 0, 0] == 3 and sheet[3, 11, 0] == 128

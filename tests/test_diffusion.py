@@ -40,7 +40,7 @@ def test_schedule_falls_and_does_not_depend_on_T(name, T):
 
 
 def test_schedule_refuses():
-    for name, T in (("sine", 1000), ("linear", 20), ("cosine", 0)):
+    for name, T in (("sine", 1000), ("linear", 20), ("linear", 0), ("cosine", 0), ("cosine", -5)):
         with pytest.raises(ValueError):
             alphas_cumprod(name, T)
 
@@ -126,7 +126,7 @@ def test_zero_terminal_snr():
 def test_bad_names_and_values_are_refused():
     snr = torch.ones(3)
     for arguments in ((snr, "min_snr_5", "x0"), (snr, "min_snr", "noise"), (snr, "min_snr", "x0", 0.0), (-snr, "snr", "x0"),
-                      (snr / 0, "snr", "x0"), (snr * float("nan"), "snr", "x0")):
+                      (snr, "soft_min_snr", "x0", math.inf), (snr / 0, "snr", "x0"), (snr * float("nan"), "snr", "x0")):
         with pytest.raises(ValueError):
             loss_weight(*arguments)
     with pytest.raises(ValueError):
@@ -225,6 +225,52 @@ def test_order_of_convergence(solver, order):
     error = [relative(sampler(gaussian(d), d, z, steps=n, solver=solver), exact) for n in (40, 80, 160)]
     slopes = [math.log2(error[0] / error[1]), math.log2(error[1] / error[2])]
     assert all(order - 0.25 < slope < order + 0.6 for slope in slopes), (error, slopes)
+
+
+def test_dpm_solver_2m_by_hand():
+    """Unequal steps in log sigma: x0 is extrapolated by half a step, (1 + 1/2r) x0 - 1/2r x0_before (Lu et al. 2022)."""
+    d, z = Diffusion(), torch.randn(B, C, H, W, dtype=torch.float64)
+    ts = noise_levels(d, 4).tolist()
+    s = d.snr.rsqrt()[ts].tolist()
+    net = lambda x, t, y=None: torch.tanh(x) * (1 + t.view(-1, 1, 1, 1) / 1000)
+    at = lambda x, i: net(x / math.sqrt(1 + s[i] ** 2), torch.full((B,), ts[i]))
+    x, before = z * s[0], None
+    for i in range(3):
+        x0, h = at(x, i), math.log(s[i] / s[i + 1])
+        r = math.log(s[i - 1] / s[i]) / h if i else None
+        guess = x0 if before is None else (1 + 1 / (2 * r)) * x0 - before / (2 * r)
+        x, before = s[i + 1] / s[i] * x - math.expm1(-h) * guess, x0
+    assert relative(sampler(net, d, z, steps=4, solver="dpm++2m"), at(x, 3)) < 1e-10
+
+
+def test_levels_are_the_nearest_in_sigma_and_end_at_0_002():
+    d = Diffusion(T=50)
+    sigma = d.snr.rsqrt()
+    high, low = 80 ** (1 / 7), float(sigma[0]) ** (1 / 7)
+    wanted = [(high + i / 6 * (low - high)) ** 7 for i in range(7)]
+    nearest = [min(range(50), key=lambda t: abs(float(sigma[t]) - w)) for w in wanted]
+    assert noise_levels(d, 7).tolist() == list(dict.fromkeys(nearest))       # repeats dropped
+    fine = Diffusion(1 / (1 + torch.logspace(-5, 2, 300, dtype=torch.float64) ** 2))
+    assert fine.snr.rsqrt()[noise_levels(fine, 9)[-1]] == pytest.approx(0.002, rel=0.03)
+
+
+def test_state_stays_float64_and_without_gradients():
+    y, z = torch.tensor([0, 1, 2, 1, 0]), torch.randn(B, C, H, W)
+    weight = torch.nn.Parameter(torch.ones(()))
+
+    class Model:
+        num_classes = 3
+
+        def __call__(self, x, t, y):
+            return weight.to(x.dtype) * torch.tanh(x) * (1 + y.view(-1, 1, 1, 1))
+    for how in (dict(), dict(cfg=1.5), dict(solver="dpm++2m")):
+        single, double = (sampler(Model(), Diffusion(), part, y, steps=30, **how) for part in (z, z.double()))
+        assert single.dtype == torch.float64 and not single.requires_grad and relative(single, double) < 1e-6
+
+
+def test_tables_move_together():
+    d = Diffusion().to("meta")
+    assert all(getattr(d, name).is_meta for name in ("alphas_cumprod", "snr", "weight", "factor"))
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from data import BadInput
 from diffusion import Diffusion, sampler
-from sample import build_model, draw, load_checkpoint, read, start, to_uint8
+from sample import build_model, draw, grid, load_checkpoint, read, start, to_uint8
 
 SIZES = dict(img_size=8, patch_size=2, in_channels=3, num_classes=5, dim=48, depth=2, heads=4)
 
@@ -59,6 +59,22 @@ def test_image_k_depends_on_k_alone(ckpt, script, tmp_path):
         images = [np.asarray(Image.open(tmp_path / run / f"{k:06d}.png")).astype(int) for run in ("one", "two", "three")]
         assert np.abs(images[0] - images[1]).max() <= 1 and np.abs(images[0] - images[2]).max() <= 1
         assert np.abs(images[0] - to_uint8(out[8][k]).permute(1, 2, 0).numpy()).max() <= 1
+
+
+def test_draw_uses_the_target_schedule_and_solver_of_the_run(ckpt):
+    model, config = load_checkpoint(ckpt)
+    config.update(target="v", schedule="linear", T=200)
+    y, z = zip(*(start(3, k, [1, 4], SIZES) for k in range(5)))
+    for how in (dict(steps=6, cfg=2.0, solver="euler"), dict(steps=3, cfg=1.0), dict(steps=5, cfg=3.0, interval=(0, 90))):
+        by_hand = sampler(model, Diffusion("linear", 200, "v"), torch.stack(z), torch.tensor(y), **how)
+        assert torch.equal(draw(model, config, range(5), seed=3, labels=[1, 4], **how), to_uint8(by_hand))
+
+
+def test_a_grid_goes_on_after_64(ckpt, tmp_path):
+    model, config = load_checkpoint(ckpt)
+    grid(model, config, tmp_path / "grid.png", n=70, steps=1, cfg=1.0)
+    sheet = np.asarray(Image.open(tmp_path / "grid.png"))[::8, ::8].reshape(14, 8, 5, 8, 3).transpose(0, 2, 1, 3, 4).reshape(70, -1)
+    assert len(np.unique(sheet, axis=0)) == 70
 
 
 def test_start_noise_is_unit_normal_and_labels_follow_the_rule():
@@ -156,6 +172,14 @@ def test_refusals(ckpt, script, tmp_path):
     torch.save({**state, "config": {**state["config"], "extra": Foreign()}}, tmp_path / "foreign.pt")
     torch.save({key: state[key] for key in ("ema", "step")}, tmp_path / "parts.pt")
     torch.save([1, 2], tmp_path / "list.pt")
+    few = dict(list(state["ema"].items())[1:])
+    for name, change in dict(few=dict(ema=few), config=dict(config=[1]), schedule=dict(config={**state["config"], "schedule": "sine"}),
+                             target=dict(config={"network": SIZES})).items():
+        torch.save({**state, **change}, tmp_path / "wrong.pt")
+        assert "disagree" in script("sample.py", "--ckpt", "wrong.pt", code=2), name
+    os.mkdir(tmp_path / "others")
+    Image.new("RGB", (8, 8)).save(tmp_path / "others/a.png")
+    assert "protocol.json" in script("sample.py", "--ckpt", ckpt, "--out", "others", code=2)
     whole = ckpt.read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
     (tmp_path / "text.pt").write_text("hello")

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from data import built_in
-from sample import build_model, load_checkpoint, read
-from train import HEADER, draw_step, learning_rate, log_row
+from diffusion import Diffusion
+from model_vit import SIZES
+from sample import build_model, grid, load_checkpoint, read
+from train import COLUMNS, HEADER, PRESETS, draw_step, epoch_order, learning_rate, log_row
 
 TINY = ("--batch-size", 8, "--sample-steps", 2, "--log-every", 5)
 
@@ -164,6 +166,10 @@ def test_everything_random_is_drawn_for_the_global_batch():
     for full, *pieces in zip(whole, *parts):
         assert torch.equal(full, torch.cat(pieces))
     x0, t, noise, y = whole
+    every = [draw_step(pool, {**config, "T": 4}, step, slice(0, 12)) for step in range(20)]
+    assert torch.cat([part[1] for part in every]).unique().tolist() == [0, 1, 2, 3]
+    many = torch.cat([part[2] for part in every])
+    assert abs(many.mean()) < 0.01 and abs(many.std() - 1) < 0.01 and many.max() > 4
     assert x0.shape == noise.shape == (12, 3, 16, 16) and t.min() >= 0 and t.max() < 1000 and t.unique().numel() > 6
     for other in (draw_step(pool, config, 8, slice(0, 12)), draw_step(pool, {**config, "seed": 6}, 7, slice(0, 12))):
         assert not torch.equal(other[1], t) and not torch.equal(other[2], noise)
@@ -174,7 +180,58 @@ def test_an_epoch_shows_every_image_once_and_the_next_in_another_order():
     pool.labels = torch.arange(50).numpy()                                   # labels as numbers of the images
     config = dict(batch_size=20, seed=0, T=1000, drop=0.0)
     seen = torch.cat([draw_step(pool, config, step, slice(0, 20))[3] for step in range(5)])
+    assert not torch.equal(epoch_order(50, 0, 0), epoch_order(50, 1, 0))
     assert sorted(seen[:50].tolist()) == sorted(seen[50:].tolist()) == list(range(50)) and not torch.equal(seen[:50], seen[50:])
+
+
+def test_three_steps_by_hand(script, tmp_path):
+    """Every number of the configuration reaches the step: weights and log of a run against the same by hand."""
+    words = ("--batch-size", 8, "--steps", 3, "--sample-steps", 2, "--seed", 3, "--dtype", "float64", "--target", "v", "--gamma", 2,
+             "--schedule", "linear", "--T", 100, "--warmup", 2, "--betas", 0.8, 0.95, "--weight-decay", 0.5, "--decay", 0.5)
+    script("train.py", *words, "--out", "run")
+    state = read(tmp_path / "run/ckpt.pt")
+    config, pool = state["config"], built_in(16)
+    torch.manual_seed(3)
+    model = build_model(config).double()
+    d = Diffusion("linear", 100, "v", "min_snr", 2.0)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.95), weight_decay=0.5)
+    rows = []
+    for step in range(3):
+        x0, t, noise, y = draw_step(pool, config, step, slice(0, 8))
+        loss, mse = d.loss(model, x0.double(), t, noise.double(), y)
+        optimizer.param_groups[0]["lr"] = (0.5, 1, 2 / 3)[step] * config["lr"]
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
+        rows.append(torch.stack([t.double(), loss, mse, mse * (1 - d.alphas_cumprod[t])], 1).detach())
+    assert distance(model.state_dict(), state["model"]) < 1e-10 and state["tally"].abs().max() == 0
+    t, loss, mse, x0_mse = torch.cat(rows).T
+    row = next(csv.DictReader((tmp_path / "run/log.csv").open()))
+    assert abs(float(row["loss"]) - loss.mean()) < 1e-7 and abs(float(row["mse"]) - mse.mean()) < 1e-7
+    for i in range(10):
+        inside = (t >= 10 * i) & (t < 10 * (i + 1))
+        assert inside.sum() == 0 or abs(float(row[f"x0_mse_{i}"]) / x0_mse[inside].mean() - 1) < 1e-7
+
+
+def test_bfloat16_is_another_run_and_the_grid_is_drawn_from_the_ema(script, tmp_path):
+    words = (*TINY, "--steps", 3, "--warmup", 1)
+    script("train.py", *words, "--out", "full")
+    script("train.py", *words, "--out", "half", "--dtype", "bfloat16")
+    full, half = (read(tmp_path / name / "ckpt.pt") for name in ("full", "half"))
+    assert 1e-6 < distance(full["model"], half["model"]) < 0.1
+    model, config = load_checkpoint(tmp_path / "full")
+    grid(model, config, tmp_path / "again.png", steps=2, cfg=config["cfg"])
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "full/samples_000003.png").read_bytes()
+
+
+def test_presets():
+    for name, classes, network, size, millions in (("celeba64", 0, "vit-s", 64, 41.6), ("imagenet64", 1000, "vit-l", 64, 266.9)):
+        preset = dict(zip(COLUMNS, PRESETS[name]))
+        assert preset["classes"] == classes and preset["model"] == network and preset["lr"] == 1e-4 and preset["ema"] == 0.9999
+        with torch.device("meta"):
+            model = build_model(dict(network=dict(img_size=size, patch_size=4, in_channels=3, num_classes=classes, **SIZES[network])))
+        assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
+    assert PRESETS["imagenet64"][1] == "eps" and PRESETS["celeba64"][1] == "x0" and PRESETS["celeba64"][6] == 5000
 
 
 def test_labels_are_dropped_as_often_as_asked():
@@ -189,6 +246,7 @@ def test_learning_rate():
     assert rates[:4] == [0.5, 1.0, 1.5, 2.0] and rates[4:11] == [2.0] * 7
     assert rates[11:] == pytest.approx([1.8, 1.6, 1.4, 1.2, 1.0, 0.8, 0.6, 0.4, 0.2])
     assert learning_rate({**config, "decay": 0.0, "warmup": 0}, 19) == 2.0
+    assert learning_rate({**config, "decay": 1.0, "warmup": 20}, 9) == 2.0 * 0.5 * 0.55
 
 
 def test_log_row_averages_by_bin():

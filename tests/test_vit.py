@@ -22,6 +22,7 @@ def test_official_time_table_is_cut_and_the_rest_is_strict(golden):
     model = from_official({**weights, "time_embedding.weight": table}, heads=4)
     with torch.no_grad():
         assert relative(model(values["x"], values["t"], values["y"]), values["out"]) < 1e-5
+    assert model.time_embedding.weight.shape == (1000, 48) and model.blocks[0].norm1.eps == model.blocks[0].norm2.eps == 1e-6
     missing = {key: value for key, value in weights.items() if key != "blocks.1.attn.q_bias"}
     for wrong in (missing, {**weights, "norm.weight": torch.ones(48)}, {**weights, "pos_embed": torch.zeros(1, 17, 48)}, {},
                   {"pos_embed": 3}):
@@ -59,6 +60,19 @@ def test_initialisation():
     assert model.class_embedding.weight.shape == (9, 96) and model.class_embedding.weight.std() == pytest.approx(1, rel=0.1)
     assert model.pos_embed.std() == pytest.approx(0.02, rel=0.1) and model.pos_embed.shape == (1, 18, 96)
     assert model.linear_projection.weight.std() == pytest.approx(2e-5, rel=0.05)
+
+
+def test_short_run_initialisation():
+    model = ViT(12, 4, 3, 8, dim=64, depth=2, heads=2, T=500, short_run=True).requires_grad_(False)
+    assert model.blocks[0].mlp.fc1.weight.std() == pytest.approx(1 / 8, rel=0.05)
+    for t, i in ((0, 0), (7, 3), (499, 31)):                                 # cos and sin of 1000 t / T over wavelength i
+        angle = 2 * t * 10_000 ** (-i / 32)
+        assert model.time_embedding.weight[t, i] == pytest.approx(math.cos(angle), abs=1e-3)
+        assert model.time_embedding.weight[t, 32 + i] == pytest.approx(math.sin(angle), abs=1e-3)
+    for row, col, i in ((0, 2, 1), (2, 1, 5)):                               # first half of the width: row, second: column
+        token = model.pos_embed[0, 2 + 3 * row + col]
+        assert token[i] == pytest.approx(math.cos(row * 100 ** (-i / 16)), abs=1e-5)
+        assert token[32 + 16 + i] == pytest.approx(math.sin(col * 100 ** (-i / 16)), abs=1e-5)
 
 
 def test_every_sample_has_its_own_time_and_class():
