@@ -67,7 +67,7 @@ def generator(purpose, seed, k):
 
 def replace(path, write):
     """write(file) to a neighbour of path, then rename: path is the old file or the new one, never half."""
-    part = Path(f"{path}.part")                  # one name: what a killed run left is written over
+    part = Path(f"{path}.{os.environ.get('RANK', 0)}.part")              # a killed run's is written over
     try:
         with open(part, "wb") as file:
             write(file)
