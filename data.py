@@ -78,6 +78,15 @@ def replace(path, write):
         part.unlink(missing_ok=True)
 
 
+def hash_file(path):
+    """SHA-256 of a file, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def progress(what, done, total, since, start=0):
     """One line with rate and time left; `start` of the `done` were there before `since`."""
     rate = (done - start) / max(time.time() - since, 1e-9)

@@ -7,7 +7,6 @@
 Image k depends on (checkpoint, seed, k) alone: not on the batch size, the number of processes, or having been
 stopped. The same command finishes what a killed one began.
 """
-import hashlib
 import json
 import math
 import os
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import BadInput, Parser, generator, load_image, progress, replace, run, tile
+from data import BadInput, Parser, generator, hash_file, load_image, progress, replace, run, tile
 from diffusion import SOLVERS, TARGETS, Diffusion, sampler
 from model_vit import ViT, from_official
 
@@ -149,15 +148,6 @@ def save_npz(path, folder, n, size, labels):
             with archive.open("arr_1.npy", "w") as member:
                 np.lib.format.write_array(member, np.array(labels, dtype=np.int64))
     replace(path, write)
-
-
-def hash_file(path):
-    """SHA-256 of a file, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def claim(folder, protocol):
