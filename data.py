@@ -301,6 +301,25 @@ def pack_chunk(paths, size, file, first):
     return len(paths)
 
 
+def begin(file, journal, meta):
+    """Number of images that an earlier, killed pack of the same `meta` left in `file`; a new file has none."""
+    shape = (meta["count"], 3, meta["size"], meta["size"])
+    if not journal.exists():
+        np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=shape).flush()
+        if hasattr(os, "posix_fallocate"):                               # a full disk shows now
+            with open(file, "rb+") as f:
+                os.posix_fallocate(f.fileno(), 0, file.stat().st_size)
+        return 0
+    try:
+        before, rows = json.loads(journal.read_text()), np.load(file, mmap_mode="r")
+        same = {**before["meta"], "dataset": meta["dataset"]} == meta and (rows.dtype, rows.shape) == (np.uint8, shape)
+        if same and type(before["done"]) is int and 0 <= before["done"] <= meta["count"]:
+            return before["done"]
+    except (ValueError, KeyError, TypeError, OSError, EOFError):
+        pass
+    raise BadInput(f"--out {file.parent}: an unfinished pack of other images or size, or damaged; remove it")
+
+
 def pack(src, size, out, split="train", classes=None, workers=None):
     """Pack the images below `src` into folder `out`; after a kill it goes on, to the same bytes."""
     out = Path(out)
@@ -320,22 +339,8 @@ def pack(src, size, out, split="train", classes=None, workers=None):
             return print(f"{out}: already packed, {len(paths):,} images")
         raise BadInput(f"--out {out}: already holds another packed data set; choose a new folder")
     out.mkdir(parents=True, exist_ok=True)
-    file, journal, done = out / "images.npy", out / "packing.json", 0
-    shape = (len(paths), 3, size, size)
-    if journal.exists():
-        try:
-            before = json.loads(journal.read_text())
-            done = before["done"] if {**before["meta"], "dataset": out.name} == meta else None
-            fits = (rows := np.load(file, mmap_mode="r")).shape == shape and rows.dtype == np.uint8
-        except (ValueError, KeyError, TypeError, OSError):
-            done = None
-        if type(done) is not int or not (fits and 0 <= done <= len(paths)):
-            raise BadInput(f"--out {out}: an unfinished pack of other images or size, or damaged; remove it")
-    else:
-        np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=shape).flush()
-        if hasattr(os, "posix_fallocate"):                               # a full disk shows now
-            with open(file, "rb+") as f:
-                os.posix_fallocate(f.fileno(), 0, file.stat().st_size)
+    file, journal = out / "images.npy", out / "packing.json"
+    done = begin(file, journal, meta)
     note = lambda: replace(journal, lambda f: f.write(json.dumps(dict(meta=meta, done=done)).encode()))
     note()
     since, noted, start = time.time(), time.time(), done

@@ -6,7 +6,6 @@
 
 The features are those of the 2015 Inception network with TF1's resize, as in NVlabs/edm and ADM's evaluator.
 """
-import argparse
 import json
 import os
 import sys
@@ -520,7 +519,7 @@ def report(sides, args, extractor, model):
     elif n and n < 50_000:
         print(f"warning: {n:,} images; published values are of 50,000 and lower", file=sys.stderr)
     print(json.dumps(dict(result=result, samples=meta_a, reference=meta_b, extractor=extractor,
-                          resize="TF1 bilinear")))
+                          resize="TF1 bilinear" if name == "FID" else None)))
 
 
 if __name__ == "__main__":

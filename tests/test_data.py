@@ -186,6 +186,20 @@ def test_packing_refuses(tree, script, tmp_path):
     assert "cut.jpg" in script("data.py", "--src", "src", "--size", 16, "--out", "out2", code=2)
 
 
+def test_damaged_journals_are_refused(tree, script, tmp_path):
+    words = ("data.py", "--src", "src", "--size", 16, "--out", "pets")
+    script(*words)
+    meta = json.loads((tmp_path / "pets/meta.json").read_text())
+    (tmp_path / "pets/meta.json").unlink()
+    for text in ("", "null", "[]", "{}", json.dumps(dict(meta=meta, done="3")), json.dumps(dict(meta=meta, done=91)),
+                 json.dumps(dict(meta={**meta, "size": 8}, done=3))):
+        (tmp_path / "pets/packing.json").write_text(text)
+        assert "unfinished" in script(*words, code=2), text
+    (tmp_path / "pets/packing.json").write_text(json.dumps(dict(meta=meta, done=64)))
+    script(*words)
+    assert json.loads((tmp_path / "pets/meta.json").read_text()) == meta and not (tmp_path / "pets/packing.json").exists()
+
+
 def test_damaged_packs_are_refused(tmp_path):
     images, labels = shapes(range(8), 8)
     meta = dict(count=8, size=8, classes=["a"] * 8)
