@@ -13,12 +13,16 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import random
+import re
 import struct
 import sys
 import threading
 import time
 import warnings
+import zipfile
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -85,6 +89,30 @@ def hash_file(path):
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def read(path):
+    """The dict in a checkpoint or weight file: tensors and plain values, no other object is unpickled."""
+    path = Path(path)
+    path = path / "ckpt.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise BadInput(f"{path}: no such checkpoint")
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:                           # torch.load skips the checksums
+                if bad := archive.testzip():
+                    raise ValueError(f"{bad} does not match its checksum")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                              # of foreign pickles: refused below
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, KeyError,
+            EOFError, TypeError, AttributeError, IndexError, OSError) as error:
+        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
+        why = f"holds a foreign object, {foreign[1]}" if foreign else f"damaged, {type(error).__name__}"
+        raise BadInput(f"{path}: cannot be loaded ({why})") from None
+    if not isinstance(state, dict):
+        raise BadInput(f"{path}: found {type(state).__name__}, expected a checkpoint")
+    return state
 
 
 def progress(what, done, total, since, start=0):
@@ -302,7 +330,7 @@ def pack_chunk(paths, size, file, first):
 
 
 def begin(file, journal, meta):
-    """Number of images that an earlier, killed pack of the same `meta` left in `file`; a new file has none."""
+    """Number of images that a killed pack of the same `meta` left in `file`; a new file has none."""
     shape = (meta["count"], 3, meta["size"], meta["size"])
     if not journal.exists():
         np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=shape).flush()
@@ -312,9 +340,10 @@ def begin(file, journal, meta):
         return 0
     try:
         before, rows = json.loads(journal.read_text()), np.load(file, mmap_mode="r")
-        same = {**before["meta"], "dataset": meta["dataset"]} == meta and (rows.dtype, rows.shape) == (np.uint8, shape)
-        if same and type(before["done"]) is int and 0 <= before["done"] <= meta["count"]:
-            return before["done"]
+        same = {**before["meta"], "dataset": meta["dataset"]} == meta and rows.shape == shape
+        done = before["done"]
+        if same and rows.dtype == np.uint8 and type(done) is int and 0 <= done <= meta["count"]:
+            return done
     except (ValueError, KeyError, TypeError, OSError, EOFError):
         pass
     raise BadInput(f"--out {file.parent}: an unfinished pack of other images or size, or damaged; remove it")

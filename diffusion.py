@@ -65,7 +65,8 @@ def loss_weight(snr, weighting, target, gamma=5.0):
     name minimise the same objective (section 4.2, appendix B). At SNR = 0 (zero terminal SNR) the entry is
     the limit: for min_snr 0 (x0, v) and 1 (eps), where the official code writes 1 for all three.
     Raises ValueError for unknown names, gamma not in (0, inf), an SNR that is not finite and >= 0, and a
-    combination without a finite limit at an SNR of 0 in the table (eps with const, max_snr, sqrt_snr, snr_plus_1).
+    combination without a finite limit at an SNR of 0 in the table: eps with const, max_snr, sqrt_snr or
+    snr_plus_1.
     """
     snr = torch.as_tensor(snr, dtype=torch.float64)
     if weighting not in WEIGHTINGS:

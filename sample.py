@@ -10,20 +10,16 @@ stopped. The same command finishes what a killed one began.
 import json
 import math
 import os
-import pickle
-import re
 import shutil
 import time
-import warnings
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from data import BadInput, Parser, generator, hash_file, load_image, progress, replace, run, tile
+from data import BadInput, Parser, generator, hash_file, load_image, progress, read, replace, run, tile
 from diffusion import SOLVERS, TARGETS, Diffusion, sampler
 from model_vit import ViT, from_official
 
@@ -33,30 +29,6 @@ from model_vit import ViT, from_official
 def build_model(config):
     """The network that a run's config describes, freshly initialised."""
     return ViT(**config["network"])
-
-
-def read(path):
-    """The dict in a checkpoint or weight file: tensors and plain values, no other object is unpickled."""
-    path = Path(path)
-    path = path / "ckpt.pt" if path.is_dir() else path
-    if not path.is_file():
-        raise BadInput(f"{path}: no such checkpoint")
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:                           # torch.load skips the checksums
-                if bad := archive.testzip():
-                    raise ValueError(f"{bad} does not match its checksum")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                              # of foreign pickles: refused below
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, KeyError,
-            EOFError, TypeError, AttributeError, IndexError, OSError) as error:
-        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
-        why = f"holds a foreign object, {foreign[1]}" if foreign else f"damaged, {type(error).__name__}"
-        raise BadInput(f"{path}: cannot be loaded ({why})") from None
-    if not isinstance(state, dict):
-        raise BadInput(f"{path}: found {type(state).__name__}, expected a checkpoint")
-    return state
 
 
 def load_checkpoint(path, raw=False, target=None, heads=None):
@@ -111,7 +83,7 @@ def start(seed, k, labels, network):
 def draw(model, config, ks, seed=0, labels="balanced", **how):
     """The images of numbers ks, uint8 (N,C,S,S); `how` is steps, cfg, interval and solver of `sampler`."""
     y, z = zip(*(start(seed, k, labels, config["network"]) for k in ks))
-    weight = next(model.parameters())                                        # of the device and dtype to draw in
+    weight = next(model.parameters())                                        # its device and dtype are used
     y = torch.tensor(y, device=weight.device) if config["network"]["num_classes"] else None
     diffusion = Diffusion(config["schedule"], config["T"], config["target"])
     return to_uint8(sampler(model, diffusion, torch.stack(z).to(weight), y, **how)).cpu()
@@ -153,7 +125,7 @@ def save_npz(path, folder, n, size, labels):
 def claim(folder, protocol):
     """Make `folder` the place of this protocol; one that holds other samples is refused."""
     folder.mkdir(parents=True, exist_ok=True)
-    file, used = folder / "protocol.json", any(folder.glob("*.png"))     # in this order: others may be starting
+    file, used = folder / "protocol.json", any(folder.glob("*.png"))     # in this order: others may start
     if file.exists():
         try:
             before = dict(json.loads(file.read_text()))

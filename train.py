@@ -23,15 +23,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data import BadInput, Packed, Parser, built_in, generator, replace, run
+from data import BadInput, Packed, Parser, built_in, generator, read, replace, run, shapes
 from diffusion import TARGETS, WEIGHTINGS, Diffusion
+from fid import fd_pixels
 from model_vit import SIZES
-from sample import build_model, grid, read
+from sample import build_model, draw, grid
 
 # One row per result of the paper (celeba64: table 3, FID 2.14; imagenet64: table 4, FID 2.28): section 4.1,
 # appendix C; target of imagenet64, label drop and weight decay: the official scripts.
 # "shapes" is the built-in images, "folder" any other packed data set: both rows are ours.
-#                  model       target classes steps   batch lr   warmup betas       drop ema    decay cfg sample_steps
+#                  model       target classes steps   batch lr   warmup betas       drop ema    decay cfg heun
 PRESETS = {
     "shapes":     ("vit-tiny", "x0",  8,      2_400,   64, 4e-3,   100, (.90, .99), .10, .99,   1., 1.5, 18),
     "celeba64":   ("vit-s",    "x0",  0,    500_000,  128, 1e-4, 5_000, (.99, .99), .00, .9999, 0., 1.0, 30),
@@ -41,9 +42,10 @@ PRESETS = {
 FREE = "steps cfg sample_steps data log_every save_every sample_every".split()       # may change on --resume
 MANY, BELOW_1 = 2 ** 62, 1 - 1e-9
 RANGES = dict(steps=(1, MANY), batch_size=(1, 1e6), lr=(1e-12, 1e3), warmup=(0, MANY), decay=(0, 1),
-              drop=(0, 0.999), betas=(0, BELOW_1), ema=(0, BELOW_1), weight_decay=(0, 1e3), gamma=(1e-12, 1e12),
-              T=(1, 1e6), patch=(1, 1e4), size=(1, 1e4), seed=(0, MANY), cfg=(0, 1e3), sample_steps=(1, 1e4),
-              accum=(1, 1e6), log_every=(1, MANY), save_every=(1, MANY), sample_every=(0, MANY))
+              drop=(0, 0.999), betas=(0, BELOW_1), ema=(0, BELOW_1), weight_decay=(0, 1e3),
+              gamma=(1e-12, 1e12), T=(1, 1e6), patch=(1, 1e4), size=(1, 1e4), seed=(0, MANY),
+              cfg=(0, 1e3), sample_steps=(1, 1e4), accum=(1, 1e6), log_every=(1, MANY),
+              save_every=(1, MANY), sample_every=(0, MANY))
 COLUMNS = "model target classes steps batch_size lr warmup betas drop ema decay cfg sample_steps".split()
 
 
@@ -189,6 +191,14 @@ def log_row(step, tally):
     return f"{step},{loss / count:.9g},{mse / count:.9g}," + ",".join(f"{value:.9g}" for value in bins)
 
 
+def sanity(model, config, data, n=256):
+    """FD-pixels to 2,048 of the data's images, of n samples and of n real images that were not trained on."""
+    how = dict(steps=config["sample_steps"], cfg=config["cfg"])
+    drawn = torch.cat([draw(model, config, range(k, k + 64), **how) for k in range(0, n, 64)])
+    real, unseen = data.images[range(2048)], shapes(range(len(data), len(data) + n), config["size"])[0]
+    return fd_pixels(drawn, real), fd_pixels(unseen, real)
+
+
 def wait(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -228,7 +238,7 @@ def main():
     if state and not 0 <= state["step"] <= steps:
         raise BadInput(f"--steps: found {steps}, the run in {args.out} has done {state['step']}")
     if state and steps != state["config"]["steps"] and config["decay"]:
-        say(f"warning: --steps was {state['config']['steps']}, so the past was not that of a {steps}-step run")
+        say(f"warning: --steps was {state['config']['steps']}: the past was not that of a {steps}-step run")
     if B % (world * args.accum):
         raise BadInput(f"--batch-size {B}: global, must divide by {world} processes x --accum {args.accum}")
     micro = B // (world * args.accum)
@@ -357,9 +367,10 @@ def main():
             log.append(log_row(done, total))
             seconds, since = time.time() - since, time.time()
             loss, mse, _, count = total.sum(0).tolist()
-            say(f"step {done:,} / {steps:,}   loss {loss / count:.4f}   {config['target']} mse {mse / count:.4f}   "
-                f"{(done - mark) * B / seconds:,.0f} images/s   data {waited / seconds:.1%}   "
-                f"{(steps - done) * seconds / (done - mark) / 60:.1f} min left", flush=True)
+            say(f"step {done:,} / {steps:,}   loss {loss / count:.4f}   {config['target']} mse "
+                f"{mse / count:.4f}   {(done - mark) * B / seconds:,.0f} images/s   "
+                f"data {waited / seconds:.1%}   {(steps - done) * seconds / (done - mark) / 60:.1f} min left",
+                flush=True)
             mark, waited = done, 0.0
             tally.zero_()
             total.zero_()
@@ -390,6 +401,9 @@ def main():
         say("stopped" if args.dry_run else f"stopped; checkpoint of step {done}: {ckpt}; go on with --resume")
         sys.exit(128 + stop)
     elif rank == 0:
+        if config["dataset"] == "shapes":
+            found, floor = sanity(ema, config, data)
+            print(f"FD-pixels {found:.3f} of 256 samples (256 other real images: {floor:.3f})", flush=True)
         print(picture(steps))
 
 

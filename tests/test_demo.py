@@ -1,4 +1,5 @@
 """The main job as a newcomer runs it: `python train.py`, then images of a class on demand."""
+import re
 import resource
 import time
 
@@ -42,5 +43,7 @@ def test_train_and_sample(script, tmp_path):
     x = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2) / 127.5 - 1
     right = (judge()(x).argmax(1).numpy() == file["arr_1"]).sum()
     spread = len(np.unique(file["arr_0"].reshape(100, -1), axis=0))
-    print(f"\nmain job: {minutes:.1f} minutes, {memory:.2f} GiB, {right} of 100 samples recognised")
-    assert right >= 95 and spread == 100
+    score, floor = map(float, re.search(r"FD-pixels (\S+) of .*: (\S+)\)", text).groups())
+    print(f"\nmain job: {minutes:.1f} minutes, {memory:.2f} GiB, {right} of 100 samples recognised, "
+          f"FD-pixels {score} (real images {floor})")
+    assert right >= 95 and spread == 100 and score < 2 * floor

@@ -61,6 +61,8 @@ def test_features_golden(values, weights):
     assert relative(spatial, values["spatial_64"]) < 1e-4 and relative(model.probs(features), values["probs_64"]) < 1e-4
     assert relative(model(large), values["features_256"]) < 1e-4
     assert relative(features, values["features_64_pytorch_fid_resize"]) > 1e-3                  # another resize would show
+    fused = load_inception(weights).fuse()
+    assert relative(fused(small), features) < 1e-5 and sum(p.requires_grad for p in fused.parameters()) == 0
     model.train()
     assert not model.training and relative(model(small[:2]), values["features_64"][:2]) < 1e-4
 

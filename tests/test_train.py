@@ -3,6 +3,7 @@ import copy
 import csv
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -272,6 +273,8 @@ def test_steps_saves_and_dry_run(script, tmp_path):
     assert {p.name for p in (tmp_path / "run").glob("samples*")} == {"samples_000003.png", "samples_000006.png", "samples_000007.png"}
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config == read(tmp_path / "run/ckpt.pt")["config"] and config["steps"] == 7 and config["gamma"] == 5
+    score, floor = map(float, re.search(r"FD-pixels (\S+) of 256 samples \(256 other .*: (\S+)\)", text).groups())
+    assert 0.1 < floor < 0.6 < score                                         # 7 steps: noise, and far off
     text = script("train.py", "--out", "run", "--resume")                    # finished: only the grid again
     assert text.splitlines()[-1].endswith("samples_000007.png")
 
