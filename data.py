@@ -3,8 +3,8 @@
     python data.py --src DIR --size 64 --out data/NAME   # sub-folders are the classes (or none); restartable
     python data.py --check data/NAME                     # counts, classes and a contact sheet
 
-A packed folder holds images.npy, uint8 (N,3,S,S), labels.npy, int64 (N,), and meta.json, which is written
-last: a folder without meta.json is an unfinished pack.
+A packed folder holds images.npy, uint8 (N,3,S,S), or latents.npy, float16 (N,8,S/8,S/8), which vae.py writes,
+labels.npy, int64 (N,), and meta.json, which is written last: a folder without it is an unfinished pack.
 """
 import argparse
 import colorsys
@@ -13,7 +13,6 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
 import random
 import re
 import struct
@@ -22,7 +21,6 @@ import threading
 import time
 import warnings
 import zipfile
-import zlib
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -33,6 +31,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 CHUNK = 64                                       # images that a worker packs at a time
+CLASSES = {"shapes": 8, "celeba64": 0, "imagenet64": 1000, "imagenet256": 1000}  # what these names promise
 
 
 class BadInput(ValueError):
@@ -92,12 +91,17 @@ def hash_file(path):
 
 
 def read(path):
-    """The dict in a checkpoint or weight file: tensors and plain values, no other object is unpickled."""
+    """The dict in a checkpoint or weight file, torch's or .safetensors: tensors and plain values. No other
+    object is ever unpickled. Raises BadInput.
+    """
     path = Path(path)
     path = path / "ckpt.pt" if path.is_dir() else path
     if not path.is_file():
-        raise BadInput(f"{path}: no such checkpoint")
+        raise BadInput(f"{path}: no such file")
     try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            return load_file(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:                           # torch.load skips the checksums
                 if bad := archive.testzip():
@@ -105,13 +109,15 @@ def read(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                              # of foreign pickles: refused below
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, KeyError,
-            EOFError, TypeError, AttributeError, IndexError, OSError) as error:
+    except ImportError:
+        raise BadInput(f"{path}: reading it needs a package: pip install safetensors") from None
+    except Exception as error:                                           # whatever damage makes them raise
         foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
-        why = f"holds a foreign object, {foreign[1]}" if foreign else f"damaged, {type(error).__name__}"
+        why = f"holds a foreign object, {foreign[1]}; save its tensors alone" if foreign else \
+              f"damaged or no weights, {type(error).__name__}"
         raise BadInput(f"{path}: cannot be loaded ({why})") from None
     if not isinstance(state, dict):
-        raise BadInput(f"{path}: found {type(state).__name__}, expected a checkpoint")
+        raise BadInput(f"{path}: found {type(state).__name__}, expected a dict of tensors")
     return state
 
 
@@ -180,27 +186,49 @@ def shapes(indices, size):
 # ------------------------------------------------------------------------------------ batches (training)
 
 class Images:
-    """images uint8 (N,3,S,S), labels int64 (N,) and meta (dict), from anywhere, as batches for training."""
+    """images, labels int64 (N,) and meta (dict), from anywhere, as batches for training.
+
+    images are uint8 (N,3,S,S), or latents: float16 (N,8,S,S), mean and std of the posterior, unscaled.
+    """
 
     def __init__(self, images, labels, meta, flip=False):
         self.images, self.labels, self.meta, self.flip = images, labels, meta, flip
-        self.size, self.channels, self.classes = images.shape[2], images.shape[1], meta["classes"]
+        self.latents = images.shape[1] == 8
+        self.size, self.channels, self.classes = images.shape[2], 4 if self.latents else 3, meta["classes"]
 
     def __len__(self):
         return len(self.images)
 
     def batch(self, indices, generator=None, rows=slice(None)):
-        """x float32 (B,C,S,S) in [-1,1] and y int64 (B,) of indices[rows].
+        """x float32 (B,C,S,S) in [-1,1], or scaled latents, and y int64 (B,) of indices[rows].
 
-        Flips (given flip=True and a generator) are drawn for all the indices and then cut to `rows`, so a
-        process that loads its share of a global batch sees what a single one would have seen there.
+        Flips (given flip=True and a generator) and the posterior's noise are drawn for all the indices and
+        then cut to `rows`, so a process that loads its share of a global batch sees what a single one would
+        have seen there. Without a generator: no flips, and the posterior's mean.
         """
         chosen = np.asarray(indices)[rows]
-        x = torch.from_numpy(self.images[chosen]).float().div_(127.5).sub_(1)
+        x = torch.as_tensor(self.images[chosen]).float()
+        if self.latents:
+            mean, std = x.chunk(2, 1)
+            if generator is not None:
+                noise = torch.randn(len(indices), *mean.shape[1:], generator=generator)[rows]
+                mean = mean + std * noise.to(mean.device)
+            return mean * self.meta["scale"], torch.from_numpy(self.labels[chosen])
+        x.div_(127.5).sub_(1)
         if self.flip and generator is not None:
             flip = torch.rand(len(indices), generator=generator)[rows] < 0.5
             x[flip] = x[flip].flip(3)
         return x, torch.from_numpy(self.labels[chosen])
+
+
+    def to(self, device):
+        """Hold all the images in the device's memory."""
+        first = torch.as_tensor(self.images[np.arange(1)])
+        whole = torch.empty(len(self), *first.shape[1:], dtype=first.dtype, device=device)
+        for i in range(0, len(self), 4096):
+            whole[i:i + 4096] = torch.as_tensor(self.images[np.arange(i, min(i + 4096, len(self)))])
+        self.images = whole
+        return self
 
 
 class Drawn:
@@ -228,12 +256,17 @@ class Packed(Images):
     def __init__(self, dir, flip=False):
         dir = Path(dir)
         if not (dir / "meta.json").is_file():
-            state = "an unfinished pack" if (dir / "images.npy").exists() else "no packed data set"
+            state = "an unfinished pack" if (dir / "packing.json").exists() else "no packed data set"
             raise BadInput(f"{dir}: {state}, no meta.json; python data.py --src ... --out {dir} makes it")
         try:
             meta = json.loads((dir / "meta.json").read_text())
-            images, labels = (np.load(dir / f"{name}.npy", mmap_mode="r") for name in ("images", "labels"))
-            shape, names = (meta["count"], 3, meta["size"], meta["size"]), meta["classes"]
+            kind = "latents" if (dir / "latents.npy").exists() else "images"
+            images, labels = (np.load(dir / f"{name}.npy", mmap_mode="r") for name in (kind, "labels"))
+            (channels, side), dtype = ((8, meta["size"] // 8), "float16") if kind == "latents" else \
+                                      ((3, meta["size"]), "uint8")
+            shape, names = (meta["count"], channels, side, side), meta["classes"]
+            if kind == "latents" and not 0 < float(meta["scale"]) < math.inf:
+                raise ValueError("scale: expected a positive number")
             if type(names) is not list or any(type(name) is not str for name in names):
                 raise TypeError("classes: expected a list of names")
             if any(type(number) is not int or number < 1 for number in shape):
@@ -242,7 +275,7 @@ class Packed(Images):
                 raise TypeError("images, labels: expected .npy files")
         except (ValueError, KeyError, TypeError, EOFError, OSError, RecursionError, SyntaxError) as error:
             raise BadInput(f"{dir}: damaged pack ({type(error).__name__}: {error})") from None
-        for name, array, expected in (("images", images, (np.dtype("uint8"), shape)),
+        for name, array, expected in ((kind, images, (np.dtype(dtype), shape)),
                                       ("labels", labels, (np.dtype("int64"), shape[:1]))):
             if (array.dtype, array.shape) != expected:
                 raise BadInput(f"{dir}/{name}.npy: found {array.dtype} {array.shape}, meta.json promises "
@@ -320,77 +353,110 @@ def end_with_parent():
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
+def crop_chunk(paths, size, mirror=False):
+    """Worker: uint8 (n,3,size,size); with `mirror` every second path is the one before it again, flipped."""
+    rows = []
+    for j, path in enumerate(paths):
+        if mirror and j % 2:
+            rows.append(rows[-1][:, :, ::-1])
+        else:
+            rows.append(center_crop(load_image(path), size).transpose(2, 0, 1))
+    return np.stack(rows)
+
+
 def pack_chunk(paths, size, file, first):
     """Worker: crop `paths` and write them to rows first, first + 1, ... of the memory map."""
     rows = np.lib.format.open_memmap(file, mode="r+")
-    for row, path in enumerate(paths, first):
-        rows[row] = center_crop(load_image(path), size).transpose(2, 0, 1)
+    rows[first:first + len(paths)] = crop_chunk(paths, size)
     rows.flush()
-    return len(paths)
 
 
-def begin(file, journal, meta):
-    """Number of images that a killed pack of the same `meta` left in `file`; a new file has none."""
-    shape = (meta["count"], 3, meta["size"], meta["size"])
+def in_workers(task, jobs, workers):
+    """task(*job) of every job, in order, worked on ahead in processes."""
+    with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
+        waiting = []
+        try:
+            for job in jobs:
+                waiting.append(pool.submit(task, *job))
+                if len(waiting) > 3 * workers:
+                    yield waiting.pop(0).result()
+            while waiting:
+                yield waiting.pop(0).result()
+        except BrokenProcessPool:
+            raise BadInput("a worker process was killed (out of memory?); run again") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def plan(src, out, size, split="train", classes=None, repeat=1, **more):
+    """-> paths, labels and meta of a pack of the images below `src`, each `repeat` times, in folder `out`."""
+    src, out = Path(src), Path(out)
+    if out.resolve().is_relative_to(src.resolve()):
+        raise BadInput(f"--out {out}: lies in --src {src}; expected another place")
+    paths, labels, names = list_images(src)
+    classes = CLASSES.get(out.name) if classes is None else classes
+    if classes is not None and len(names) != classes:
+        raise BadInput(f"--src {src}: found {len(names)} class folders, expected {classes}")
+    listing = "\n".join(f"{path.relative_to(src)}\0{label}" for path, label in zip(paths, labels))
+    listing = hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
+    paths, labels = [path for path in paths for _ in range(repeat)], labels.repeat(repeat)
+    meta = dict(dataset=out.name, split=split, count=len(paths), size=size, classes=names, listing=listing,
+                crop="center (ADM)", filter="box halving, then bicubic", **more)
+    if (out / "meta.json").exists() and {**Packed(out).meta, "dataset": out.name} != meta:
+        raise BadInput(f"--out {out}: already holds another packed data set; choose a new folder")
+    return paths, labels, meta
+
+
+def begin(out, kind, row, dtype, meta):
+    """-> memory maps of `kind`.npy, (count, *row), and of done.npy, 1 for every CHUNK of rows that is there:
+    new ones, or those that a killed pack of the same `meta` left.
+    """
+    file, flags, journal = (out / name for name in (f"{kind}.npy", "done.npy", "packing.json"))
+    shape, chunks = (meta["count"], *row), (-(-meta["count"] // CHUNK),)
     if not journal.exists():
-        np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=shape).flush()
+        out.mkdir(parents=True, exist_ok=True)
+        np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape).flush()
         if hasattr(os, "posix_fallocate"):                               # a full disk shows now
             with open(file, "rb+") as f:
                 os.posix_fallocate(f.fileno(), 0, file.stat().st_size)
-        return 0
+        np.save(flags, np.zeros(chunks, dtype=np.uint8))
+        replace(journal, lambda f: f.write(json.dumps(meta).encode()))
     try:
-        before, rows = json.loads(journal.read_text()), np.load(file, mmap_mode="r")
-        same = {**before["meta"], "dataset": meta["dataset"]} == meta and rows.shape == shape
-        done = before["done"]
-        if same and rows.dtype == np.uint8 and type(done) is int and 0 <= done <= meta["count"]:
-            return done
+        before = json.loads(journal.read_text())
+        rows, done = (np.lib.format.open_memmap(path, mode="r+") for path in (file, flags))
+        if ({**before, "dataset": meta["dataset"]}, rows.dtype, rows.shape, done.dtype, done.shape) == \
+                (meta, np.dtype(dtype), shape, np.uint8, chunks):
+            return rows, done
     except (ValueError, KeyError, TypeError, OSError, EOFError):
         pass
-    raise BadInput(f"--out {file.parent}: an unfinished pack of other images or size, or damaged; remove it")
+    raise BadInput(f"--out {out}: an unfinished pack of other images or flags, or damaged; remove it")
+
+
+def finish(out, labels, meta):
+    """Write what makes a pack complete, meta.json last."""
+    replace(out / "labels.npy", lambda f: np.save(f, labels))
+    replace(out / "meta.json", lambda f: f.write(json.dumps(meta, indent=1).encode()))
+    for name in ("packing.json", "done.npy"):
+        (out / name).unlink()
+    size = f"{meta['size']} x {meta['size']}"
+    print(f"{out}: {meta['count']:,} images of {size}, {len(meta['classes'])} classes")
 
 
 def pack(src, size, out, split="train", classes=None, workers=None):
     """Pack the images below `src` into folder `out`; after a kill it goes on, to the same bytes."""
-    out = Path(out)
-    if out.resolve().is_relative_to(Path(src).resolve()):
-        raise BadInput(f"--out {out}: lies in --src {src}; expected another place")
-    if workers is not None and workers < 1:
+    out, workers = Path(out), os.cpu_count() if workers is None else workers
+    if workers < 1:
         raise BadInput(f"--workers: found {workers}, expected at least 1")
-    paths, labels, names = list_images(src)
-    if classes is not None and len(names) != classes:
-        raise BadInput(f"--src {src}: found {len(names)} class folders, expected --classes {classes}")
-    listing = "\n".join(f"{path.relative_to(src)}\0{label}" for path, label in zip(paths, labels))
-    listing = hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
-    meta = dict(dataset=out.name, split=split, count=len(paths), size=size, classes=names, listing=listing,
-                crop="center (ADM)", filter="box halving, then bicubic")
+    paths, labels, meta = plan(src, out, size, split, classes)
     if (out / "meta.json").exists():
-        if {**Packed(out).meta, "dataset": out.name} == meta:            # the folder may have been renamed
-            return print(f"{out}: already packed, {len(paths):,} images")
-        raise BadInput(f"--out {out}: already holds another packed data set; choose a new folder")
-    out.mkdir(parents=True, exist_ok=True)
-    file, journal = out / "images.npy", out / "packing.json"
-    done = begin(file, journal, meta)
-    note = lambda: replace(journal, lambda f: f.write(json.dumps(dict(meta=meta, done=done)).encode()))
-    note()
-    since, noted, start = time.time(), time.time(), done
-    with ProcessPoolExecutor(workers or os.cpu_count(), initializer=end_with_parent) as pool:
-        firsts = range(done, len(paths), CHUNK)
-        jobs = [pool.submit(pack_chunk, paths[i:i + CHUNK], size, file, i) for i in firsts]
-        try:
-            for job in jobs:
-                done += job.result()
-                if time.time() - noted > 1 or done == len(paths):
-                    progress("packed", done, len(paths), since, start)
-                    note()
-                    noted = time.time()
-        except BrokenProcessPool:
-            raise BadInput(f"--out {out}: a worker was killed (out of memory?); run again") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-    replace(out / "labels.npy", lambda f: np.save(f, labels))
-    replace(out / "meta.json", lambda f: f.write(json.dumps(meta, indent=1).encode()))
-    journal.unlink()
-    print(f"{out}: {len(paths):,} images of {size} x {size}, {len(names)} classes")
+        return print(f"{out}: already packed, {len(paths):,} images")
+    _, done = begin(out, "images", (3, size, size), np.uint8, meta)
+    todo, since, start = np.flatnonzero(done == 0), time.time(), int(done.sum()) * CHUNK
+    jobs = [(paths[i * CHUNK:(i + 1) * CHUNK], size, out / "images.npy", i * CHUNK) for i in todo]
+    for _, i in zip(in_workers(pack_chunk, jobs, workers), todo):
+        done[i] = 1
+        progress("packed", min(int(done.sum()) * CHUNK, len(paths)), len(paths), since, start)
+    finish(out, labels, meta)
 
 
 def tile(images, columns):
@@ -414,6 +480,8 @@ def check(dir):
     if len(data.classes) > 20:
         last, most = len(data.classes) - 1, counts.max()
         print(f"  ...  last: {last} {data.classes[last]!r}; {counts.min()} .. {most} images a class")
+    if data.latents:
+        return print("latents: no contact sheet; vae.py made them")
     sheet = Path(dir) / "sheet.png"
     picks = np.linspace(0, len(data) - 1, min(64, len(data))).astype(int)
     replace(sheet, lambda f: tile(data.images[picks], 8).save(f, "PNG"))

@@ -316,6 +316,8 @@ class Source:
         protocol = self.path.with_suffix(".protocol.json")
         if (self.path / "meta.json").is_file():
             self.packed = Packed(self.path)
+            if self.packed.latents:
+                raise BadInput(f"{path}: holds latents, expected images")
             self.meta = {key: self.packed.meta.get(key) for key in ("dataset", "split", "crop", "filter")}
             self.count, self.size = len(self.packed), self.packed.size
         elif self.path.is_dir():

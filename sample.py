@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -22,6 +23,7 @@ from PIL import Image
 from data import BadInput, Parser, generator, hash_file, load_image, progress, read, replace, run, tile
 from diffusion import SOLVERS, TARGETS, Diffusion, sampler
 from model_vit import ViT, from_official
+from vae import load_vae
 
 
 # ------------------------------------------------------------------------------------------- checkpoints
@@ -80,13 +82,33 @@ def start(seed, k, labels, network):
     return label, torch.randn(network["in_channels"], network["img_size"], network["img_size"], generator=g)
 
 
-def draw(model, config, ks, seed=0, labels="balanced", **how):
-    """The images of numbers ks, uint8 (N,C,S,S); `how` is steps, cfg, interval and solver of `sampler`."""
+def find_vae(config, device, path=None):
+    """The autoencoder (float32) that turns the network's samples into images, None where they are images:
+    the file `path`, else the one the checkpoint's data were encoded with. Raises BadInput.
+    """
+    if config["network"]["in_channels"] == 3:
+        return None
+    known = config.get("vae") or {}
+    path = path or known.get("file")
+    if not path:
+        raise BadInput("the network draws latents: give the autoencoder's weights with --vae FILE")
+    try:
+        vae = load_vae(path)
+    except ValueError as error:
+        raise BadInput(f"--vae: {error}") from None
+    if known and hash_file(path) != known["sha256"]:
+        print(f"warning: {path} is not the file that the training data were encoded with", file=sys.stderr)
+    return vae.to(device)
+
+
+def draw(model, config, ks, seed=0, labels="balanced", vae=None, **how):
+    """The images of numbers ks, uint8 (N,3,S,S); `how` is steps, cfg, interval and solver of `sampler`."""
     y, z = zip(*(start(seed, k, labels, config["network"]) for k in ks))
     weight = next(model.parameters())                                        # its device and dtype are used
     y = torch.tensor(y, device=weight.device) if config["network"]["num_classes"] else None
     diffusion = Diffusion(config["schedule"], config["T"], config["target"])
-    return to_uint8(sampler(model, diffusion, torch.stack(z).to(weight), y, **how)).cpu()
+    x = sampler(model, diffusion, torch.stack(z).to(weight), y, **how)
+    return to_uint8(x if vae is None else vae.decode_latent(x.float())).cpu()
 
 
 def grid(model, config, path, n=None, **how):
@@ -167,6 +189,7 @@ def parse():
     add("--seed", type=int, default=0)
     add("--raw", action="store_true", help="the weights themselves instead of their EMA")
     add("--batch-size", type=int, default=64, help="images at a time in each process")
+    add("--vae", help="autoencoder of a latent model (default: the one its data were encoded with)")
     add("--target", choices=TARGETS, help="what released weights predict")
     add("--heads", type=int, help="attention heads of released weights, where the width does not tell")
     return parser.parse_args()
@@ -175,8 +198,6 @@ def parse():
 def settle(args, config, ckpt):
     """Flags and checkpoint -> keyword arguments for `draw`. Raises BadInput where they contradict."""
     net, cfg = config["network"], config["cfg"] if args.cfg is None else args.cfg
-    if net["in_channels"] != 3:
-        raise BadInput(f"{ckpt}: draws {net['in_channels']}-channel latents, only RGB can be shown")
     if cfg != 1 and not (net["num_classes"] and config["drop"]):
         lack = "label drop" if net["num_classes"] else "classes"
         raise BadInput(f"--cfg {cfg}: {ckpt} was trained without {lack}, expected 1")
@@ -214,12 +235,14 @@ def main():
               f"{how['solver']} {how['steps']} steps, cfg {how['cfg']}", flush=True)
     model.to(device)
     torch.backends.cudnn.allow_tf32 = False                                  # float32 means float32
+    vae = find_vae(config, device, args.vae)
     if args.out.suffix == ".png":
         if rank == 0:
-            print(grid(model, config, args.out, args.n, **how).resolve())
+            print(grid(model, config, args.out, args.n, vae=vae, **how).resolve())
         return
 
     network = config["network"]
+    size = network["img_size"] * (8 if vae else 1)
     # images into a folder, each under its number, those that are there already left alone
     n, npz = args.n or 64, args.out.suffix == ".npz"
     folder = args.out.with_name(args.out.name + ".parts") if npz else args.out
@@ -228,13 +251,13 @@ def main():
             raise BadInput(f"--out {args.out}: exists already")
         return shutil.rmtree(folder, ignore_errors=True) if rank == 0 else None
     protocol = dict(checkpoint=hash_file(ckpt), step=config["step"], weights=weights, n=n, dtype="float32",
-                    **how, target=config["target"], dataset=config["dataset"], size=network["img_size"])
+                    **how, target=config["target"], dataset=config["dataset"], size=size)
     claim(folder, protocol)
     path = lambda k: folder / f"{k:06d}.png"
     todo, since = [k for k in range(rank, n, world) if not path(k).exists()], time.time()
     for i in range(0, len(todo), args.batch_size):
         ks = todo[i:i + args.batch_size]
-        for k, image in zip(ks, draw(model, config, ks, **how).permute(0, 2, 3, 1).numpy()):
+        for k, image in zip(ks, draw(model, config, ks, vae=vae, **how).permute(0, 2, 3, 1).numpy()):
             replace(path(k), lambda f: Image.fromarray(image).save(f, "PNG", compress_level=1))
         if rank == 0:
             progress("images", min(i + args.batch_size, len(todo)), len(todo), since)
@@ -247,7 +270,7 @@ def main():
         labels = [start(args.seed, k, how["labels"], network)[0] for k in range(n)]
         text = json.dumps(protocol, indent=1).encode()
         replace(args.out.with_suffix(".protocol.json"), lambda f: f.write(text))
-        save_npz(args.out, folder, n, network["img_size"], labels)
+        save_npz(args.out, folder, n, size, labels)
         shutil.rmtree(folder, ignore_errors=True)
     print(args.out.resolve())
 

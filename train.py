@@ -20,24 +20,27 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from data import BadInput, Packed, Parser, built_in, generator, read, replace, run, shapes
+from data import CLASSES, BadInput, Packed, Parser, built_in, generator, read, replace, run, shapes
 from diffusion import TARGETS, WEIGHTINGS, Diffusion
 from fid import fd_pixels
 from model_vit import SIZES
-from sample import build_model, draw, grid
+from sample import build_model, draw, find_vae, grid
 
-# One row per result of the paper (celeba64: table 3, FID 2.14; imagenet64: table 4, FID 2.28): section 4.1,
-# appendix C; target of imagenet64, label drop and weight decay: the official scripts.
+# One row per result of the paper (celeba64: table 3, FID 2.14; imagenet64: table 4, FID 2.28; imagenet256:
+# figures 5 to 7, and with --model vit-xl table 5, FID 2.06): section 4.1, appendix C; target of imagenet64,
+# label drop and weight decay: the official scripts.
 # "shapes" is the built-in images, "folder" any other packed data set: both rows are ours.
-#                  model       target classes steps   batch lr   warmup betas       drop ema    decay cfg heun
+#                   model       target steps  batch lr   warmup betas       drop ema    decay cfg heun
 PRESETS = {
-    "shapes":     ("vit-tiny", "x0",  8,      2_400,   64, 4e-3,   100, (.90, .99), .10, .99,   1., 1.5, 18),
-    "celeba64":   ("vit-s",    "x0",  0,    500_000,  128, 1e-4, 5_000, (.99, .99), .00, .9999, 0., 1.0, 30),
-    "imagenet64": ("vit-l",    "eps", 1000, 800_000, 1024, 1e-4,     0, (.99, .99), .15, .9999, 0., 1.5, 20),
-    "folder":     ("vit-s",    "x0",  None, 100_000,  128, 1e-4, 1_000, (.99, .99), .10, .9999, 0., 1.5, 30),
+    "shapes":      ("vit-tiny", "x0",    2_400,   64, 4e-3,   100, (.90, .99), .10, .99,   1., 1.5, 18),
+    "celeba64":    ("vit-s",    "x0",  500_000,  128, 1e-4, 5_000, (.99, .99), .00, .9999, 0., 1.0, 30),
+    "imagenet64":  ("vit-l",    "eps", 800_000, 1024, 1e-4,     0, (.99, .99), .15, .9999, 0., 1.5, 20),
+    "imagenet256": ("vit-b",    "x0", 1_000_000, 256, 1e-4,     0, (.99, .99), .15, .9999, 0., 1.5, 30),
+    "folder":      ("vit-s",    "x0",  100_000,  128, 1e-4, 1_000, (.99, .99), .10, .9999, 0., 1.5, 30),
 }
 FREE = "steps cfg sample_steps data log_every save_every sample_every".split()       # may change on --resume
 MANY, BELOW_1 = 2 ** 62, 1 - 1e-9
@@ -46,18 +49,18 @@ RANGES = dict(steps=(1, MANY), batch_size=(1, 1e6), lr=(1e-12, 1e3), warmup=(0, 
               gamma=(1e-12, 1e12), T=(1, 1e6), patch=(1, 1e4), size=(1, 1e4), seed=(0, MANY),
               cfg=(0, 1e3), sample_steps=(1, 1e4), accum=(1, 1e6), log_every=(1, MANY),
               save_every=(1, MANY), sample_every=(0, MANY))
-COLUMNS = "model target classes steps batch_size lr warmup betas drop ema decay cfg sample_steps".split()
+COLUMNS = "model target steps batch_size lr warmup betas drop ema decay cfg sample_steps".split()
 
 
 def parse():
     parser = Parser(__doc__)
     add = parser.add_argument
     # what: a flag left out takes the preset's value, or on --resume the run's own
-    add("--dataset", help="shapes (default), celeba64, imagenet64, or NAME of any packed data/NAME")
+    add("--dataset", help="shapes (default), celeba64, imagenet64, imagenet256, or any packed data/NAME")
     add("--data", help="packed folder (default: data/DATASET)")
     add("--size", type=int, help="image side, free for the built-in shapes alone (default: 16)")
     add("--model", choices=SIZES, help="network")
-    add("--patch", type=int, help="patch side in pixels (default: 4)")
+    add("--patch", type=int, help="patch side (default: 4 pixels, 2 of latents)")
     # the paper
     add("--target", choices=TARGETS, help="what the network predicts")
     add("--weighting", choices=WEIGHTINGS, help="of the loss over t, defined on x0 (default: min_snr)")
@@ -83,6 +86,7 @@ def parse():
     # this machine: none of these changes the result
     add("--accum", type=int, default=1, help="micro-batches per step and process, for small memories")
     add("--compile", action="store_true", help="torch.compile the network")
+    add("--data-on-gpu", action="store_true", help="hold the whole data set in the device's memory")
     add("--out", help="folder of the run (default: out/DATASET)")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--log-every", type=int, help="steps between log lines (default: 100)")
@@ -96,10 +100,9 @@ def configure(args, device, saved=None):
     """-> (data, config): the preset's row, or on --resume the saved config, under the flags given."""
     name = args.dataset or (saved or {}).get("dataset", "shapes")
     preset = dict(zip(COLUMNS, PRESETS.get(name, PRESETS["folder"])))
-    classes = preset.pop("classes")
     config = dict(preset, dataset=name, data=f"data/{name}", weighting="min_snr", gamma=5.0,
-                  schedule="cosine", T=1000, betas=list(preset["betas"]), weight_decay=0.03, seed=0, patch=4,
-                  flip=name != "shapes", dtype="bfloat16" if device.type == "cuda" else "float32",
+                  schedule="cosine", T=1000, betas=list(preset["betas"]), weight_decay=0.03, seed=0,
+                  patch=None, flip=None, dtype="bfloat16" if device.type == "cuda" else "float32",
                   log_every=100, save_every=1000, sample_every=0)
     given = {key: value for key, value in vars(args).items() if value is not None and key in config}
     if saved is not None:
@@ -120,11 +123,22 @@ def configure(args, device, saved=None):
     if name == "shapes" and args.data:
         raise BadInput(f"--data {args.data}: shapes are built in; name the data set with --dataset")
     if name == "shapes":
-        data = built_in(config.get("size", args.size or 16), flip=config["flip"])
+        data = built_in(config.get("size", args.size or 16))
     else:
-        data = Packed(config["data"], config["flip"])
+        data = Packed(config["data"])
+    pixels = name != "shapes" and not data.latents
+    config.update(patch=config["patch"] or (2 if data.latents else 4),
+                  flip=pixels if config["flip"] is None else config["flip"])
+    data.flip = config["flip"]
+    if data.latents and data.flip:
+        raise BadInput("--flip: latents cannot be mirrored; vae.py --mirror encodes both")
+    if data.latents:
+        probe = data.batch(np.linspace(0, len(data) - 1, 256).astype(int), generator("probe", 0, 0))[0].std()
+        if not 0.7 <= probe <= 1.3:
+            raise BadInput(f"{config['data']}: scaled latents have a standard deviation of {probe:.3f}, "
+                           "expected 0.7 to 1.3: another autoencoder, or a damaged file")
     for what, found, expected in (("--size", data.size, args.size), ("size", data.size, config.get("size")),
-                                  ("number of classes", len(data.classes), classes),
+                                  ("number of classes", len(data.classes), CLASSES.get(name)),
                                   ("classes", data.classes, config.get("classes")),
                                   ("list of images", data.meta.get("listing"), config.get("listing"))):
         if expected is not None and found != expected:
@@ -141,7 +155,7 @@ def configure(args, device, saved=None):
                    num_classes=len(data.classes), T=config["T"], short_run=config["model"] == "vit-tiny",
                    **SIZES[config["model"]])
     return data, {**config, "size": data.size, "classes": data.classes, "network": network,
-                  "listing": data.meta.get("listing")}
+                  "listing": data.meta.get("listing"), "vae": data.meta.get("vae")}
 
 
 def draw_step(data, config, step, rows):
@@ -195,7 +209,7 @@ def sanity(model, config, data, n=256):
     """FD-pixels to 2,048 of the data's images, of n samples and of n real images that were not trained on."""
     how = dict(steps=config["sample_steps"], cfg=config["cfg"])
     drawn = torch.cat([draw(model, config, range(k, k + 64), **how) for k in range(0, n, 64)])
-    real, unseen = data.images[range(2048)], shapes(range(len(data), len(data) + n), config["size"])[0]
+    real, unseen = (shapes(ks, config["size"])[0] for ks in (range(2048), range(len(data), len(data) + n)))
     return fd_pixels(drawn, real), fd_pixels(unseen, real)
 
 
@@ -289,7 +303,11 @@ def main():
 
     def picture(step):
         path = args.out / f"samples_{step:06d}.png"
-        return grid(ema, config, path, steps=config["sample_steps"], cfg=config["cfg"])
+        try:
+            vae = find_vae(config, device)
+        except BadInput as error:
+            return f"{ckpt}: no grid ({error})"
+        return grid(ema, config, path, steps=config["sample_steps"], cfg=config["cfg"], vae=vae)
 
     params = sum(p.numel() for p in model.parameters())
     say(f"{config['model']}: {params / 1e6:.1f}M parameters, {config['target']} prediction, "
@@ -307,7 +325,12 @@ def main():
     stop, signals, finite, tens = 0, [], True, torch.arange(10, device=device)[:, None]
     for name in (signal.SIGINT, signal.SIGTERM):                         # a second Ctrl-C interrupts at once
         signal.signal(name, lambda number, _: (signals.append(number), signal.signal(number, signal.SIG_DFL)))
-    pin = torch.Tensor.pin_memory if device.type == "cuda" else lambda part: part
+    if args.data_on_gpu:
+        try:
+            data.to(device)
+        except torch.OutOfMemoryError:
+            raise BadInput(f"--data-on-gpu: {config['data']} does not fit into {device}'s memory") from None
+    pin = lambda part: part.pin_memory() if device.type == "cuda" and part.device.type == "cpu" else part
     batches = ahead(lambda step: [pin(part) for part in draw_step(data, config, step, rows)], first, steps)
     since, waited, mark, done = time.time(), 0.0, first, first
     for step in range(first, steps):

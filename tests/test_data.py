@@ -150,13 +150,14 @@ def test_killed_and_restarted_pack_has_the_same_bytes(tree, script, start_script
     for i in range(500):                                                     # enough work to be killed in the middle of
         os.link(tree / "cat" / "big.jpg", tree / "cat" / f"x{i}.jpg")
     script("data.py", "--src", "src", "--size", 64, "--out", "whole")
-    process, journal = start_script("data.py", "--src", "src", "--size", 64, "--out", "parts", "--workers", 1), tmp_path / "parts/packing.json"
-    while not (journal.exists() and json.loads(journal.read_text())["done"] > 0):
+    process = start_script("data.py", "--src", "src", "--size", 64, "--out", "parts", "--workers", 1)
+    journal, done = (tmp_path / "parts" / name for name in ("packing.json", "done.npy"))
+    while not (journal.exists() and np.load(done).any()):
         assert process.poll() is None, "finished before it was killed"
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert not (tmp_path / "parts/meta.json").exists() and json.loads(journal.read_text())["done"] < 591
+    assert not (tmp_path / "parts/meta.json").exists() and not np.load(done).all()
     with pytest.raises(BadInput, match="unfinished"):
         Packed(tmp_path / "parts")
     script("data.py", "--src", "src", "--size", 32, "--out", "parts", code=2)
@@ -191,13 +192,19 @@ def test_damaged_journals_are_refused(tree, script, tmp_path):
     script(*words)
     meta = json.loads((tmp_path / "pets/meta.json").read_text())
     (tmp_path / "pets/meta.json").unlink()
-    for text in ("", "null", "[]", "{}", json.dumps(dict(meta=meta, done="3")), json.dumps(dict(meta=meta, done=91)),
-                 json.dumps(dict(meta={**meta, "size": 8}, done=3))):
-        (tmp_path / "pets/packing.json").write_text(text)
+    journal, done = tmp_path / "pets/packing.json", tmp_path / "pets/done.npy"
+    np.save(done, np.array([1, 0], dtype=np.uint8))
+    for text in ("", "null", "[]", "{}", json.dumps({**meta, "size": 8}), json.dumps({**meta, "count": 3})):
+        journal.write_text(text)
         assert "unfinished" in script(*words, code=2), text
-    (tmp_path / "pets/packing.json").write_text(json.dumps(dict(meta=meta, done=64)))
+    journal.write_text(json.dumps(meta))
+    for wrong in (np.zeros(3, np.uint8), np.zeros(2, int), np.array([None, None])):
+        np.save(done, wrong)
+        assert "unfinished" in script(*words, code=2)
+    np.save(done, np.array([1, 0], dtype=np.uint8))
     script(*words)
-    assert json.loads((tmp_path / "pets/meta.json").read_text()) == meta and not (tmp_path / "pets/packing.json").exists()
+    assert json.loads((tmp_path / "pets/meta.json").read_text()) == meta
+    assert sorted(path.name for path in (tmp_path / "pets").iterdir()) == ["images.npy", "labels.npy", "meta.json"]
 
 
 def test_damaged_packs_are_refused(tmp_path):

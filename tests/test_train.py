@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from data import built_in
+from data import CLASSES, built_in
 from diffusion import Diffusion
 from model_vit import SIZES
 from sample import build_model, grid, load_checkpoint, read
@@ -226,13 +226,18 @@ def test_bfloat16_is_another_run_and_the_grid_is_drawn_from_the_ema(script, tmp_
 
 
 def test_presets():
-    for name, classes, network, size, millions in (("celeba64", 0, "vit-s", 64, 41.6), ("imagenet64", 1000, "vit-l", 64, 266.9)):
+    for name, network, (size, patch, channels), millions in (
+            ("celeba64", "vit-s", (64, 4, 3), 41.6), ("imagenet64", "vit-l", (64, 4, 3), 266.9),
+            ("imagenet256", "vit-b", (32, 2, 4), 86.8), ("imagenet256", "vit-xl", (32, 2, 4), 448.9)):
         preset = dict(zip(COLUMNS, PRESETS[name]))
-        assert preset["classes"] == classes and preset["model"] == network and preset["lr"] == 1e-4 and preset["ema"] == 0.9999
+        assert network in (preset["model"], "vit-xl") and preset["lr"] == 1e-4 and preset["ema"] == 0.9999
         with torch.device("meta"):
-            model = build_model(dict(network=dict(img_size=size, patch_size=4, in_channels=3, num_classes=classes, **SIZES[network])))
+            model = build_model(dict(network=dict(img_size=size, patch_size=patch, in_channels=channels,
+                                                  num_classes=CLASSES[name], **SIZES[network])))
         assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
-    assert PRESETS["imagenet64"][1] == "eps" and PRESETS["celeba64"][1] == "x0" and PRESETS["celeba64"][6] == 5000
+    rows = {name: dict(zip(COLUMNS, row)) for name, row in PRESETS.items()}
+    assert rows["imagenet64"]["target"] == "eps" and rows["celeba64"]["target"] == rows["imagenet256"]["target"] == "x0"
+    assert rows["celeba64"]["warmup"] == 5000 and (rows["imagenet256"]["batch_size"], rows["imagenet256"]["drop"]) == (256, 0.15)
 
 
 def test_labels_are_dropped_as_often_as_asked():
