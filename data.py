@@ -53,7 +53,8 @@ def run(main):
     try:
         main()
     except (BadInput, OSError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":                     # once, not once a process
+        joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if joined or os.environ.get("LOCAL_RANK", "0") == "0":           # before they join, all find the same
             print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -119,6 +120,20 @@ def read(path):
     if not isinstance(state, dict):
         raise BadInput(f"{path}: found {type(state).__name__}, expected a dict of tensors")
     return state
+
+
+def read_json(path):
+    """The dict in a JSON file. Raises BadInput."""
+    try:
+        return dict(json.loads(Path(path).read_text()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise BadInput(f"{path}: damaged, expected a JSON object ({error})") from None
+
+
+def facts(meta):
+    """What of a pack's meta makes its content, as one hash: all but the names it goes by."""
+    kept = {key: meta[key] for key in sorted(meta) if key not in ("dataset", "vae_file")}
+    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
 
 
 def progress(what, done, total, since, start=0):
@@ -258,22 +273,24 @@ class Packed(Images):
         if not (dir / "meta.json").is_file():
             state = "an unfinished pack" if (dir / "packing.json").exists() else "no packed data set"
             raise BadInput(f"{dir}: {state}, no meta.json; python data.py --src ... --out {dir} makes it")
+        meta = read_json(dir / "meta.json")
         try:
-            meta = json.loads((dir / "meta.json").read_text())
             kind = "latents" if (dir / "latents.npy").exists() else "images"
             images, labels = (np.load(dir / f"{name}.npy", mmap_mode="r") for name in (kind, "labels"))
             (channels, side), dtype = ((8, meta["size"] // 8), "float16") if kind == "latents" else \
                                       ((3, meta["size"]), "uint8")
             shape, names = (meta["count"], channels, side, side), meta["classes"]
-            if kind == "latents" and not 0 < float(meta["scale"]) < math.inf:
+            if kind == "latents" and not (type(meta["scale"]) is float and 0 < meta["scale"] < math.inf):
                 raise ValueError("scale: expected a positive number")
+            if type(meta.get("vae_file", "")) is not str:
+                raise TypeError("vae_file: expected a path")
             if type(names) is not list or any(type(name) is not str for name in names):
                 raise TypeError("classes: expected a list of names")
             if any(type(number) is not int or number < 1 for number in shape):
                 raise TypeError("count, size: expected positive numbers")
             if any(type(array) is not np.memmap for array in (images, labels)):
                 raise TypeError("images, labels: expected .npy files")
-        except (ValueError, KeyError, TypeError, EOFError, OSError, RecursionError, SyntaxError) as error:
+        except Exception as error:                                       # whatever damage makes numpy raise
             raise BadInput(f"{dir}: damaged pack ({type(error).__name__}: {error})") from None
         for name, array, expected in ((kind, images, (np.dtype(dtype), shape)),
                                       ("labels", labels, (np.dtype("int64"), shape[:1]))):
@@ -330,7 +347,7 @@ def list_images(src):
     src = Path(src)
     if not src.is_dir():
         raise BadInput(f"--src {src}: no such folder")
-    shown = lambda path: not path.name.startswith((".", "__MACOSX"))
+    shown = lambda path: not any(part.startswith((".", "__MACOSX")) for part in path.relative_to(src).parts)
     folders = [entry for entry in src.iterdir() if entry.is_dir() and shown(entry)]
     by_number = all(folder.name.isascii() and folder.name.isdecimal() for folder in folders)
     folders.sort(key=lambda folder: int(folder.name) if by_number else folder.name)
@@ -402,8 +419,11 @@ def plan(src, out, size, split="train", classes=None, repeat=1, **more):
     paths, labels = [path for path in paths for _ in range(repeat)], labels.repeat(repeat)
     meta = dict(dataset=out.name, split=split, count=len(paths), size=size, classes=names, listing=listing,
                 crop="center (ADM)", filter="box halving, then bicubic", **more)
-    if (out / "meta.json").exists() and {**Packed(out).meta, "dataset": out.name} != meta:
-        raise BadInput(f"--out {out}: already holds another packed data set; choose a new folder")
+    if (out / "meta.json").exists():
+        if facts(Packed(out).meta) != facts(meta):
+            raise BadInput(f"--out {out}: already holds another packed data set; choose a new folder")
+        for name in ("packing.json", "done.npy"):                        # of one killed after its last step
+            (out / name).unlink(missing_ok=True)
     return paths, labels, meta
 
 
@@ -415,6 +435,8 @@ def begin(out, kind, row, dtype, meta):
     shape, chunks = (meta["count"], *row), (-(-meta["count"] // CHUNK),)
     if not journal.exists():
         out.mkdir(parents=True, exist_ok=True)
+        for name in ("images.npy", "latents.npy"):                       # of a pack killed before its journal
+            (out / name).unlink(missing_ok=True)
         np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape).flush()
         if hasattr(os, "posix_fallocate"):                               # a full disk shows now
             with open(file, "rb+") as f:
@@ -422,12 +444,12 @@ def begin(out, kind, row, dtype, meta):
         np.save(flags, np.zeros(chunks, dtype=np.uint8))
         replace(journal, lambda f: f.write(json.dumps(meta).encode()))
     try:
-        before = json.loads(journal.read_text())
-        rows, done = (np.lib.format.open_memmap(path, mode="r+") for path in (file, flags))
-        if ({**before, "dataset": meta["dataset"]}, rows.dtype, rows.shape, done.dtype, done.shape) == \
-                (meta, np.dtype(dtype), shape, np.uint8, chunks):
-            return rows, done
-    except (ValueError, KeyError, TypeError, OSError, EOFError):
+        before = read_json(journal)
+        rows, done = (np.load(path, mmap_mode="r") for path in (file, flags))    # "r+" lengthens a cut file
+        if (facts(before), rows.dtype, rows.shape, done.dtype, done.shape) == \
+                (facts(meta), np.dtype(dtype), shape, np.uint8, chunks):
+            return tuple(np.lib.format.open_memmap(path, mode="r+") for path in (file, flags))
+    except Exception:                                                    # whatever damage makes numpy raise
         pass
     raise BadInput(f"--out {out}: an unfinished pack of other images or flags, or damaged; remove it")
 

@@ -8,6 +8,7 @@ Tables are float64: on the cosine schedule the SNR runs from 2.4e4 down to 2.4e-
 import math
 
 import torch
+from torch.nn import functional as F
 
 TARGETS = ("x0", "eps", "v")
 SOLVERS = ("heun", "euler", "dpm++2m")
@@ -158,8 +159,17 @@ def noise_levels(diffusion, steps, rho=7):
     return torch.unique_consecutive((levels[:, None] - sigmas).abs().argmin(0))
 
 
+def log_p_gradient(classifier, x_t, t, y):
+    """Gradient of log p(y | x_t) by x_t, like x_t."""
+    with torch.enable_grad():
+        x_t = x_t.detach().requires_grad_()
+        logits = classifier(x_t, torch.full((len(x_t),), t, device=x_t.device))
+        return torch.autograd.grad(-F.cross_entropy(logits, y, reduction="sum"), x_t)[0]
+
+
 @torch.no_grad()
-def sampler(model, diffusion, z, y=None, steps=30, cfg=1.0, interval=None, solver="heun"):
+def sampler(model, diffusion, z, y=None, steps=30, cfg=1.0, interval=None, solver="heun", classifier=None,
+            classifier_scale=1.0):
     """Unit normal z (B,C,H,W) -> x0 estimate (B,C,H,W) float64; the network runs in z's dtype.
 
     solver: "heun" (EDM algorithm 1 without churn, 2 steps - 1 evaluations), "euler" (= DDIM) or "dpm++2m"
@@ -167,11 +177,13 @@ def sampler(model, diffusion, z, y=None, steps=30, cfg=1.0, interval=None, solve
     cfg: classifier-free guidance, uncond + cfg (cond - uncond) on all channels, 1 is purely conditional; the
     null label is model.num_classes. interval=(t_lo, t_hi), inclusive: guide only there (Kynkaanniemi et al.
     2024); outside, as everywhere at cfg 1, the unconditional half is not run.
+    classifier: model(x_t, t) -> logits; the x0 estimate is moved by classifier_scale sigma^2 / alpha times
+    the gradient of log p(y | x_t) (Dhariwal & Nichol 2021; appendix D.1), within the interval too.
     """
     if solver not in SOLVERS or steps < 1:
         raise ValueError(f"found solver {solver!r}, steps {steps}, expected one of {SOLVERS}, >= 1")
-    if cfg != 1 and y is None:
-        raise ValueError("cfg: guidance needs class labels y")
+    if (cfg != 1 or classifier) and y is None:
+        raise ValueError("cfg, classifier: guidance needs class labels y")
     diffusion.to(z.device)
     null = torch.full_like(y, model.num_classes) if cfg != 1 else None
     ts = noise_levels(diffusion, steps)
@@ -179,9 +191,15 @@ def sampler(model, diffusion, z, y=None, steps=30, cfg=1.0, interval=None, solve
     t_lo, t_hi = interval or (0, diffusion.T - 1)
 
     def denoise(x, sigma, t):                                                # x = x_t / alpha_t
-        x_t = x / math.sqrt(1 + sigma ** 2)
-        guided = cfg != 1 and t_lo <= t <= t_hi
-        times = torch.full((len(x) * (1 + guided),), t, device=x.device)
+        x_t, inside = x / math.sqrt(1 + sigma ** 2), t_lo <= t <= t_hi
+        if classifier and inside:
+            x0 = estimate(x_t, t, cfg != 1)
+            gradient = log_p_gradient(classifier, x_t.to(z.dtype), t, y)
+            return x0 + classifier_scale * sigma ** 2 / math.sqrt(1 + sigma ** 2) * gradient.double()
+        return estimate(x_t, t, cfg != 1 and inside)
+
+    def estimate(x_t, t, guided):
+        times = torch.full((len(x_t) * (1 + guided),), t, device=x_t.device)
         if not guided:
             return diffusion.to_x0(model(x_t.to(z.dtype), times, y).double(), x_t, times)
         output = model(torch.cat([x_t, x_t]).to(z.dtype), times, torch.cat([y, null])).double()

@@ -7,6 +7,7 @@
 The features are those of the 2015 Inception network with TF1's resize, as in NVlabs/edm and ADM's evaluator.
 """
 import json
+import math
 import os
 import sys
 import time
@@ -17,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -172,9 +172,8 @@ def load_inception(path_or_state_dict):
         from data import read
         state = read(state)
     model = Inception()
-    counters = {key: n for key, n in model.state_dict().items() if key.endswith("batches_tracked")}
     try:
-        model.load_state_dict({**counters, **state})
+        model.load_state_dict(dict(state))                               # without metadata counters may lack
     except (RuntimeError, AttributeError) as error:
         raise ValueError(f"not the FID Inception's weights: {' '.join(str(error).split())[:200]}") from None
     return model
@@ -199,12 +198,13 @@ def find_inception(path=None):
     digest = hash_file(file)
     if digest != SHA256 and not path:
         raise BadInput(f"{file}: SHA-256 is {digest}, expected {SHA256}; remove it")
-    if digest != SHA256 and os.environ.get("RANK", "0") == "0":
-        print(f"warning: {file} is not the published file: not the literature's FID", file=sys.stderr)
     try:
-        return load_inception(file).fuse(), digest
+        model = load_inception(file).fuse()
     except ValueError as error:
         raise BadInput(f"{file}: {error}") from None
+    if digest != SHA256 and os.environ.get("RANK", "0") == "0":
+        print(f"warning: {file} is not the published file: not the literature's FID")
+    return model, digest
 
 
 # ----------------------------------------------------------------------------------------------- metrics
@@ -246,7 +246,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
         kept = values > values[-1] * 1e-14 * len(values)
         root = vectors[:, kept] * values[kept].sqrt()
     trace = torch.linalg.eigvalsh(root.T @ sigma2 @ root).clamp(min=0).sqrt().sum()
-    return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace)
+    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace
+    return float(distance.clamp(min=0))                                      # rounding of equal sets
 
 
 def inception_score(probs, split=5000):
@@ -296,11 +297,14 @@ def arr_0(archive, path):
         stream = archive.open("arr_0.npy")
         np.lib.format.read_magic(stream)
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        size = archive.getinfo("arr_0.npy").file_size
+    except Exception as error:                                           # whatever damage makes them raise
         found = f"found {archive.namelist()[:5]}, expected arr_0, or mu and sigma"
         raise BadInput(f"{path}: {found} ({error})") from None
     if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2]:
         raise BadInput(f"{path}: arr_0 is {dtype} {shape}, expected uint8 (N,S,S,3)")
+    if not 0 < math.prod(shape) < size:
+        raise BadInput(f"{path}: arr_0 is {shape}, but holds {size:,} bytes")
     return stream, shape
 
 
@@ -311,9 +315,9 @@ class Source:
     """
 
     def __init__(self, path):
-        from data import BadInput, Packed
+        from data import SUFFIXES, BadInput, Packed, read_json
         self.path, self.meta, self.files, self.packed = Path(path), {}, None, None
-        protocol = self.path.with_suffix(".protocol.json")
+        protocol = self.path / "protocol.json"
         if (self.path / "meta.json").is_file():
             self.packed = Packed(self.path)
             if self.packed.latents:
@@ -322,29 +326,29 @@ class Source:
             self.count, self.size = len(self.packed), self.packed.size
         elif self.path.is_dir():
             found = sorted(file for file in self.path.rglob("*") if file.is_file())
-            if lossy := [file for file in found if file.suffix.lower() in (".jpg", ".jpeg", ".webp")]:
-                raise BadInput(f"{lossy[0]}: JPEG changes the images and so the FID; expected PNG")
             self.files = [file for file in found if file.suffix.lower() == ".png"]
+            if other := [file for file in found if file.suffix.lower() in {*SUFFIXES, ".jfif"} - {".png"}]:
+                raise BadInput(f"{other[0]}: expected PNG; JPEG changes the images and so the FID")
             if not self.files:
                 raise BadInput(f"{path}: found no .png files")
             self.count, self.size = len(self.files), self.load(self.files[0]).shape[1]
-            protocol = self.path / "protocol.json"
         elif zipfile.is_zipfile(self.path):
             with zipfile.ZipFile(self.path) as archive:
                 _, (self.count, self.size, *_) = arr_0(archive, path)
+            protocol = self.path.with_suffix(".protocol.json")
         else:
             raise BadInput(f"{path}: expected a folder of PNGs, an npz or packed data")
         if protocol.exists():
-            self.meta = json.loads(protocol.read_text())
+            self.meta = read_json(protocol)
+        self.promised = self.meta.get("n", self.count)                       # by sample.py
 
     def load(self, file):
         """One PNG as uint8 (3,S,S); all of a folder must be of one size."""
-        from data import BadInput
-        try:
-            with Image.open(file) as image:
-                array = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise BadInput(f"{file}: cannot be read as an image ({error})") from None
+        from data import BadInput, load_image
+        with open(file, "rb") as start:
+            if start.read(4) != b"\x89PNG":
+                raise BadInput(f"{file}: its content is not PNG")
+        array = np.asarray(load_image(file)).transpose(2, 0, 1)
         size = getattr(self, "size", array.shape[1])
         if array.shape != (3, size, size):
             raise BadInput(f"{file}: found {array.shape[2]} x {array.shape[1]}, expected {size} x {size}")
@@ -363,22 +367,25 @@ class Source:
             with zipfile.ZipFile(self.path) as archive:
                 stream, (_, side, _, _) = arr_0(archive, self.path)
                 each = side * side * 3
-                for skip in range(start * each, 0, -(1 << 24)):
-                    stream.read(min(skip, 1 << 24))
-                for i, j in places:
-                    block = bytearray(stream.read((j - i) * each))
-                    if len(block) < (j - i) * each:
-                        raise BadInput(f"{self.path}: ends after {i:,} of {self.count:,} images")
-                    rows = torch.frombuffer(block, dtype=torch.uint8).view(-1, side, side, 3)
-                    yield rows.permute(0, 3, 1, 2)
+                try:
+                    for skip in range(start * each, 0, -(1 << 24)):
+                        stream.read(min(skip, 1 << 24))
+                    for i, j in places:
+                        block = np.frombuffer(stream.read((j - i) * each), dtype=np.uint8)
+                        block = block.reshape(j - i, side, side, 3).transpose(0, 3, 1, 2)
+                        yield torch.from_numpy(block.copy())
+                except Exception as error:                               # whatever damage makes them raise
+                    raise BadInput(f"{self.path}: damaged, {error}") from None
 
 
 def measure(source, n, extract, batch, device):
     """Statistics of the first n images, each process its share -> dict of mu and sigma, and where `extract`
     gives spatial features too, of mu_s, sigma_s and `features`, (n,D) in file order.
     """
-    from data import progress
+    from data import BadInput, progress
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if n < world:
+        raise BadInput(f"{source.path}: {n} images are too few for {world} processes")
     start, stop, since, done = rank * n // world, (rank + 1) * n // world, time.time(), 0
     streams, kept = [], []
     for images in source.batches(start, stop, batch):
@@ -412,13 +419,17 @@ def stored(path):
                 return None
             found = {key: torch.from_numpy(np.asarray(file[key], dtype=np.float64))
                      for key in ("mu", "sigma", "mu_s", "sigma_s") if key in file.files}
-            meta = json.loads(str(file["meta"])) if "meta" in file.files else {}
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+            meta = dict(json.loads(str(file["meta"])) if "meta" in file.files else {})
+        for mu, sigma in [("mu", "sigma"), ("mu_s", "sigma_s")][:len(found) // 2]:
+            D = len(found[mu])
+            if found[mu].shape != (D,) or found[sigma].shape != (D, D):
+                raise ValueError(f"{mu} is {tuple(found[mu].shape)}, {sigma} is {tuple(found[sigma].shape)}")
+            if not (found[mu] + found[sigma]).isfinite().all() or found[sigma].diagonal().min() < 0:
+                raise ValueError(f"{mu}, {sigma} are no mean and covariance")
+        if type(meta.get("n", 0)) is not int:
+            raise ValueError("n: expected a number")
+    except Exception as error:                                           # whatever damage makes numpy raise
         raise BadInput(f"{path}: damaged statistics ({error})") from None
-    for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
-        if mu in found and (found[mu].ndim != 1 or found[sigma].shape != 2 * found[mu].shape):
-            shapes = f"{mu} {tuple(found[mu].shape)}, {sigma} {tuple(found[sigma].shape)}"
-            raise BadInput(f"{path}: found {shapes}, expected (D,) and (D,D)")
     return found, meta
 
 
@@ -429,11 +440,13 @@ def side(path, args, extract, extractor, device):
     from data import BadInput
     if not (known := stored(path)):
         source = Source(path)
-        n = args.count or source.count
+        n = source.count if args.count is None else args.count
         if not 2 <= n <= source.count:
             raise BadInput(f"{path}: found {source.count:,} images, expected at least {max(n, 2):,}")
+        if args.count is None and source.promised != n:
+            raise BadInput(f"{path}: found {n:,} images, protocol.json promises {source.promised}")
         found = measure(source, n, extract, args.batch_size, device)
-        return found, {"file": str(path), **source.meta, "n": n, "size": source.size, "extractor": extractor}
+        return found, {**source.meta, "file": str(path), "n": n, "size": source.size, "extractor": extractor}
     found, meta = known
     with zipfile.ZipFile(path) as archive:
         images = "arr_0.npy" in archive.namelist()
@@ -442,7 +455,8 @@ def side(path, args, extract, extractor, device):
         meta = {"size": source.size, **meta}
         if args.metrics == "all":                                            # precision and recall use them
             found["features"] = measure(source, source.count, extract, args.batch_size, device)["features"]
-    return found, {"file": str(path), "keys": "mu, sigma" + ", not arr_0" * images, **meta}
+    keys = "mu, sigma" + ", not arr_0" * images
+    return found, {**meta, "of": meta.get("file"), "file": str(path), "keys": keys}
 
 
 def main():
@@ -459,10 +473,15 @@ def main():
     add("--batch-size", type=int, default=64, help="images at a time in each process")
     args = parser.parse_args()
     making = args.inputs == ["stats"]
-    if making != bool(args.data and args.out) or not making and len(args.inputs) != 2:
+    flags = bool(args.data), bool(args.out), len(args.inputs)
+    if flags != ((True, True, 1) if making else (False, False, 2)):
         raise BadInput("expected SAMPLES REFERENCE, or stats --data DIR --out FILE.npz")
-    if args.batch_size < 1 or args.features == "pixels" and args.metrics == "all":
-        raise BadInput("--batch-size: expected at least 1; --metrics all needs --features inception")
+    if args.batch_size < 1 or args.count is not None and args.count < 2:
+        raise BadInput(f"--batch-size {args.batch_size}, --count {args.count}: expected at least 1 and 2")
+    if args.features == "pixels" and args.metrics == "all":
+        raise BadInput("--metrics all: needs --features inception")
+    if making and Path(args.out).resolve() == Path(args.data).resolve():
+        raise BadInput(f"--out {args.out}: is --data itself")
 
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -494,7 +513,7 @@ def main():
 
 def report(samples, reference, sides, extractor, model):
     """Print the result line, warnings, and one JSON line with both sides' metadata."""
-    from data import BadInput
+    from data import BadInput, hash_file
     (a, meta_a), (b, meta_b) = sides
     for key in ("size", "extractor"):
         one, two = meta_a.get(key), meta_b.get(key)
@@ -511,9 +530,19 @@ def report(samples, reference, sides, extractor, model):
         result["IS"] = inception_score(model.probs(a["features"].to(weight)))
         if "mu_s" in b:
             result["sFID"] = frechet_distance(a["mu_s"], a["sigma_s"], b["mu_s"], b["sigma_s"])
+        if min(len(part.get("features", a["features"])) for part in (a, b)) < 4:
+            raise BadInput("--metrics all: precision and recall need at least 4 images a side")
         if "features" in b:
             parts = (side["features"].to(weight.device) for side in (b, a))
             result["precision"], result["recall"] = precision_recall(*parts)
+        missing = [key for key in ("sFID", "precision", "recall") if key not in result]
+        if missing:
+            print(f"warning: {reference} lacks what {', '.join(missing)} need", file=sys.stderr)
+    if not all(map(math.isfinite, result.values())):
+        raise BadInput(f"{samples}, {reference}: features that are not finite; damaged weights?")
+    for meta in (meta_a, meta_b):
+        if Path(meta["file"]).is_file():
+            meta["sha256"] = hash_file(meta["file"])
     for key, value in result.items():
         print(f"{key} {value:.2f}")
     least = len(a["mu"]) + 1

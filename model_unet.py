@@ -21,7 +21,7 @@ def row(channels, channel_mult, res_blocks, attention_resolutions, **more):
 
 PLAIN = dict(resblock_updown=False)    # down- and upsampling by one convolution
 SIZES = {  # width, its multiple per level, res-blocks, sides with attention; then # the image or latent side
-    "unet-tiny":   row(32,  (1, 2),          2, (8,),        heads=2),           # 16: ours, for the CPU
+    "unet-tiny":   row(32,  (1, 2, 2),       1, (8,),        heads=2),           # 16: ours, for the CPU
     "unet-cifar":  row(128, (1, 2, 2, 2),    3, (16, 8),     heads=4, **PLAIN),  # 32: curriculum paper
     "unet-celeba": row(128, (1, 2, 2, 2),    3, (32, 16, 8), head_channels=64),  # 64: table 3; inferred
     "unet-adm":    row(192, (1, 2, 3, 4),    3, (32, 16, 8), head_channels=64),  # 64: app. C, as ADM

@@ -9,6 +9,7 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 SIZES = {  # appendix C.1, table 6; tiny is ours, for the built-in images on a CPU
     "vit-tiny": dict(dim=192,  depth=4,  heads=3),
@@ -61,9 +62,12 @@ class ViT(nn.Module):
 
     num_classes = 0 is unconditional; otherwise labels are 0 .. num_classes - 1, the null label of guidance is
     num_classes, and y = None means the null label. img_size must be a multiple of patch_size.
+    grad_ckpt = True keeps the blocks' inputs alone and computes the rest again for the gradient.
     short_run is for narrow networks and a few thousand steps: the time and position tables, still learned,
     start from sinusoids, so that neighbours begin alike, and linear layers from 1 / sqrt(dim), not 0.02.
     """
+
+    grad_ckpt = False
 
     def __init__(self, img_size, patch_size, in_channels, num_classes, dim, depth, heads, T=1000,
                  short_run=False):
@@ -115,7 +119,7 @@ class ViT(nn.Module):
         patches = self.patch_embed(x).flatten(2).transpose(1, 2)             # (B,side*side,D)
         x = torch.cat([*tokens, patches], dim=1) + self.pos_embed            # (B,N,D)
         for block in self.blocks:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.grad_ckpt else block(x)
         x = self.linear_projection(x[:, self.tokens:])                       # (B,side*side,p*p*C)
         x = x.view(-1, side, side, p, p, self.in_channels)                   # (B,row,col,p,p,C)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.in_channels, side * p, side * p)

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -22,6 +21,7 @@ from PIL import Image
 
 from data import BadInput, Parser, generator, hash_file, load_image, progress, read, replace, run, tile
 from diffusion import SOLVERS, TARGETS, Diffusion, sampler
+from model_unet import UNet, classifier_from_adm, from_adm
 from model_vit import ViT, from_official
 from vae import load_vae
 
@@ -30,24 +30,29 @@ from vae import load_vae
 
 def build_model(config):
     """The network that a run's config describes, freshly initialised."""
-    return ViT(**config["network"])
+    network = config["network"]
+    return UNet(**network) if "channels" in network else ViT(**network)
 
 
-def load_checkpoint(path, raw=False, target=None, heads=None):
-    """-> (network in eval mode, config). Our checkpoints, EMA weights unless raw, or the paper's released
-    files, for which `target` says what they predict. Raises BadInput for anything else.
+def load_checkpoint(path, raw=False, target=None, heads=None, schedule=None):
+    """-> (network in eval mode, config). Our checkpoints, EMA weights unless raw, or weights alone: the
+    paper's released files and guided-diffusion's or latent-diffusion's, for which `target` says what they
+    predict (a file with learned sigma predicts eps). Raises BadInput for anything else.
     """
     state = read(path)
-    if "pos_embed" in state:
-        if target is None:
-            raise BadInput(f"{path}: weights of the official ViT do not say what they predict; give --target")
+    if not {"model", "ema", "config"} & state.keys():
         try:
-            model = from_official(state, heads)
+            model = from_official(state, heads) if "pos_embed" in state else from_adm(state, heads=heads)
         except ValueError as error:
-            raise BadInput(f"{path}: {error}") from None
+            raise BadInput(f"{path}: no checkpoint of this project, and {error}") from None
+        learned_sigma = len(state.get("out.2.weight", ())) == 2 * model.in_channels
+        target = target or ("eps" if learned_sigma else None)
+        if target is None:
+            raise BadInput(f"{path}: weights alone do not say what they predict; give --target")
         network = dict(img_size=model.img_size, in_channels=model.in_channels, num_classes=model.num_classes)
-        config = dict(dataset="official", network=network, target=target, schedule="cosine", T=1000,
-                      step=None, ema=None, drop=0.15, cfg=1.0, sample_steps=50, classes=[])
+        null = len(state.get("label_emb.weight", ())) != model.num_classes   # has a row of the null label
+        config = dict(dataset="official", network=network, target=target, schedule=schedule or "cosine",
+                      T=1000, step=None, ema=None, drop=0.15 * null, cfg=1.0, sample_steps=50, classes=[])
         return model.eval(), config
     if missing := {"model", "ema", "step", "config"} - state.keys():
         raise BadInput(f"{path}: not a checkpoint of this project ({', '.join(sorted(missing))} missing)")
@@ -60,8 +65,9 @@ def load_checkpoint(path, raw=False, target=None, heads=None):
     except (RuntimeError, TypeError, KeyError, ValueError, AttributeError) as error:
         why = " ".join(str(error).split())[:200]
         raise BadInput(f"{path}: weights and config disagree ({why})") from None
-    if target not in (None, config["target"]):
-        raise BadInput(f"--target {target}: {path} was trained to predict {config['target']}")
+    for key, value in (("target", target), ("schedule", schedule)):
+        if value not in (None, config[key]):
+            raise BadInput(f"--{key} {value}: {path} was trained with {config[key]}")
     return model.eval(), config
 
 
@@ -86,23 +92,43 @@ def find_vae(config, device, path=None):
     """The autoencoder (float32) that turns the network's samples into images, None where they are images:
     the file `path`, else the one the checkpoint's data were encoded with. Raises BadInput.
     """
+    if config["network"]["in_channels"] == 3 and path:
+        raise BadInput(f"--vae {path}: the network draws images, not latents")
     if config["network"]["in_channels"] == 3:
         return None
-    known = config.get("vae") or {}
-    path = path or known.get("file")
+    known = config["vae"]["sha256"] if config.get("vae") else None
+    path = path or config.get("vae_file")
     if not path:
         raise BadInput("the network draws latents: give the autoencoder's weights with --vae FILE")
     try:
         vae = load_vae(path)
     except ValueError as error:
         raise BadInput(f"--vae: {error}") from None
-    if known and hash_file(path) != known["sha256"]:
-        print(f"warning: {path} is not the file that the training data were encoded with", file=sys.stderr)
+    vae.sha256 = hash_file(path)
+    if known not in (None, vae.sha256):
+        print(f"warning: {path} is not the file that the training data were encoded with")
     return vae.to(device)
 
 
+def find_classifier(path, config):
+    """The noisy classifier in `path`, which guides this network; for one without classes the labels are the
+    classifier's. Raises BadInput.
+    """
+    try:
+        classifier = classifier_from_adm(read(path)).eval().requires_grad_(False)
+    except ValueError as error:
+        raise BadInput(f"--classifier {path}: {error}") from None
+    network = config["network"]
+    for key in ("img_size", "in_channels", "num_classes"):
+        found, expected = getattr(classifier, key), network[key]
+        if found != expected and not (key == "num_classes" and expected == 0):
+            raise BadInput(f"--classifier {path}: {key} is {found}, the network's is {expected}")
+    network["num_classes"] = classifier.num_classes
+    return classifier
+
+
 def draw(model, config, ks, seed=0, labels="balanced", vae=None, **how):
-    """The images of numbers ks, uint8 (N,3,S,S); `how` is steps, cfg, interval and solver of `sampler`."""
+    """The images of numbers ks, uint8 (N,3,S,S); `how` is what `sampler` takes: steps, cfg, solver, ..."""
     y, z = zip(*(start(seed, k, labels, config["network"]) for k in ks))
     weight = next(model.parameters())                                        # its device and dtype are used
     y = torch.tensor(y, device=weight.device) if config["network"]["num_classes"] else None
@@ -190,7 +216,10 @@ def parse():
     add("--raw", action="store_true", help="the weights themselves instead of their EMA")
     add("--batch-size", type=int, default=64, help="images at a time in each process")
     add("--vae", help="autoencoder of a latent model (default: the one its data were encoded with)")
+    add("--classifier", help="ADM's noisy classifier, 64x64_classifier.pt: guide by its gradient")
+    add("--classifier-scale", type=float, default=1.0, help="factor of that gradient (default: 1)")
     add("--target", choices=TARGETS, help="what released weights predict")
+    add("--schedule", choices=("cosine", "linear"), help="of released weights (default: cosine)")
     add("--heads", type=int, help="attention heads of released weights, where the width does not tell")
     return parser.parse_args()
 
@@ -208,7 +237,7 @@ def settle(args, config, ckpt):
     for flag, value in (("n", args.n), ("steps", args.steps), ("batch-size", args.batch_size)):
         if value is not None and value < 1:
             raise BadInput(f"--{flag}: found {value}, expected at least 1")
-    if args.interval and cfg == 1:
+    if args.interval and cfg == 1 and not args.classifier:
         raise BadInput(f"--interval {args.interval}: there is no guidance at --cfg 1")
     if args.interval and not 0 <= args.interval[0] <= args.interval[1] < config["T"]:
         raise BadInput(f"--interval {args.interval}: expected 0 <= LO <= HI < {config['T']}")
@@ -223,11 +252,12 @@ def main():
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))   # no process group is needed
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    model, config = load_checkpoint(args.ckpt, args.raw, args.target, args.heads)
+    model, config = load_checkpoint(args.ckpt, args.raw, args.target, args.heads, args.schedule)
     ckpt = Path(args.ckpt) / "ckpt.pt" if Path(args.ckpt).is_dir() else Path(args.ckpt)
     args.out = Path(args.out or ckpt.parent / "samples.png")
     if args.out.suffix not in ("", ".png", ".npz") and not args.out.is_dir():
         raise BadInput(f"--out {args.out}: expected a .png grid, an .npz, or a folder for PNGs")
+    classifier = find_classifier(args.classifier, config) if args.classifier else None
     how = settle(args, config, ckpt)
     weights = "raw" if args.raw else f"EMA {config['ema']}" if config["ema"] else "as released"
     if rank == 0:
@@ -236,9 +266,11 @@ def main():
     model.to(device)
     torch.backends.cudnn.allow_tf32 = False                                  # float32 means float32
     vae = find_vae(config, device, args.vae)
+    classifier, scale = classifier and classifier.to(device), args.classifier_scale
+    tools = dict(vae=vae, classifier=classifier, classifier_scale=scale)
     if args.out.suffix == ".png":
         if rank == 0:
-            print(grid(model, config, args.out, args.n, vae=vae, **how).resolve())
+            print(grid(model, config, args.out, args.n, **tools, **how).resolve())
         return
 
     network = config["network"]
@@ -250,14 +282,16 @@ def main():
         if rank == 0 and not folder.exists():
             raise BadInput(f"--out {args.out}: exists already")
         return shutil.rmtree(folder, ignore_errors=True) if rank == 0 else None
+    guide = dict(vae=vae.sha256) if vae else {}
+    guide |= dict(classifier=hash_file(args.classifier), classifier_scale=scale) if classifier else {}
     protocol = dict(checkpoint=hash_file(ckpt), step=config["step"], weights=weights, n=n, dtype="float32",
-                    **how, target=config["target"], dataset=config["dataset"], size=size)
+                    **how, **guide, target=config["target"], dataset=config["dataset"], size=size)
     claim(folder, protocol)
     path = lambda k: folder / f"{k:06d}.png"
     todo, since = [k for k in range(rank, n, world) if not path(k).exists()], time.time()
     for i in range(0, len(todo), args.batch_size):
         ks = todo[i:i + args.batch_size]
-        for k, image in zip(ks, draw(model, config, ks, vae=vae, **how).permute(0, 2, 3, 1).numpy()):
+        for k, image in zip(ks, draw(model, config, ks, **tools, **how).permute(0, 2, 3, 1).numpy()):
             replace(path(k), lambda f: Image.fromarray(image).save(f, "PNG", compress_level=1))
         if rank == 0:
             progress("images", min(i + args.batch_size, len(todo)), len(todo), since)

@@ -24,24 +24,33 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data import CLASSES, BadInput, Packed, Parser, built_in, generator, read, replace, run, shapes
+import model_unet
+import model_vit
+from data import CLASSES, BadInput, Packed, Parser, built_in, facts, generator, read, replace, run, shapes
 from diffusion import TARGETS, WEIGHTINGS, Diffusion
 from fid import fd_pixels
-from model_vit import SIZES
 from sample import build_model, draw, find_vae, grid
 
-# One row per result of the paper (celeba64: table 3, FID 2.14; imagenet64: table 4, FID 2.28; imagenet256:
-# figures 5 to 7, and with --model vit-xl table 5, FID 2.06): section 4.1, appendix C; target of imagenet64,
-# label drop and weight decay: the official scripts.
-# "shapes" is the built-in images, "folder" any other packed data set: both rows are ours.
-#                   model       target steps  batch lr   warmup betas       drop ema    decay cfg heun
-PRESETS = {
-    "shapes":      ("vit-tiny", "x0",    2_400,   64, 4e-3,   100, (.90, .99), .10, .99,   1., 1.5, 18),
-    "celeba64":    ("vit-s",    "x0",  500_000,  128, 1e-4, 5_000, (.99, .99), .00, .9999, 0., 1.0, 30),
-    "imagenet64":  ("vit-l",    "eps", 800_000, 1024, 1e-4,     0, (.99, .99), .15, .9999, 0., 1.5, 20),
-    "imagenet256": ("vit-b",    "x0", 1_000_000, 256, 1e-4,     0, (.99, .99), .15, .9999, 0., 1.5, 30),
-    "folder":      ("vit-s",    "x0",  100_000,  128, 1e-4, 1_000, (.99, .99), .10, .9999, 0., 1.5, 30),
-}
+# One row per result of the paper, the default network of a data set first: section 4.1, appendix C; the
+# targets of ImageNet, label drop and weight decay: the official scripts. FID: table 3 (CelebA 2.14, UNet
+# 1.60), table 4 (vit-l 2.28), appendix C (unet-adm 2.11), table 5 (vit-xl 2.06, unet-ldm 2.81). "shapes" is
+# the built-in images, "folder" any other packed data set: their rows are ours.
+#    data set       network        target steps   batch lr   warmup betas       drop ema    decay cfg heun
+PRESETS = [
+    ("shapes",      "vit-tiny",    "x0",    2_400,   64, 4e-3,   100, (.90, .99), .10, .99,   1., 1.5, 18),
+    ("shapes",      "unet-tiny",   "x0",    1_500,   64, 2e-3,   100, (.90, .99), .10, .99,   1., 1.5, 18),
+    ("celeba64",    "vit-s",       "x0",  500_000,  128, 1e-4, 5_000, (.99, .99), .00, .9999, 0., 1.0, 30),
+    ("celeba64",    "unet-celeba", "eps", 500_000,  128, 1e-4, 5_000, (.9, .999), .00, .9999, 0., 1.0, 30),
+    ("imagenet64",  "vit-l",       "eps", 800_000, 1024, 1e-4,     0, (.99, .99), .15, .9999, 0., 1.5, 20),
+    ("imagenet64",  "unet-adm",    "eps", 900_000, 1024, 1e-4,     0, (.9, .999), .15, .9999, 0., 1.5, 20),
+    ("imagenet256", "vit-b",       "x0", 1_000_000, 256, 1e-4,     0, (.99, .99), .15, .9999, 0., 1.5, 30),
+    ("imagenet256", "vit-xl",      "x0", 7_000_000, 256, 1e-4,     0, (.99, .99), .15, .9999, 0., 1.5, 50),
+    ("imagenet256", "unet-b",      "x0", 1_000_000, 256, 1e-4,     0, (.9, .999), .15, .9999, 0., 1.5, 30),
+    ("imagenet256", "unet-ldm",    "eps", 1_400_000, 256, 1e-4,    0, (.9, .999), .15, .9999, 0., 1.5, 50),
+    ("folder",      "vit-s",       "x0",  100_000,  128, 1e-4, 1_000, (.99, .99), .10, .9999, 0., 1.5, 30),
+]
+COLUMNS = "dataset model target steps batch_size lr warmup betas drop ema decay cfg sample_steps".split()
+SIZES = {**model_vit.SIZES, **model_unet.SIZES}
 FREE = "steps cfg sample_steps data log_every save_every sample_every".split()       # may change on --resume
 MANY, BELOW_1 = 2 ** 62, 1 - 1e-9
 RANGES = dict(steps=(1, MANY), batch_size=(1, 1e6), lr=(1e-12, 1e3), warmup=(0, MANY), decay=(0, 1),
@@ -49,7 +58,6 @@ RANGES = dict(steps=(1, MANY), batch_size=(1, 1e6), lr=(1e-12, 1e3), warmup=(0, 
               gamma=(1e-12, 1e12), T=(1, 1e6), patch=(1, 1e4), size=(1, 1e4), seed=(0, MANY),
               cfg=(0, 1e3), sample_steps=(1, 1e4), accum=(1, 1e6), log_every=(1, MANY),
               save_every=(1, MANY), sample_every=(0, MANY))
-COLUMNS = "model target steps batch_size lr warmup betas drop ema decay cfg sample_steps".split()
 
 
 def parse():
@@ -86,6 +94,8 @@ def parse():
     # this machine: none of these changes the result
     add("--accum", type=int, default=1, help="micro-batches per step and process, for small memories")
     add("--compile", action="store_true", help="torch.compile the network")
+    add("--grad-ckpt", action="store_true", help="keep the blocks' inputs alone and compute the rest again\n"
+                                                 "for the gradient: less memory (see --dry-run), more time")
     add("--data-on-gpu", action="store_true", help="hold the whole data set in the device's memory")
     add("--out", help="folder of the run (default: out/DATASET)")
     add("--resume", action="store_true", help="go on with the run in --out")
@@ -96,13 +106,26 @@ def parse():
     return parser.parse_args()
 
 
+def preset(dataset, model=None):
+    """The row of a data set and network as a dict; a network without one takes the data set's first row, and
+    a UNet there the betas of UNets.
+    """
+    rows = [dict(zip(COLUMNS, row)) for row in PRESETS]
+    rows = [row for row in rows if row["dataset"] == dataset] or [{**rows[-1], "dataset": dataset}]
+    other = {**rows[0], "model": model or rows[0]["model"]}
+    row = next((row for row in rows if row["model"] == model), other)
+    if row["model"] in model_unet.SIZES and row["betas"] == (.99, .99):
+        row["betas"] = (.9, .999)
+    return {**row, "betas": list(row["betas"])}
+
+
 def configure(args, device, saved=None):
     """-> (data, config): the preset's row, or on --resume the saved config, under the flags given."""
     name = args.dataset or (saved or {}).get("dataset", "shapes")
-    preset = dict(zip(COLUMNS, PRESETS.get(name, PRESETS["folder"])))
-    config = dict(preset, dataset=name, data=f"data/{name}", weighting="min_snr", gamma=5.0,
-                  schedule="cosine", T=1000, betas=list(preset["betas"]), weight_decay=0.03, seed=0,
-                  patch=None, flip=None, dtype="bfloat16" if device.type == "cuda" else "float32",
+    model = args.model or (saved or {}).get("model")
+    config = dict(preset(name, model), data=f"data/{name}", weighting="min_snr", gamma=5.0, schedule="cosine",
+                  T=1000, weight_decay=0.0 if model in model_unet.SIZES else 0.03, seed=0, patch=None,
+                  flip=None, dtype="bfloat16" if device.type == "cuda" else "float32",
                   log_every=100, save_every=1000, sample_every=0)
     given = {key: value for key, value in vars(args).items() if value is not None and key in config}
     if saved is not None:
@@ -140,22 +163,25 @@ def configure(args, device, saved=None):
     for what, found, expected in (("--size", data.size, args.size), ("size", data.size, config.get("size")),
                                   ("number of classes", len(data.classes), CLASSES.get(name)),
                                   ("classes", data.classes, config.get("classes")),
-                                  ("list of images", data.meta.get("listing"), config.get("listing"))):
+                                  ("data", facts(data.meta), config.get("facts"))):
         if expected is not None and found != expected:
             raise BadInput(f"{what}: {config['data']} has {found}, expected {expected}")
-    if data.size % config["patch"]:
+    if config["model"] in model_vit.SIZES and data.size % config["patch"]:
         raise BadInput(f"--patch: found {config['patch']}, expected a divisor of the image side {data.size}")
+    if config["model"] in model_unet.SIZES and args.patch:
+        raise BadInput(f"--patch {args.patch}: {config['model']} has no patches")
     if not data.classes:
         if args.drop or (args.cfg or 1) != 1:
             raise BadInput(f"--drop, --cfg: {config['data']} has no classes, expected 0 and 1")
         config.update(drop=0.0, cfg=1.0)
     if config["cfg"] != 1 and not config["drop"]:
         raise BadInput(f"--cfg {config['cfg']}: a model trained with --drop 0 cannot be guided, expected 1")
-    network = dict(img_size=data.size, patch_size=config["patch"], in_channels=data.channels,
-                   num_classes=len(data.classes), T=config["T"], short_run=config["model"] == "vit-tiny",
-                   **SIZES[config["model"]])
+    network = dict(img_size=data.size, in_channels=data.channels, num_classes=len(data.classes),
+                   **json.loads(json.dumps(SIZES[config["model"]])))         # as in config.json: no tuples
+    if config["model"] in model_vit.SIZES:
+        network.update(patch_size=config["patch"], T=config["T"], short_run=config["model"] == "vit-tiny")
     return data, {**config, "size": data.size, "classes": data.classes, "network": network,
-                  "listing": data.meta.get("listing"), "vae": data.meta.get("vae")}
+                  "facts": facts(data.meta), **{key: data.meta.get(key) for key in ("vae", "vae_file")}}
 
 
 def draw_step(data, config, step, rows):
@@ -267,6 +293,7 @@ def main():
         model = build_model(config).to(device, dtype)
     except ValueError as error:
         raise BadInput(str(error)) from None
+    model.grad_ckpt = args.grad_ckpt
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), config["lr"], config["betas"],
                                   weight_decay=config["weight_decay"], fused=True)

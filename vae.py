@@ -184,11 +184,6 @@ def diffusers_name(name, old=False):
     return ".".join(words.get(word, word) for word in name.split("."))
 
 
-def published(sha256):
-    """Name of the published file with this SHA-256, or None."""
-    return FILES.get(sha256)
-
-
 def load_vae(path_or_state_dict):
     """A published autoencoder or a whole Stable Diffusion checkpoint -> VAE, every name and shape checked.
 
@@ -258,14 +253,15 @@ def main():
     except ValueError as error:
         raise BadInput(str(error)) from None
     digest = hash_file(args.vae)
-    known = dict(file=os.path.abspath(args.vae), sha256=digest, name=published(digest))
+    known = dict(sha256=digest, name=FILES.get(digest))
     out = Path(args.out)
     paths, labels, meta = plan(args.src, out, args.size, args.split, args.classes, repeat=1 + args.mirror,
-                               mirror=args.mirror, vae=known, scale=SCALE, dtype=dtype)
+                               mirror=args.mirror, vae=known, vae_file=os.path.abspath(args.vae), scale=SCALE,
+                               content="posterior mean, std of images in [-1, 1], unscaled", dtype=dtype)
     if rank == 0:
         names = meta["classes"] or ["no classes"]
         print(f"{args.src}: {len(paths) // (1 + args.mirror):,} images, {len(meta['classes']):,} classes, "
-              f"{names[0]} .. {names[-1]}; {known['name'] or 'unknown autoencoder'}, {dtype}", flush=True)
+              f"{names[0]!r} .. {names[-1]!r}; {known['name'] or 'unknown autoencoder'}, {dtype}", flush=True)
     if (out / "meta.json").exists():
         return print(f"{out}: already packed, {len(paths):,} latents") if rank == 0 else None
 

@@ -268,6 +268,42 @@ def test_state_stays_float64_and_without_gradients():
         assert single.dtype == torch.float64 and not single.requires_grad and relative(single, double) < 1e-6
 
 
+@pytest.mark.parametrize("solver", ["heun", "euler", "dpm++2m"])
+def test_classifier_guidance_turns_a_mixture_into_its_component(solver):
+    """An exact denoiser of a Gaussian mixture plus the gradient of its exact classifier is the exact denoiser of one
+    component, so both give the same samples, whose mean is the component's.
+    """
+    d, y, spread = Diffusion(), torch.arange(400) % 3, 0.3
+    means = torch.tensor([[1.0, -0.5, 0.2, 0.0], [-1.0, 0.4, 0.0, 0.7], [0.3, 0.1, -0.9, -0.4]], dtype=torch.float64).view(3, 1, 2, 2)
+    prior = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+
+    def parts(x, t):                                                         # all components, (B,3,1,2,2)
+        alpha, sigma = d.alpha_sigma(t, x[:, None])
+        v = alpha ** 2 * spread ** 2 + sigma ** 2
+        off = x[:, None] - alpha * means
+        logits = prior.log() - (off ** 2 / (2 * v)).flatten(2).sum(2)        # (B,3): log p(c | x_t) + constant
+        return means + alpha * spread ** 2 / v * off, logits
+
+    def mixture(x, t, y=None):
+        x0, logits = parts(x, t)
+        return (x0 * logits.softmax(1).view(-1, 3, 1, 1, 1)).sum(1)
+
+    def component(x, t, y):
+        return parts(x, t)[0][torch.arange(len(x)), y]
+    z = torch.randn(400, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    how = dict(steps=30, solver=solver)
+    guided = sampler(mixture, d, z, y, classifier=lambda x, t: parts(x, t)[1], **how)
+    assert relative(guided, sampler(component, d, z, y, **how)) < 1e-9
+    for c in range(3):
+        assert (guided[y == c].mean(0) - means[c]).abs().max() < 0.08
+    assert (sampler(mixture, d, z, y, **how) - guided).abs().max() > 0.5
+    twice = sampler(mixture, d, z, y, classifier=lambda x, t: parts(x, t)[1], classifier_scale=2.0, **how)
+    half = sampler(mixture, d, z, y, classifier=lambda x, t: parts(x, t)[1], interval=(0, 300), **how)
+    assert (twice - guided).abs().max() > 0.05 and (half - guided).abs().max() > 0.05
+    with pytest.raises(ValueError):
+        sampler(mixture, d, z, classifier=lambda x, t: parts(x, t)[1])
+
+
 def test_tables_move_together():
     d = Diffusion().to("meta")
     assert all(getattr(d, name).is_meta for name in ("alphas_cumprod", "snr", "weight", "factor"))

@@ -80,7 +80,7 @@ def test_resize_is_tf1s(values):
 def test_weights_are_strict(weights, tmp_path):
     missing = dict(list(weights.items())[1:])
     wrong = {**weights, "fc.weight": torch.zeros(1000, 2048)}
-    (tmp_path / "cut.pth").write_bytes(b"PK\\x03\\x04 and no more")
+    (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04 and no more")
     torch.save([1], tmp_path / "list.pth")
     for bad in (missing, wrong, {**weights, "extra": torch.zeros(1)}, tmp_path / "cut.pth", tmp_path / "list.pth", tmp_path / "none"):
         with pytest.raises(ValueError):
@@ -232,3 +232,62 @@ def test_pixels_and_refusals(script, sets, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
     text = script("fid.py", "a", "b.npz", code=2)
     assert fid.FILE in text and fid.SHA256 in text and "hub/checkpoints" in text
+
+
+def test_all_metrics_are_those_of_their_formulas(script, sets, inception_file):
+    """Against ADM's kind of reference: statistics beside 30 images, whose own statistics are not used."""
+    model = load_inception(inception_file)
+    a, b = (torch.from_numpy(np.load(sets / f"{name}.npz")["arr_0"]).permute(0, 3, 1, 2) for name in "ab")
+    (fa, sa), (fb, _) = model(a, True), model(b, True)
+    rng = np.random.default_rng(0)
+    mu, mu_s = rng.random(2048), rng.random(2023)
+    sigma, sigma_s = np.diag(rng.random(2048) + 0.1), np.diag(rng.random(2023) + 0.1)
+    np.savez(sets / "adm.npz", arr_0=b.permute(0, 2, 3, 1).numpy(), mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
+    text = script("fid.py", "a", "adm.npz", "--inception", inception_file, "--metrics", "all", torchrun=2)
+    found, (precision, recall) = score(text), precision_recall(fb, fa)
+    expected = {"FID-20": frechet_distance(*moments(fa.numpy()), mu, sigma), "IS": inception_score(model.probs(fa)),
+                "sFID": frechet_distance(*moments(sa.numpy()), mu_s, sigma_s), "precision": precision, "recall": recall}
+    assert found == pytest.approx(expected, rel=1e-3) and found["FID-20"] != pytest.approx(found["sFID"], rel=0.01)
+    assert parsed(text)["reference"]["keys"] == "mu, sigma, not arr_0" and len(parsed(text)["reference"]["sha256"]) == 64
+    script("fid.py", "stats", "--data", "b.npz", "--out", "ref.npz", "--inception", inception_file)
+    text = script("fid.py", "a", "ref.npz", "--inception", inception_file, "--metrics", "all")
+    assert set(score(text)) == {"FID-20", "IS"} and "sFID, precision, recall" in text
+    assert parsed(text)["reference"]["file"] == "ref.npz" and parsed(text)["reference"]["of"] == "b.npz"
+    for key, value in (("extractor", "other"), ("n", "x")):
+        file = dict(np.load(sets / "ref.npz"))
+        np.savez(sets / "wrong.npz", **{**file, "meta": json.dumps({**json.loads(str(file["meta"])), key: value})})
+        assert key in script("fid.py", "a", "wrong.npz", "--inception", inception_file, code=2).replace("the published", "")
+
+
+def test_damage_is_one_line(script, sets, tmp_path):
+    pixels = ("--features", "pixels")
+    rng = np.random.default_rng(0)
+    whole, caught = (sets / "b.npz").read_bytes(), 0
+    for place in rng.integers(0, len(whole), 25):                            # compressed samples, one bit flipped
+        (sets / "bad.npz").write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1:])
+        try:
+            source = Source(sets / "bad.npz")
+            list(source.batches(0, source.count, 7))
+        except ValueError:
+            caught += 1
+    assert caught >= 20
+    Image.new("RGB", (24, 24)).save(sets / "a/z.png", "JPEG")
+    assert "not PNG" in script("fid.py", "a", "b.npz", *pixels, code=2)
+    (sets / "a/z.png").unlink()
+    (sets / "a/protocol.json").write_text("[1]")
+    assert "protocol.json" in script("fid.py", "a", "b.npz", *pixels, code=2)
+    (sets / "a/protocol.json").write_text(json.dumps(dict(n=30)))
+    assert "promises 30" in script("fid.py", "a", "b.npz", *pixels, code=2)
+    (sets / "a/protocol.json").unlink()
+    np.savez(tmp_path / "nan.npz", mu=np.full(192, np.nan), sigma=np.eye(192))
+    np.savez(tmp_path / "half.npz", mu=np.zeros(192), sigma=np.eye(192), mu_s=np.zeros(3))
+    np.savez(tmp_path / "minus.npz", mu=np.zeros(192), sigma=-np.eye(192))
+    for words, named in ((("a", "nan.npz"), "nan.npz"), (("a", "minus.npz"), "minus.npz"), (("a", "b.npz", "--count", 0), "--count"),
+                         (("a", "b.npz", "--out", "c.npz"), "expected SAMPLES"), (("stats", "--data", "b.npz", "--out", "b.npz"), "itself")):
+        assert named in script("fid.py", *words, *pixels, code=2)
+    script("fid.py", "a", "half.npz", *pixels)                               # what is not used may be odd
+    text = script("fid.py", "a", "a", *pixels, "--count", 2, torchrun=2)
+    assert "FD-pixels-2 0.00" in text
+    assert "too few for 3 processes" in script("fid.py", "a", "a", *pixels, "--count", 2, torchrun=3, code=1)
+    (sets / "a/019.PNG").write_bytes((sets / "a/deep/001.PNG").read_bytes()[:99])
+    assert "019.PNG" in script("fid.py", "a", "b.npz", *pixels, torchrun=2, code=1)      # named by the process that met it

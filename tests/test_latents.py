@@ -47,7 +47,7 @@ def tree(tmp_path):
 def test_from_jpegs_to_samples(tree, vae_file, script, start_script, tmp_path):
     words = ("vae.py", "--src", "train", "--vae", vae_file, "--size", 16)
     text = script(*words, "--out", "data/imagenet256")
-    assert "70 images, 1,000 classes, n00000000 .. n00000999; unknown autoencoder, float32" in text and "encoded 70 / 70" in text
+    assert "70 images, 1,000 classes, 'n00000000' .. 'n00000999'; unknown autoencoder, float32" in text and "encoded 70 / 70" in text
     assert "already packed" in script(*words, "--out", "data/imagenet256")
     pack = Packed(tmp_path / "data/imagenet256")
     assert pack.latents and pack.images.shape == (70, 8, 2, 2) and pack.meta["scale"] == SCALE and pack.size == 2
@@ -87,7 +87,7 @@ def test_from_jpegs_to_samples(tree, vae_file, script, start_script, tmp_path):
     assert Image.open(text.splitlines()[-1]).size == (8 * 64, 8 * 64)                      # 16 pixels, shown at 4 times the side
     script(*words, "--steps", 12, "--data-on-gpu", "--out", "held")
     config = json.loads((tmp_path / "out/imagenet256/config.json").read_text())
-    assert config["network"]["patch_size"] == 2 and config["vae"]["file"] == str(vae_file) and not config["flip"]
+    assert config["network"]["patch_size"] == 2 and config["vae_file"] == str(vae_file) and not config["flip"]
     one, two = (torch.load(tmp_path / run / "ckpt.pt", weights_only=True)["ema"] for run in ("out/imagenet256", "held"))
     assert all(torch.equal(one[key], two[key]) for key in one)
     sample = ("sample.py", "--ckpt", "out/imagenet256", "--steps", 2, "--cfg", 1.5, "--interval", 0, 800)
@@ -99,9 +99,18 @@ def test_from_jpegs_to_samples(tree, vae_file, script, start_script, tmp_path):
     assert stack.shape == other.shape == (5, 16, 16, 3) and off.max() <= 1 and (off > 0).mean() < 0.01
     assert "holds latents" in script("fid.py", "drawn", "data/imagenet256", "--features", "pixels", code=2)
 
+    # what would mix two autoencoders or data sets is refused
+    other = tmp_path / "other.pt"
+    state = torch.load(vae_file, weights_only=True)["state_dict"]
+    torch.save({**state, "decoder.conv_out.bias": state["decoder.conv_out.bias"] + 1}, other)
+    assert "vae" in script(*sample, "--n", 5, "--out", "drawn", "--vae", other, code=2)
+    meta = json.loads((tmp_path / "two/imagenet256/meta.json").read_text())
+    (tmp_path / "two/imagenet256/meta.json").write_text(json.dumps({**meta, "dtype": "bfloat16"}))
+    assert "two/imagenet256 has" in script(*words, "--resume", "--steps", 14, "--data", "two/imagenet256", code=2)
+
     # without the autoencoder the run still trains, and says what it cannot draw
     moved = json.loads((tmp_path / "two/imagenet256/meta.json").read_text())
-    moved["vae"]["file"] = "gone.pt"
+    moved["vae_file"] = "gone.pt"
     (tmp_path / "two/imagenet256/meta.json").write_text(json.dumps(moved))
     text = script(*words, "--steps", 2, "--data", "two/imagenet256", "--out", "blind")
     assert "no grid" in text and "gone.pt" in text
@@ -149,6 +158,33 @@ def test_latents_of_a_wrong_scale_are_refused(script, tmp_path):
         assert "standard deviation" in script(*words, code=2) if refused else script(*words)
     (folder / "meta.json").write_text(json.dumps({**meta, "scale": 0}))
     assert "scale" in script(*words, code=2)
+
+
+def test_bfloat16_threads_and_a_cut_file(vae_file, script, tmp_path):
+    (tmp_path / "mine").mkdir()
+    for i, image in enumerate(shapes(range(3), 64)[0].transpose(0, 2, 3, 1)):
+        Image.fromarray(image).save(tmp_path / f"mine/{i}.png")
+    words = ("vae.py", "--src", "mine", "--size", 64)
+    script(*words, "--vae", vae_file, "--out", "full", env=dict(OMP_NUM_THREADS="2"))
+    script(*words, "--vae", vae_file, "--out", "half", "--dtype", "bfloat16")
+    full, half = (np.array(Packed(tmp_path / name).images) for name in ("full", "half"))
+    model, threads = load_vae(vae_file), torch.get_num_threads()
+    torch.set_num_threads(1)
+    x = torch.from_numpy(shapes(range(3), 64)[0]) / 127.5 - 1
+    alone = torch.cat([torch.cat(mean_std(model.moments(image[None])), 1) for image in x]).half().numpy()
+    torch.set_num_threads(threads)
+    assert np.array_equal(full, alone) and 1e-4 < relative(half, full) < 0.05
+    os.rename(vae_file, tmp_path / "moved.pt")                               # the same weights elsewhere are the same
+    try:
+        assert "already packed" in script(*words, "--vae", "moved.pt", "--out", "full")
+        meta = json.loads((tmp_path / "full/meta.json").read_text())
+        (tmp_path / "full/meta.json").rename(tmp_path / "full/packing.json")
+        np.save(tmp_path / "full/done.npy", np.ones(1, dtype=np.uint8))
+        (tmp_path / "full/latents.npy").write_bytes((tmp_path / "full/latents.npy").read_bytes()[:300])
+        assert "unfinished" in script(*words, "--vae", "moved.pt", "--out", "full", code=2)
+        assert meta["dtype"] == "float32" and not (tmp_path / "full/meta.json").exists()
+    finally:
+        os.rename(tmp_path / "moved.pt", vae_file)
 
 
 def test_refusals(tree, vae_file, script, tmp_path):

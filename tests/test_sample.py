@@ -148,7 +148,7 @@ def test_classes_by_name_and_number(ckpt, script, tmp_path):
 def test_released_files(golden, script, tmp_path):
     values, weights = golden("vit_uncond")
     torch.save(weights, tmp_path / "released.pt")
-    assert "--target" in script("sample.py", "--ckpt", "released.pt", code=2)
+    assert "--target" in script("sample.py", "--ckpt", "released.pt", "--heads", 6, code=2)
     assert "heads" in script("sample.py", "--ckpt", "released.pt", "--target", "eps", code=2)
     words = ("--ckpt", "released.pt", "--target", "eps", "--heads", 6, "--steps", 3)
     assert "as released" in script("sample.py", *words, "--n", 4, "--out", "grid.png")
@@ -199,3 +199,25 @@ def test_refusals(ckpt, script, tmp_path):
     assert not (tmp_path / "pwned").exists() and ckpt.read_bytes() == whole
     with pytest.raises(BadInput):
         read(tmp_path / "cut.pt")
+
+
+def test_adm_weights_and_classifier(golden, script, tmp_path):
+    """Files as ADM publishes them: learned sigma, a classifier beside; and their official names refused for others."""
+    weights, classifier = golden("unet_adm")[1], golden("classifier")[1]
+    head = {name: torch.cat([weights[name], torch.ones_like(weights[name])]) for name in ("out.2.weight", "out.2.bias")}
+    torch.save({**weights, **head}, tmp_path / "adm.pt")
+    torch.save(weights, tmp_path / "plain.pt")
+    torch.save(classifier, tmp_path / "classifier.pt")
+    torch.save({**classifier, "out.2.c_proj.weight": torch.zeros(7, 64, 1), "out.2.c_proj.bias": torch.zeros(7)}, tmp_path / "seven.pt")
+    words = ("--ckpt", "adm.pt", "--heads", 2, "--steps", 3, "--n", 6, "--classes", "1,7")
+    for out, extra in (("a.npz", ()), ("b.npz", ("--classifier", "classifier.pt", "--classifier-scale", 3)),
+                       ("c.npz", ("--cfg", 1.5)), ("d.npz", ("--classifier", "classifier.pt", "--solver", "dpm++2m"))):
+        script("sample.py", *words, *extra, "--out", out)
+    a, b, c, d = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in "abcd")
+    assert a.shape == (6, 16, 16, 3) and len({image.tobytes() for image in (a, b, c, d)}) == 4
+    protocol = json.loads((tmp_path / "b.protocol.json").read_text())
+    assert protocol["target"] == "eps" and protocol["classifier_scale"] == 3 and len(protocol["classifier"]) == 64
+    for wrong, named in ((("--ckpt", "plain.pt", "--heads", 2), "--target"), (("--ckpt", "adm.pt", "--heads", 2, "--classifier", "adm.pt"), "adm.pt"),
+                         (("--ckpt", "adm.pt", "--heads", 2, "--classifier", "none.pt"), "none.pt"), (("--ckpt", "classifier.pt"), "classifier.pt"),
+                         (("--ckpt", "adm.pt", "--heads", 2, "--classifier", "seven.pt"), "num_classes is 7, the network's is 10")):
+        assert named in script("sample.py", *wrong, code=2)

@@ -13,9 +13,8 @@ import torch
 
 from data import CLASSES, built_in
 from diffusion import Diffusion
-from model_vit import SIZES
 from sample import build_model, grid, load_checkpoint, read
-from train import COLUMNS, HEADER, PRESETS, draw_step, epoch_order, learning_rate, log_row
+from train import HEADER, SIZES, preset, draw_step, epoch_order, learning_rate, log_row
 
 TINY = ("--batch-size", 8, "--sample-steps", 2, "--log-every", 5)
 
@@ -230,16 +229,23 @@ def test_bfloat16_is_another_run_and_the_grid_is_drawn_from_the_ema(script, tmp_
 def test_presets():
     for name, network, (size, patch, channels), millions in (
             ("celeba64", "vit-s", (64, 4, 3), 41.6), ("imagenet64", "vit-l", (64, 4, 3), 266.9),
-            ("imagenet256", "vit-b", (32, 2, 4), 86.8), ("imagenet256", "vit-xl", (32, 2, 4), 448.9)):
-        preset = dict(zip(COLUMNS, PRESETS[name]))
-        assert network in (preset["model"], "vit-xl") and preset["lr"] == 1e-4 and preset["ema"] == 0.9999
+            ("imagenet256", "vit-b", (32, 2, 4), 86.8), ("imagenet256", "vit-xl", (32, 2, 4), 448.9),
+            ("celeba64", "unet-celeba", (64, 0, 3), 58.9), ("imagenet64", "unet-adm", (64, 0, 3), 295.9),
+            ("imagenet256", "unet-b", (32, 0, 4), 129.1), ("imagenet256", "unet-ldm", (32, 0, 4), 395.5)):
+        row, patches = preset(name, network), dict(patch_size=patch) if patch else {}
+        assert row["model"] == network and row["lr"] == 1e-4 and row["ema"] == 0.9999
+        assert row["betas"] == ([.9, .999] if network.startswith("unet") else [.99, .99])
         with torch.device("meta"):
-            model = build_model(dict(network=dict(img_size=size, patch_size=patch, in_channels=channels,
-                                                  num_classes=CLASSES[name], **SIZES[network])))
+            model = build_model(dict(network=dict(img_size=size, in_channels=channels, num_classes=CLASSES[name],
+                                                  **patches, **SIZES[network])))
         assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
-    rows = {name: dict(zip(COLUMNS, row)) for name, row in PRESETS.items()}
-    assert rows["imagenet64"]["target"] == "eps" and rows["celeba64"]["target"] == rows["imagenet256"]["target"] == "x0"
-    assert rows["celeba64"]["warmup"] == 5000 and (rows["imagenet256"]["batch_size"], rows["imagenet256"]["drop"]) == (256, 0.15)
+    for name, network, target in (("shapes", "vit-tiny", "x0"), ("celeba64", "vit-s", "x0"), ("imagenet64", "vit-l", "eps"),
+                                  ("imagenet256", "vit-b", "x0"), ("my photos", "vit-s", "x0")):
+        row = preset(name)
+        assert (row["dataset"], row["model"], row["target"]) == (name, network, target)
+    assert preset("celeba64")["warmup"] == 5000 and preset("imagenet64", "unet-adm")["steps"] == 900_000
+    assert preset("imagenet256")["batch_size"] == 256 and preset("imagenet256")["drop"] == 0.15
+    assert preset("my photos", "unet-b")["betas"] == [.9, .999] and preset("shapes", "vit-s")["betas"] == [.9, .99]
 
 
 def test_labels_are_dropped_as_often_as_asked():
@@ -332,3 +338,19 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(script, tmp
     before = (tmp_path / "run/ckpt.pt").read_bytes()
     assert "not finite" in script("train.py", *TINY, "--steps", 9, "--out", "run", "--resume", code=3)
     assert (tmp_path / "run/ckpt.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("network", ["unet-tiny", "vit-tiny"])
+def test_grad_ckpt_changes_nothing(network, script, tmp_path):
+    words = (*TINY, "--model", network, "--steps", 3, "--dtype", "float64")
+    script("train.py", *words, "--out", "plain")
+    script("train.py", *words, "--out", "ckpt", "--grad-ckpt")
+    plain, ckpt = (read(tmp_path / name / "ckpt.pt") for name in ("plain", "ckpt"))
+    assert distance(plain["model"], ckpt["model"]) < 1e-9
+    if network == "unet-tiny":                                               # as any other network
+        script("train.py", *words, "--out", "two", torchrun=2)
+        assert distance(plain["model"], read(tmp_path / "two/ckpt.pt")["model"]) < 1e-9
+        assert plain["config"]["weight_decay"] == 0 and "patch_size" not in plain["config"]["network"]
+        script("sample.py", "--ckpt", "plain", "--n", 2, "--steps", 2)
+        assert "--patch" in script("train.py", *TINY, "--model", network, "--patch", 2, "--out", "other", code=2)
+        assert "multiple of 4" in script("train.py", *TINY, "--model", network, "--size", 18, "--out", "other", code=2)

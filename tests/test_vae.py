@@ -11,7 +11,7 @@ from conftest import ROOT, relative
 
 import vae
 from data import read
-from vae import VAE, diffusers_name, load_vae, mean_std, published
+from vae import FILES, VAE, diffusers_name, load_vae, mean_std
 
 
 def formula(keys, shapes):
@@ -255,5 +255,5 @@ def test_names_and_shapes_are_strict(tiny):
 
 
 def test_published_files_are_known():
-    assert published("735e4c3a447a3255760d7f86845f09f937809baa529c17370d83e4c3758f3c75") == "sd-vae-ft-mse-original .safetensors"
-    assert published("0" * 64) is None and len(vae.FILES) == 4 and all(len(digest) == 64 for digest in vae.FILES)
+    assert FILES.get("735e4c3a447a3255760d7f86845f09f937809baa529c17370d83e4c3758f3c75") == "sd-vae-ft-mse-original .safetensors"
+    assert FILES.get("0" * 64) is None and len(vae.FILES) == 4 and all(len(digest) == 64 for digest in vae.FILES)
