@@ -295,9 +295,11 @@ class UNet(Encoder):
                 width_in = width
         self.out = nn.Sequential(nn.GroupNorm(32, width), nn.SiLU(),
                                  zero(nn.Conv2d(width, in_channels, 3, padding=1)))
+        self.to(memory_format=torch.channels_last)                           # faster convolutions
 
     def forward(self, x, t, y=None):
         emb, skips = self.embed(x, t), []                                    # (B,E)
+        x = x.contiguous(memory_format=torch.channels_last)
         label = emb.new_zeros(len(x), self.context_dim or 1)                 # without classes
         if self.num_classes:
             label = self.label_emb(torch.full_like(t, self.num_classes) if y is None else y)
@@ -322,6 +324,7 @@ class Classifier(Encoder):
         width = self.skips[-1]
         pool = AttentionPool(img_size // self.factor, width, width // head_channels, num_classes)
         self.out = nn.Sequential(nn.GroupNorm(32, width), nn.SiLU(), pool)
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, x, t):
         emb = self.embed(x, t)

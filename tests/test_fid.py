@@ -183,9 +183,8 @@ def test_one_score_whatever_the_form_batch_and_processes(script, sets, inception
     text = script("fid.py", "a.npz", *words, "--metrics", "all")
     whole = score(text)
     assert f"FID-20 {whole['FID-20']:.2f}" in text and "warning: 20 images" in text and set(whole) == {"FID-20", "IS", "sFID", "precision", "recall"}
-    for other, how in (("a", {}), ("a.npz", dict(torchrun=2))):
-        found = score(script("fid.py", other, *words, "--batch-size", 7, **how))
-        assert found["FID-20"] == pytest.approx(whole["FID-20"], rel=1e-4), other
+    assert score(script("fid.py", "a", *words, "--batch-size", 7))["FID-20"] == pytest.approx(whole["FID-20"], rel=1e-4)
+    assert score(script("fid.py", "a.npz", *words, torchrun=2))["FID-20"] == pytest.approx(whole["FID-20"], rel=1e-4)
     script("fid.py", "stats", "--data", "b.npz", "--out", "ref.npz", "--inception", inception_file)
     text = script("fid.py", "a", "ref.npz", "--inception", inception_file)
     assert score(text)["FID-20"] == pytest.approx(whole["FID-20"], rel=1e-4)
@@ -243,7 +242,7 @@ def test_all_metrics_are_those_of_their_formulas(script, sets, inception_file):
     mu, mu_s = rng.random(2048), rng.random(2023)
     sigma, sigma_s = np.diag(rng.random(2048) + 0.1), np.diag(rng.random(2023) + 0.1)
     np.savez(sets / "adm.npz", arr_0=b.permute(0, 2, 3, 1).numpy(), mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
-    text = script("fid.py", "a", "adm.npz", "--inception", inception_file, "--metrics", "all", torchrun=2)
+    text = script("fid.py", "a", "adm.npz", "--inception", inception_file, "--metrics", "all", "--batch-size", 9)
     found, (precision, recall) = score(text), precision_recall(fb, fa)
     expected = {"FID-20": frechet_distance(*moments(fa.numpy()), mu, sigma), "IS": inception_score(model.probs(fa)),
                 "sFID": frechet_distance(*moments(sa.numpy()), mu_s, sigma_s), "precision": precision, "recall": recall}

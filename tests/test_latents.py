@@ -81,7 +81,7 @@ def test_from_jpegs_to_samples(tree, vae_file, script, start_script, tmp_path):
     assert {path.name for path in done.parent.iterdir()} == {"latents.npy", "labels.npy", "meta.json"}
 
     # train, resume, sample
-    words = ("train.py", "--dataset", "imagenet256", "--model", "vit-tiny", "--batch-size", 8, "--sample-steps", 2, "--log-every", 5)
+    words = ("train.py", "--dataset", "imagenet256", "--model", "vit-tiny", "--batch-size", 8, "--sample-steps", 1, "--log-every", 5)
     text = script(*words, "--steps", 12)
     assert "imagenet256: 70 images 2 x 2, 1000 classes" in text and "FD-pixels" not in text
     assert Image.open(text.splitlines()[-1]).size == (8 * 64, 8 * 64)                      # 16 pixels, shown at 4 times the side
@@ -139,7 +139,7 @@ def test_mirrored_and_unconditional_latents(vae_file, script, tmp_path):
     x = torch.from_numpy(shapes([7], 16)[0]).flip(3) / 127.5 - 1
     assert relative(np.array(both.images[15:16, :4]), mean_std(load_vae(vae_file).moments(x))[0]) < 1e-3
     assert "no contact sheet" in script("data.py", "--check", "data/mine")
-    words = ("train.py", "--dataset", "mine", "--model", "vit-tiny", "--batch-size", 4, "--sample-steps", 2, "--steps", 2)
+    words = ("train.py", "--dataset", "mine", "--model", "vit-tiny", "--batch-size", 4, "--sample-steps", 1, "--steps", 2)
     assert "--mirror" in script(*words, "--flip", code=2)
     script(*words)
 
