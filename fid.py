@@ -435,28 +435,25 @@ def stored(path):
 
 # ------------------------------------------------------------------------------------------ command line
 
-def side(path, args, extract, extractor, device):
-    """Statistics and metadata of one side of the comparison, from a statistics file or from images."""
+def side(path, count, extractor):
+    """One side of the comparison -> its statistics, None where they are to be measured; its images, None
+    where there are none; its metadata.
+    """
     from data import BadInput
-    if not (known := stored(path)):
-        source = Source(path)
-        n = source.count if args.count is None else args.count
-        if not 2 <= n <= source.count:
-            raise BadInput(f"{path}: found {source.count:,} images, expected at least {max(n, 2):,}")
-        if args.count is None and source.promised != n:
-            raise BadInput(f"{path}: found {n:,} images, protocol.json promises {source.promised}")
-        found = measure(source, n, extract, args.batch_size, device)
-        return found, {**source.meta, "file": str(path), "n": n, "size": source.size, "extractor": extractor}
-    found, meta = known
-    with zipfile.ZipFile(path) as archive:
-        images = "arr_0.npy" in archive.namelist()
-    if images:                                                               # ADM's reference batches
-        source = Source(path)
-        meta = {"size": source.size, **meta}
-        if args.metrics == "all":                                            # precision and recall use them
-            found["features"] = measure(source, source.count, extract, args.batch_size, device)["features"]
-    keys = "mu, sigma" + ", not arr_0" * images
-    return found, {**meta, "of": meta.get("file"), "file": str(path), "keys": keys}
+    if known := stored(path):
+        found, meta = known
+        with zipfile.ZipFile(path) as archive:                           # ADM's reference batches have both
+            images = Source(path) if "arr_0.npy" in archive.namelist() else None
+        meta = {"size": images and images.size, **meta, "of": meta.get("file"), "file": str(path)}
+        return found, images, {**meta, "keys": "mu, sigma" + ", not arr_0" * bool(images)}
+    images = Source(path)
+    n = images.count if count is None else count
+    if not 2 <= n <= images.count:
+        raise BadInput(f"{path}: found {images.count:,} images, expected at least {max(n, 2):,}")
+    if count is None and images.promised != n:
+        raise BadInput(f"{path}: found {n:,} images, protocol.json promises {images.promised}")
+    meta = dict(file=str(path), n=n, size=images.size, extractor=extractor)
+    return None, images, {**images.meta, **meta}
 
 
 def main():
@@ -497,8 +494,19 @@ def main():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    paths = [args.data] if making else args.inputs
-    sides = [side(path, args, extract, extractor, device) for path in paths]
+    paths, sides = [args.data] if making else args.inputs, []
+    opened = [side(path, args.count, extractor) for path in paths]
+    for key in ("size", "extractor"):                                        # before the long part
+        values = [meta[key] for _, _, meta in opened if meta.get(key) is not None]
+        if len(values) == 2 and values[0] != values[1]:
+            raise BadInput(f"{paths[0]} has {key} {values[0]}, {paths[1]} has {key} {values[1]}")
+    for found, images, meta in opened:
+        if found is None:
+            found = measure(images, meta["n"], extract, args.batch_size, device)
+        elif images and args.metrics == "all":                               # precision and recall use them
+            more = measure(images, images.count, extract, args.batch_size, device)
+            found["features"] = more["features"]
+        sides.append((found, meta))
     if world > 1:
         time.sleep(0.2)                                                      # see the end of train.py
         dist.destroy_process_group()
@@ -515,10 +523,6 @@ def report(samples, reference, sides, extractor, model):
     """Print the result line, warnings, and one JSON line with both sides' metadata."""
     from data import BadInput, hash_file
     (a, meta_a), (b, meta_b) = sides
-    for key in ("size", "extractor"):
-        one, two = meta_a.get(key), meta_b.get(key)
-        if None not in (one, two) and one != two:
-            raise BadInput(f"{samples} has {key} {one}, {reference} has {key} {two}")
     if len(a["mu"]) != len(b["mu"]):
         raise BadInput(f"{samples} has {len(a['mu'])} features, {reference} has {len(b['mu'])}")
     n = meta_a.get("n")

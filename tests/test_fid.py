@@ -218,7 +218,7 @@ def test_pixels_and_refusals(script, sets, tmp_path, monkeypatch):
     Image.new("RGB", (24, 24)).save(tmp_path / "jpeg/a.JPG", "JPEG")
     pixels = ("--features", "pixels")
     for words, named in ((("small.npz", "ref.npz"), "size 16"), (("float.npz", "b.npz"), "float64"), (("keys.npz", "b.npz"), "other"),
-                         (("cut.npz", "b.npz"), "cut.npz"), (("empty", "b.npz"), "no .png"), (("mixed", "b.npz"), "24 x 24"),
+                         (("cut.npz", "b.npz"), "cut.npz"), (("empty", "b.npz"), "no .png"), (("mixed", "small.npz"), "24 x 24"),
                          (("broken", "b.npz"), "a.png"), (("jpeg", "b.npz"), "JPEG"), (("none", "b.npz"), "none"), (("a",), "expected"),
                          (("a", "odd.npz"), "odd.npz"), (("a", "b.npz", "--count", 21), "20 images"), (("stats", "--data", "a"), "--out"),
                          (("a", "b.npz", "--batch-size", 0), "--batch-size")):
@@ -248,14 +248,14 @@ def test_all_metrics_are_those_of_their_formulas(script, sets, inception_file):
                 "sFID": frechet_distance(*moments(sa.numpy()), mu_s, sigma_s), "precision": precision, "recall": recall}
     assert found == pytest.approx(expected, rel=1e-3) and found["FID-20"] != pytest.approx(found["sFID"], rel=0.01)
     assert parsed(text)["reference"]["keys"] == "mu, sigma, not arr_0" and len(parsed(text)["reference"]["sha256"]) == 64
-    script("fid.py", "stats", "--data", "b.npz", "--out", "ref.npz", "--inception", inception_file)
-    text = script("fid.py", "a", "ref.npz", "--inception", inception_file, "--metrics", "all")
-    assert set(score(text)) == {"FID-20", "IS"} and "sFID, precision, recall" in text
+    meta = dict(file="b.npz", n=30, size=24, extractor=parsed(text)["extractor"])
+    np.savez(sets / "ref.npz", mu=mu, sigma=sigma, meta=json.dumps(meta))
+    text = script("fid.py", "a", "ref.npz", "--inception", inception_file, "--metrics", "all", "--count", 4)
+    assert set(score(text)) == {"FID-4", "IS"} and "sFID, precision, recall" in text
     assert parsed(text)["reference"]["file"] == "ref.npz" and parsed(text)["reference"]["of"] == "b.npz"
-    for key, value in (("extractor", "other"), ("n", "x")):
-        file = dict(np.load(sets / "ref.npz"))
-        np.savez(sets / "wrong.npz", **{**file, "meta": json.dumps({**json.loads(str(file["meta"])), key: value})})
-        assert key in script("fid.py", "a", "wrong.npz", "--inception", inception_file, code=2).replace("the published", "")
+    for key, value in (("extractor", "other"), ("n", "x"), ("size", 32)):
+        np.savez(sets / "wrong.npz", mu=mu, sigma=sigma, meta=json.dumps({**meta, key: value}))
+        assert f"{key}" in script("fid.py", "a", "wrong.npz", "--features", "pixels", code=2)
 
 
 def test_damage_is_one_line(script, sets, tmp_path):
