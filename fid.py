@@ -322,7 +322,8 @@ class Source:
             self.packed = Packed(self.path)
             if self.packed.latents:
                 raise BadInput(f"{path}: holds latents, expected images")
-            self.meta = {key: self.packed.meta.get(key) for key in ("dataset", "split", "crop", "filter")}
+            kept = ("dataset", "split", "crop", "filter", "listing")
+            self.meta = {key: self.packed.meta.get(key) for key in kept}
             self.count, self.size = len(self.packed), self.packed.size
         elif self.path.is_dir():
             found = sorted(file for file in self.path.rglob("*") if file.is_file())
