@@ -2,9 +2,9 @@
 
 Dhariwal & Nichol 2021 (guided-diffusion) and Rombach et al. 2022 (latent-diffusion). Facts that their weights
 depend on: the time embedding is cosines, then sines; every GroupNorm has 32 groups, eps 1e-5 (1e-6 in the
-spatial transformer); rows of qkv are ordered head, then q k v, then channel; the last layer of every residual
-branch and of the network starts at zero. Parameter names are theirs, so `input_blocks.N` is block N of the
-encoder and its first layer is `input_blocks.N.0`.
+spatial transformer); rows of qkv are ordered head, then q k v, then channel (in the classifier's head q k v,
+then head). The last layer of res-blocks, attention blocks and the UNet starts at zero. Parameter names are
+theirs, so `input_blocks.N` is block N of the encoder and its first layer is `input_blocks.N.0`.
 """
 import math
 
@@ -399,7 +399,8 @@ def from_adm(state_dict, img_size=None, heads=None, head_channels=None, num_clas
     """A state dict of guided-diffusion, the official repository or latent-diffusion -> UNet, strict.
 
     The architecture is read off names and shapes. What they do not show:
-    img_size: unless given, the side at which the smallest feature map is 8 wide, as in all ADM and LDM files.
+    img_size: unless given, the side at which the smallest feature map is 8 wide, as in ADM's and LDM's files;
+    unet-b and unet-cifar have 32.
     heads, head_channels: unless given, by width as in the public files (`public_heads`; the preset unet-ldm
     has one head, LDM's own file of that width 32 channels a head).
     num_classes: a class table of 1,000 rows is taken to have no null label (ADM and LDM, ImageNet), any other

@@ -34,15 +34,20 @@ def build_model(config):
     return UNet(**network) if "channels" in network else ViT(**network)
 
 
-def load_checkpoint(path, raw=False, target=None, heads=None, schedule=None):
+def load_checkpoint(path, raw=False, target=None, schedule=None, heads=None, head_channels=None, size=None):
     """-> (network in eval mode, config). Our checkpoints, EMA weights unless raw, or weights alone: the
     paper's released files and guided-diffusion's or latent-diffusion's, for which `target` says what they
-    predict (a file with learned sigma predicts eps). Raises BadInput for anything else.
+    predict (a file with learned sigma predicts eps), and the last four what else they do not show. Raises
+    BadInput for anything else.
     """
     state = read(path)
     if not {"model", "ema", "config"} & state.keys():
         try:
-            model = from_official(state, heads) if "pos_embed" in state else from_adm(state, heads=heads)
+            model = from_official(state, heads) if "pos_embed" in state else \
+                from_adm(state, size, heads, head_channels)
+            latents = getattr(model, "context_dim", None)                # of latent-diffusion
+            if model.in_channels not in (3, 4) or model.in_channels == 3 and latents:
+                raise ValueError(f"{model.in_channels} channels that are neither RGB nor this autoencoder's")
         except ValueError as error:
             raise BadInput(f"{path}: no checkpoint of this project, and {error}") from None
         learned_sigma = len(state.get("out.2.weight", ())) == 2 * model.in_channels
@@ -179,10 +184,10 @@ def claim(folder, protocol):
             before = dict(json.loads(file.read_text()))
         except (ValueError, TypeError):
             raise BadInput(f"{file}: damaged, expected the protocol of the samples beside it") from None
-        if other := [key for key in protocol if before.get(key) != protocol[key]]:
+        if other := [key for key in {**before, **protocol} if before.get(key) != protocol.get(key)]:
             key = other[0]
             found = before.get(key)
-            raise BadInput(f"--out {folder}: holds samples with {key} {found!r}, not {protocol[key]!r}")
+            raise BadInput(f"--out {folder}: holds samples with {key} {found!r}, not {protocol.get(key)!r}")
     elif used:
         raise BadInput(f"--out {folder}: holds images without protocol.json; choose a new folder")
     else:
@@ -217,10 +222,13 @@ def parse():
     add("--batch-size", type=int, default=64, help="images at a time in each process")
     add("--vae", help="autoencoder of a latent model (default: the one its data were encoded with)")
     add("--classifier", help="ADM's noisy classifier, 64x64_classifier.pt: guide by its gradient")
-    add("--classifier-scale", type=float, default=1.0, help="factor of that gradient (default: 1)")
+    add("--classifier-scale", type=float, help="factor of that gradient (default: 1)")
     add("--target", choices=TARGETS, help="what released weights predict")
-    add("--schedule", choices=("cosine", "linear"), help="of released weights (default: cosine)")
+    add("--schedule", choices=("cosine", "linear"), help="of released weights (default: cosine;\n"
+                                                         "ADM's files of side 128 and more have linear)")
     add("--heads", type=int, help="attention heads of released weights, where the width does not tell")
+    add("--head-channels", type=int, help="or their width, of a UNet")
+    add("--size", type=int, help="side that a released UNet draws, if not 8 x 2^(levels - 1)")
     return parser.parse_args()
 
 
@@ -237,6 +245,8 @@ def settle(args, config, ckpt):
     for flag, value in (("n", args.n), ("steps", args.steps), ("batch-size", args.batch_size)):
         if value is not None and value < 1:
             raise BadInput(f"--{flag}: found {value}, expected at least 1")
+    if args.classifier_scale is not None and not (args.classifier and 0 <= args.classifier_scale < math.inf):
+        raise BadInput(f"--classifier-scale {args.classifier_scale}: expected a number >= 0 and --classifier")
     if args.interval and cfg == 1 and not args.classifier:
         raise BadInput(f"--interval {args.interval}: there is no guidance at --cfg 1")
     if args.interval and not 0 <= args.interval[0] <= args.interval[1] < config["T"]:
@@ -252,7 +262,8 @@ def main():
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))   # no process group is needed
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    model, config = load_checkpoint(args.ckpt, args.raw, args.target, args.heads, args.schedule)
+    model, config = load_checkpoint(args.ckpt, args.raw, args.target, args.schedule, args.heads,
+                                    args.head_channels, args.size)
     ckpt = Path(args.ckpt) / "ckpt.pt" if Path(args.ckpt).is_dir() else Path(args.ckpt)
     args.out = Path(args.out or ckpt.parent / "samples.png")
     if args.out.suffix not in ("", ".png", ".npz") and not args.out.is_dir():
@@ -266,8 +277,8 @@ def main():
     model.to(device)
     torch.backends.cudnn.allow_tf32 = False                                  # float32 means float32
     vae = find_vae(config, device, args.vae)
-    classifier, scale = classifier and classifier.to(device), args.classifier_scale
-    tools = dict(vae=vae, classifier=classifier, classifier_scale=scale)
+    scale = 1.0 if args.classifier_scale is None else args.classifier_scale
+    tools = dict(vae=vae, classifier=classifier and classifier.to(device), classifier_scale=scale)
     if args.out.suffix == ".png":
         if rank == 0:
             print(grid(model, config, args.out, args.n, **tools, **how).resolve())

@@ -149,8 +149,8 @@ def configure(args, device, saved=None):
         data = built_in(config.get("size", args.size or 16))
     else:
         data = Packed(config["data"])
-    pixels = name != "shapes" and not data.latents
-    config.update(patch=config["patch"] or (2 if data.latents else 4),
+    pixels, vit = name != "shapes" and not data.latents, config["model"] in model_vit.SIZES
+    config.update(patch=config["patch"] or (2 if data.latents else 4) if vit else None,
                   flip=pixels if config["flip"] is None else config["flip"])
     data.flip = config["flip"]
     if data.latents and data.flip:
@@ -166,9 +166,9 @@ def configure(args, device, saved=None):
                                   ("data", facts(data.meta), config.get("facts"))):
         if expected is not None and found != expected:
             raise BadInput(f"{what}: {config['data']} has {found}, expected {expected}")
-    if config["model"] in model_vit.SIZES and data.size % config["patch"]:
+    if vit and data.size % config["patch"]:
         raise BadInput(f"--patch: found {config['patch']}, expected a divisor of the image side {data.size}")
-    if config["model"] in model_unet.SIZES and args.patch:
+    if args.patch and not vit:
         raise BadInput(f"--patch {args.patch}: {config['model']} has no patches")
     if not data.classes:
         if args.drop or (args.cfg or 1) != 1:
@@ -178,7 +178,7 @@ def configure(args, device, saved=None):
         raise BadInput(f"--cfg {config['cfg']}: a model trained with --drop 0 cannot be guided, expected 1")
     network = dict(img_size=data.size, in_channels=data.channels, num_classes=len(data.classes),
                    **json.loads(json.dumps(SIZES[config["model"]])))         # as in config.json: no tuples
-    if config["model"] in model_vit.SIZES:
+    if vit:
         network.update(patch_size=config["patch"], T=config["T"], short_run=config["model"] == "vit-tiny")
     return data, {**config, "size": data.size, "classes": data.classes, "network": network,
                   "facts": facts(data.meta), **{key: data.meta.get(key) for key in ("vae", "vae_file")}}

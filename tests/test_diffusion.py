@@ -300,6 +300,22 @@ def test_classifier_guidance_turns_a_mixture_into_its_component(solver):
     twice = sampler(mixture, d, z, y, classifier=lambda x, t: parts(x, t)[1], classifier_scale=2.0, **how)
     half = sampler(mixture, d, z, y, classifier=lambda x, t: parts(x, t)[1], interval=(0, 300), **how)
     assert (twice - guided).abs().max() > 0.05 and (half - guided).abs().max() > 0.05
+    # both kinds of guidance add up: the classifier's shift, doubled, is also cfg 3 between mixture and component
+
+    class Both:
+        num_classes = 3
+
+        def __call__(self, x, t, y):
+            wild = mixture(x, t)
+            known = component(x, t, y.clamp(max=2))
+            return torch.where((y == 3).view(-1, 1, 1, 1), wild, known)
+    for where in (None, (0, 500)):
+        classifier = lambda x, t: parts(x, t)[1]
+        added = sampler(Both(), d, z, y, cfg=2.0, classifier=classifier, interval=where, **how)
+        alone = sampler(Both(), d, z, y, cfg=3.0, interval=where, **how)
+        assert relative(added, alone) < 1e-9
+    strong = sampler(mixture, d, z, y, classifier=classifier, classifier_scale=3.0, **how)
+    assert relative(strong, sampler(Both(), d, z, y, cfg=3.0, **how)) < 1e-9
     with pytest.raises(ValueError):
         sampler(mixture, d, z, classifier=lambda x, t: parts(x, t)[1])
 

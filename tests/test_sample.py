@@ -1,4 +1,5 @@
 """Sampling from checkpoints: image k depends on (checkpoint, seed, k) alone; what is refused."""
+import hashlib
 import json
 import os
 import pickle
@@ -13,7 +14,7 @@ from PIL import Image
 
 from data import BadInput
 from diffusion import Diffusion, sampler
-from sample import build_model, draw, grid, load_checkpoint, read, start, to_uint8
+from sample import find_classifier, build_model, draw, grid, load_checkpoint, read, start, to_uint8
 
 SIZES = dict(img_size=8, patch_size=2, in_channels=3, num_classes=5, dim=48, depth=2, heads=4)
 
@@ -216,7 +217,29 @@ def test_adm_weights_and_classifier(golden, script, tmp_path):
     a, b, c, d = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in "abcd")
     assert a.shape == (6, 16, 16, 3) and len({image.tobytes() for image in (a, b, c, d)}) == 4
     protocol = json.loads((tmp_path / "b.protocol.json").read_text())
-    assert protocol["target"] == "eps" and protocol["classifier_scale"] == 3 and len(protocol["classifier"]) == 64
+    assert protocol["target"] == "eps" and protocol["classifier_scale"] == 3
+    assert protocol["classifier"] == hashlib.sha256((tmp_path / "classifier.pt").read_bytes()).hexdigest()
+    model, config = load_checkpoint(tmp_path / "adm.pt", heads=2)
+    guide = find_classifier(tmp_path / "classifier.pt", config)
+    expected = draw(model, config, range(6), labels=[1, 7], steps=3, cfg=1.0, classifier=guide, classifier_scale=3.0)
+    assert np.abs(b.astype(int) - expected.permute(0, 2, 3, 1).numpy()).max() <= 1
+    script("sample.py", *words, "--classifier", "classifier.pt", "--out", "folder")
+    assert "classifier" in script("sample.py", *words, "--out", "folder", code=2)          # the same without it
+    # an unconditional network takes its labels from the classifier
+    bare = {key: value for key, value in weights.items() if key != "label_emb.weight"}
+    torch.save(bare, tmp_path / "bare.pt")
+    words = ("--ckpt", "bare.pt", "--heads", 2, "--target", "x0", "--schedule", "linear", "--steps", 3, "--n", 3, "--classes", 9)
+    script("sample.py", *words, "--classifier", "classifier.pt", "--interval", 0, 900, "--out", "bare.npz")
+    assert np.load(tmp_path / "bare.npz")["arr_1"].tolist() == [9, 9, 9]
+    assert load_checkpoint(tmp_path / "bare.pt", target="x0", schedule="linear", heads=2)[1]["schedule"] == "linear"
+    torch.save({**weights, "label_emb.weight": torch.zeros(1000, 128)}, tmp_path / "thousand.pt")
+    assert "label drop" in script("sample.py", "--ckpt", "thousand.pt", "--heads", 2, "--target", "eps", "--cfg", 2, code=2)
+    torch.save({**weights, "input_blocks.0.0.weight": torch.zeros(32, 6, 3, 3), "out.2.weight": torch.zeros(6, 32, 3, 3),
+                "out.2.bias": torch.zeros(6)}, tmp_path / "six.pt")
+    for wrong, named in ((("--classifier-scale", 3), "--classifier-scale"), (("--classifier", "classifier.pt", "--classifier-scale", "nan"), "scale")):
+        assert named in script("sample.py", "--ckpt", "adm.pt", "--heads", 2, *wrong, code=2)
+    assert "6 channels" in script("sample.py", "--ckpt", "six.pt", "--heads", 2, code=2)
+    assert load_checkpoint(tmp_path / "adm.pt", head_channels=16, size=32)[1]["network"]["img_size"] == 32
     for wrong, named in ((("--ckpt", "plain.pt", "--heads", 2), "--target"), (("--ckpt", "adm.pt", "--heads", 2, "--classifier", "adm.pt"), "adm.pt"),
                          (("--ckpt", "adm.pt", "--heads", 2, "--classifier", "none.pt"), "none.pt"), (("--ckpt", "classifier.pt"), "classifier.pt"),
                          (("--ckpt", "adm.pt", "--heads", 2, "--classifier", "seven.pt"), "num_classes is 7, the network's is 10")):

@@ -243,7 +243,19 @@ def test_presets():
                                   ("imagenet256", "vit-b", "x0"), ("my photos", "vit-s", "x0")):
         row = preset(name)
         assert (row["dataset"], row["model"], row["target"]) == (name, network, target)
-    assert preset("celeba64")["warmup"] == 5000 and preset("imagenet64", "unet-adm")["steps"] == 900_000
+    for name, network, expected in (
+            ("celeba64", "unet-celeba", ("eps", 500_000, 128, 1e-4, 5_000, 0.0, 0.0, 1.0, 30)),
+            ("imagenet64", "unet-adm", ("eps", 900_000, 1024, 1e-4, 0, 0.15, 0.0, 1.5, 20)),
+            ("imagenet256", "unet-b", ("x0", 1_000_000, 256, 1e-4, 0, 0.15, 0.0, 1.5, 30)),
+            ("imagenet256", "unet-ldm", ("eps", 1_400_000, 256, 1e-4, 0, 0.15, 0.0, 1.5, 50)),
+            ("imagenet256", "vit-xl", ("x0", 7_000_000, 256, 1e-4, 0, 0.15, 0.0, 1.5, 50)),
+            ("shapes", "unet-tiny", ("x0", 1_500, 64, 2e-3, 100, 0.1, 1.0, 1.5, 18))):
+        row = preset(name, network)
+        keys = "target steps batch_size lr warmup drop decay cfg sample_steps".split()
+        assert tuple(row[key] for key in keys) == expected, network
+    assert SIZES["unet-celeba"]["head_channels"] == SIZES["unet-adm"]["head_channels"] == 64
+    assert [SIZES[name]["heads"] for name in ("unet-b", "unet-ldm", "unet-adm128", "unet-cifar")] == [4, 1, 4, 4]
+    assert preset("celeba64")["warmup"] == 5000
     assert preset("imagenet256")["batch_size"] == 256 and preset("imagenet256")["drop"] == 0.15
     assert preset("my photos", "unet-b")["betas"] == [.9, .999] and preset("shapes", "vit-s")["betas"] == [.9, .99]
 
