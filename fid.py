@@ -502,6 +502,8 @@ def main():
         if len(values) == 2 and values[0] != values[1]:
             raise BadInput(f"{paths[0]} has {key} {values[0]}, {paths[1]} has {key} {values[1]}")
     for found, images, meta in opened:
+        if found and images and rank == 0:
+            print(f"{meta['file']}: its mu and sigma are used, not the {images.count:,} images in arr_0")
         if found is None:
             found = measure(images, meta["n"], extract, args.batch_size, device)
         elif images and args.metrics == "all":                               # precision and recall use them

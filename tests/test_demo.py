@@ -31,7 +31,7 @@ def judge():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [(), ("--model", "unet-tiny", "--steps", 500, "--out", "out/shapes")])
+@pytest.mark.parametrize("words", [(), ("--model", "unet-tiny", "--steps", 750, "--out", "out/shapes")])
 def test_train_and_sample(words, script, tmp_path):
     began = time.time()
     text = script("train.py", *words, env=dict(OMP_NUM_THREADS="2"), timeout=1200)

@@ -247,6 +247,7 @@ def test_all_metrics_are_those_of_their_formulas(script, sets, inception_file):
     expected = {"FID-20": frechet_distance(*moments(fa.numpy()), mu, sigma), "IS": inception_score(model.probs(fa)),
                 "sFID": frechet_distance(*moments(sa.numpy()), mu_s, sigma_s), "precision": precision, "recall": recall}
     assert found == pytest.approx(expected, rel=1e-3) and found["FID-20"] != pytest.approx(found["sFID"], rel=0.01)
+    assert "adm.npz: its mu and sigma are used, not the 30 images" in text
     assert parsed(text)["reference"]["keys"] == "mu, sigma, not arr_0" and len(parsed(text)["reference"]["sha256"]) == 64
     meta = dict(file="b.npz", n=30, size=24, extractor=parsed(text)["extractor"])
     np.savez(sets / "ref.npz", mu=mu, sigma=sigma, meta=json.dumps(meta))

@@ -118,6 +118,7 @@ def test_sigterm_to_torchrun_saves_once_and_leaves(script, start_script, tmp_pat
     assert read(tmp_path / "run/ckpt.pt")["step"] == step
 
 
+@pytest.mark.slow
 def test_resumed_on_another_number_of_processes(script, tmp_path):
     words = (*TINY, "--dtype", "float64", "--lr", 1e-3, "--warmup", 1, "--decay", 0)
     script("train.py", *words, "--steps", 6, "--out", "one")
