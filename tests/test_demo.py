@@ -1,4 +1,5 @@
 """The main job as a newcomer runs it: `python train.py`, then images of a class on demand."""
+import functools
 import re
 import resource
 import time
@@ -12,6 +13,7 @@ from torch import nn
 from data import shapes
 
 
+@functools.cache
 def judge():
     """A small convolutional classifier of the real shapes; the test refuses to go on where it is not nearly perfect."""
     torch.manual_seed(0)

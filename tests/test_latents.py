@@ -160,6 +160,7 @@ def test_latents_of_a_wrong_scale_are_refused(script, tmp_path):
     assert "scale" in script(*words, code=2)
 
 
+@pytest.mark.slow
 def test_bfloat16_threads_and_a_cut_file(vae_file, script, tmp_path):
     (tmp_path / "mine").mkdir()
     for i, image in enumerate(shapes(range(3), 64)[0].transpose(0, 2, 3, 1)):

@@ -282,6 +282,7 @@ def test_log_row_averages_by_bin():
     assert log_row(50, tally) == "50,3,2," + ",".join(["1"] + ["nan"] * 8 + ["4"])
 
 
+@pytest.mark.slow
 def test_unweighted_errors_do_not_depend_on_the_weighting(script, tmp_path):
     rows = []
     for i, weighting in enumerate(("min_snr", "const", "snr")):
