@@ -192,11 +192,11 @@ def sampler(model, diffusion, z, y=None, steps=30, cfg=1.0, interval=None, solve
 
     def denoise(x, sigma, t):                                                # x = x_t / alpha_t
         x_t, inside = x / math.sqrt(1 + sigma ** 2), t_lo <= t <= t_hi
-        if classifier and inside:
-            x0 = estimate(x_t, t, cfg != 1)
-            gradient = log_p_gradient(classifier, x_t.to(z.dtype), t, y)
-            return x0 + classifier_scale * sigma ** 2 / math.sqrt(1 + sigma ** 2) * gradient.double()
-        return estimate(x_t, t, cfg != 1 and inside)
+        x0 = estimate(x_t, t, cfg != 1 and inside)
+        if classifier and inside:                                            # sigma_t^2 / alpha_t
+            shift = classifier_scale * sigma ** 2 / math.sqrt(1 + sigma ** 2)
+            x0 = x0 + shift * log_p_gradient(classifier, x_t.to(z.dtype), t, y).double()
+        return x0
 
     def estimate(x_t, t, guided):
         times = torch.full((len(x_t) * (1 + guided),), t, device=x_t.device)

@@ -535,7 +535,7 @@ def report(samples, reference, sides, extractor, model):
     if "features" in a:
         weight = next(model.parameters())
         result["IS"] = inception_score(model.probs(a["features"].to(weight)))
-        if "mu_s" in b:
+        if all({"mu_s", "sigma_s"} <= part.keys() for part in (a, b)):
             result["sFID"] = frechet_distance(a["mu_s"], a["sigma_s"], b["mu_s"], b["sigma_s"])
         if min(len(part.get("features", a["features"])) for part in (a, b)) < 4:
             raise BadInput("--metrics all: precision and recall need at least 4 images a side")

@@ -7,9 +7,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, relative
+from conftest import ROOT, formula, relative
 from PIL import Image
-from test_vae import formula
 
 from data import Packed, center_crop, generator, load_image, shapes
 from vae import SCALE, load_vae, mean_std

@@ -7,25 +7,11 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, relative
+from conftest import ROOT, formula, relative
 
 import vae
 from data import read
 from vae import FILES, VAE, diffusers_name, load_vae, mean_std
-
-
-def formula(keys, shapes):
-    """The tensors that the golden values were computed with (the same formula as for the Inception)."""
-    state = {}
-    for key, shape in zip(map(str, keys), shapes):
-        shape = tuple(int(side) for side in str(shape).strip("()").split(",") if side)
-        n = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape).astype(np.float32)
-        if len(shape) > 1:
-            n *= np.sqrt(2 / np.prod(shape[1:])).astype(np.float32)
-        else:
-            n = (0.1 * n + (0 if key.endswith("bias") else 1)).astype(np.float32)
-        state[key] = torch.from_numpy(n)
-    return state
 
 
 @pytest.fixture(scope="module")
