@@ -1,6 +1,7 @@
 """Images in, batches out: the built-in shapes, the packed format, and `python data.py` that makes it.
 
     python data.py --src DIR --size 64 --out data/NAME   # sub-folders are the classes (or none); restartable
+    python data.py --dataset imagenet64 --src ILSVRC/train   # as the papers prepare it, into data/imagenet64
     python data.py --check data/NAME                     # counts, classes and a contact sheet
 
 A packed folder holds images.npy, uint8 (N,3,S,S), or latents.npy, float16 (N,8,S/8,S/8), which vae.py writes,
@@ -8,19 +9,23 @@ labels.npy, int64 (N,), and meta.json, which is written last: a folder without i
 """
 import argparse
 import colorsys
+import functools
 import hashlib
 import json
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import struct
 import sys
+import tarfile
 import threading
 import time
 import warnings
 import zipfile
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -31,7 +36,14 @@ from PIL import Image, ImageDraw, ImageOps
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 CHUNK = 64                                       # images that a worker packs at a time
-CLASSES = {"shapes": 8, "celeba64": 0, "imagenet64": 1000, "imagenet256": 1000}  # what these names promise
+DATASETS = {  # what these names promise: side, classes, images in the training set
+    "shapes":      (16,  8,      100_000),
+    "cifar10":     (32,  10,     50_000),
+    "celeba64":    (64,  0,      162_770),
+    "imagenet64":  (64,  1000, 1_281_167),
+    "imagenet128": (128, 1000, 1_281_167),
+    "imagenet256": (256, 1000, 1_281_167),       # as latents, which vae.py makes
+}
 
 
 class BadInput(ValueError):
@@ -128,6 +140,17 @@ def read_json(path):
         return dict(json.loads(Path(path).read_text()))
     except (ValueError, TypeError, RecursionError) as error:
         raise BadInput(f"{path}: damaged, expected a JSON object ({error})") from None
+
+
+def download(url, file, sha256, flag):
+    """Fetch url into file, which appears when it is whole and has this SHA-256; `flag` names it by hand."""
+    print(f"downloading {url}", flush=True)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(file), hash_prefix=sha256)
+    except (OSError, RuntimeError) as error:
+        raise BadInput(f"cannot download ({error}); put {file.name} (SHA-256 {sha256}) into {file.parent} or "
+                       f"name it with {flag}") from None
 
 
 def facts(meta):
@@ -304,16 +327,37 @@ class Packed(Images):
         super().__init__(images, labels, meta, flip)
 
 
-# ----------------------------------------------------------------------- folder of images -> packed file
+# ------------------------------------------------------------------------------- image files and their crops
 
-def load_image(path):
+DAMAGE = (OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile, tarfile.TarError)    # of archives
+
+
+@functools.lru_cache(maxsize=2)
+def archive(path, process):
+    """A .zip or .tar(.gz) kept open, by each process for itself: a fork would share the place in the file."""
+    return tarfile.open(path) if tarfile.is_tarfile(path) else zipfile.ZipFile(path)
+
+
+def opened(path):
+    """A file for reading; `a.zip/b/c.png` is the member b/c.png of a.zip."""
+    for parent in path.parents:
+        if parent.suffix in (".zip", ".tar", ".gz", ".tgz") and parent.is_file():
+            source, member = archive(parent, os.getpid()), path.relative_to(parent).as_posix()
+            return source.open(member) if parent.suffix == ".zip" else source.extractfile(member)
+    return open(path, "rb")
+
+
+def load_image(path, plain=False):
     """Any image file -> 8-bit RGB as a person sees it: upright by EXIF, 16-bit grey scaled to 8, see-through
-    parts on white, CMYK and palettes converted. Raises BadInput that names the file where it cannot be read.
+    parts on white, CMYK and palettes converted; `plain` converts and no more, as the papers did. Raises
+    BadInput that names the file where it cannot be read.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
+        with warnings.catch_warnings(), opened(Path(path)) as file, Image.open(file) as image:
             warnings.simplefilter("ignore")                              # of large pictures, odd metadata
             image.load()
+            if plain:
+                return image.convert("RGB")
             if max(image.size) > 400 * min(image.size):
                 raise BadInput(f"{image.width} x {image.height} pixels are too narrow to crop a square from")
             image = ImageOps.exif_transpose(image)
@@ -326,7 +370,7 @@ def load_image(path):
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except (*DAMAGE, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
         raise BadInput(f"{path}: cannot be read as an image ({error})") from None
 
 
@@ -340,26 +384,199 @@ def center_crop(image, size):
     return np.asarray(image)[top:top + size, left:left + size]
 
 
+def celeba_crop(image, size):
+    """ScoreSDE's crop of CelebA's aligned images, uint8 (size,size,3): the central 140 x 140, then bilinear
+    with antialiasing.
+    """
+    if image.size != (178, 218):
+        raise BadInput(f"found {image.width} x {image.height} pixels, expected img_align_celeba's 178 x 218")
+    return np.asarray(image.crop((19, 39, 159, 179)).resize((size, size), Image.BILINEAR))
+
+
+class Arrays(pickle.Unpickler):
+    """Builds numbers, strings, lists, dicts and numpy arrays; the name of anything else is refused unmade."""
+
+    def find_class(self, module, name):
+        if (name, module.replace("._core.", ".core.")) == ("_reconstruct", "numpy.core.multiarray"):
+            return np.zeros(0).__reduce__()[0]
+        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
+            return getattr(np, name)
+        if (module, name) == ("_codecs", "encode"):                      # bytes, in protocol 2
+            return lambda text, _: text.encode("latin1")
+        raise BadInput(f"holds a foreign object, {module}.{name}; expected arrays")
+
+
+def read_batch(path):
+    """A published batch of small images, a pickle or .npz -> uint8 (N,3,S,S), labels as published (N,)."""
+    try:
+        with opened(path) as file:
+            kept = dict(np.load(file)) if path.suffix == ".npz" else Arrays(file, encoding="latin1").load()
+        rows, labels = np.asarray(kept["data"]), np.asarray(kept["labels"])
+        side = math.isqrt(rows.shape[1] // 3)
+        if rows.dtype != np.uint8 or labels.dtype.kind != "i" or labels.shape != rows.shape[:1]:
+            raise TypeError(f"data {rows.dtype} {rows.shape}, labels {labels.dtype}")
+        return rows.reshape(-1, 3, side, side), labels.astype(np.int64)
+    except Exception as error:                                           # whatever damage makes them raise
+        why = error if isinstance(error, BadInput) else f"damaged, {type(error).__name__}: {error}"
+        raise BadInput(f"{path}: not a batch of images ({why})") from None
+
+
+held_batch = functools.lru_cache(maxsize=1)(read_batch)                          # a worker reads row after row
+
+
+def square(path, size, dataset=None):
+    """uint8 (3,size,size) of an image file, or of row `path.name` of a published batch. The papers' data sets
+    are read as the papers did, which knew no EXIF.
+    """
+    if path.name.isdecimal():
+        image = held_batch(path.parent)[0][int(path.name)]
+        if image.shape[1] != size:
+            raise BadInput(f"{path.parent}: found images of side {image.shape[1]}, expected {size}")
+        return image
+    image = load_image(path, plain=dataset in DATASETS)
+    try:
+        return (celeba_crop if dataset == "celeba64" else center_crop)(image, size).transpose(2, 0, 1)
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
+
+
+# ------------------------------------------------------------------------ what is on disk -> paths and labels
+
+def entries(src):
+    """-> (base, names below it): the files in a folder or an archive, and its folders, which end with "/". An
+    archive's only folder is unwrapped; hidden files are left out.
+    """
+    def stop(error):
+        raise error
+    if src.is_dir():
+        names = [os.path.join(top, name)[len(str(src)) + 1:] + end
+                 for top, folders, files in os.walk(src, onerror=stop, followlinks=True)
+                 for group, end in ((folders, "/"), (files, "")) for name in group]
+    elif not src.is_file():
+        raise BadInput(f"--src {src}: no such folder or archive")
+    else:
+        try:
+            kept = archive(src, os.getpid())
+            names = kept.namelist() if src.suffix == ".zip" else \
+                [member.name + "/" * member.isdir() for member in kept.getmembers()]
+        except DAMAGE as error:
+            raise BadInput(f"--src {src}: no folder, .zip or .tar.gz that can be read ({error})") from None
+    names = [name for name in names if not re.search(r"(^|/)(\.|__MACOSX)", name)]
+    base = os.path.commonprefix([name.partition("/")[:2] for name in names])      # the only folder at the top
+    if src.is_file() and base[1:] == ("/",):
+        return src / base[0], [name[len(base[0]) + 1:] for name in names if name != base[0] + "/"]
+    return src, names
+
+
 def list_images(src):
     """Paths below src in a fixed order, label of each, class names. Sub-folders of src are the classes,
     sorted by name (by number where all are numbers); a folder without sub-folders has none.
     """
-    src = Path(src)
-    if not src.is_dir():
-        raise BadInput(f"--src {src}: no such folder")
-    shown = lambda path: not any(part.startswith((".", "__MACOSX")) for part in path.relative_to(src).parts)
-    folders = [entry for entry in src.iterdir() if entry.is_dir() and shown(entry)]
-    by_number = all(folder.name.isascii() and folder.name.isdecimal() for folder in folders)
-    folders.sort(key=lambda folder: int(folder.name) if by_number else folder.name)
-    pick = lambda found: sorted(path for path in found if path.suffix.lower() in SUFFIXES and shown(path))
-    images = {folder: pick(folder.rglob("*")) for folder in folders or [src]}
-    if folders and (loose := pick(src.iterdir())):
-        raise BadInput(f"{loose[0]}: an image beside class folders ({folders[0].name}, ...) has no class")
-    if not any(images.values()):
+    base, names = entries(Path(src))
+    folders = sorted({name.partition("/")[0] for name in names if "/" in name})
+    if all(folder.isascii() and folder.isdecimal() for folder in folders):
+        folders.sort(key=int)
+    label = {folder: number for number, folder in enumerate(folders)}
+    images = [name.split("/") for name in names if name.lower().endswith(SUFFIXES)]
+    if loose := [name for name, *below in images if folders and not below]:
+        raise BadInput(f"{base / loose[0]}: an image beside class folders ({folders[0]}, ...) has no class")
+    if not images:
         raise BadInput(f"--src {src}: no images found ({' '.join(SUFFIXES)})")
-    paths = [path for found in images.values() for path in found]
-    labels = [label for label, found in enumerate(images.values()) for _ in found]
-    return paths, np.array(labels, dtype=np.int64), [folder.name for folder in folders]
+    images.sort(key=lambda parts: (label.get(parts[0], 0), parts))
+    labels = [label.get(parts[0], 0) for parts in images]
+    return [base.joinpath(*parts) for parts in images], np.array(labels, dtype=np.int64), folders
+
+
+def imagenet():
+    """-> ImageNet's 1,000 wnids, sorted as the labels are, their numbers in the ILSVRC kit, their names."""
+    table = Path(__file__).parent / "assets" / "imagenet.txt"
+    return zip(*(line.split(" ", 2) for line in table.read_text().splitlines()))
+
+
+def list_imagenet(src):
+    """ILSVRC's training folders, one a wnid: all of them and no others."""
+    paths, labels, folders = list_images(src)
+    wnids, _, names = imagenet()
+    if lacking := sorted(set(wnids) - set(folders)) or sorted(set(folders) - set(wnids)):
+        which = "lacks" if lacking[0] in wnids else "is no class:"
+        raise BadInput(f"--src {src}: found {len(folders)} class folders, expected ImageNet's 1,000 wnids; "
+                       f"{which} {lacking[0]}")
+    return paths, labels, list(names)
+
+
+def list_celeba(src, split):
+    """CelebA's aligned images of one split, by their numbers in list_eval_partition.txt, or .csv, if it lies
+    with them, else by the ranges of numbers that it holds: train to 162,770, val to 182,637, test to 202,599.
+    """
+    src = Path(src)
+    splits = ("train", "val", "test")
+    if split not in splits:
+        raise BadInput(f"--split {split}: expected {', '.join(splits)}")
+    base, names = entries(src)
+    found = {Path(name).stem: base / name for name in names if name.lower().endswith(SUFFIXES)}
+    if odd := [path for number, path in found.items() if not re.fullmatch(r"\d{6}", number)]:
+        raise BadInput(f"{odd[0]}: expected CelebA's aligned images, 000001.jpg to 202599.jpg")
+    tables = [folder / kit / f"list_eval_partition{end}" for folder in (src, *src.resolve().parents[:2])
+              for kit in ("", "Eval") for end in (".txt", ".csv")]
+    if table := next((table for table in tables if table.is_file()), None):
+        lines = re.findall(r"^(\d{6})\.\w+[ ,]+([012])\s*$", table.read_text(errors="replace"), re.M)
+        part = {number: int(k) for number, k in lines}
+    else:
+        part = {number: (int(number) > 162_770) + (int(number) > 182_637) for number in found}
+    if lost := sorted(found.keys() - part.keys()):
+        raise BadInput(f"{table}: has no line for {found[lost[0]].name}")
+    paths = [path for number, path in sorted(found.items()) if splits[part[number]] == split]
+    if not paths:
+        raise BadInput(f"--src {src}: no images of the {split} split found")
+    return paths, np.zeros(len(paths), dtype=np.int64), []
+
+
+CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CIFAR10_FILE = ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+                "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce")
+BATCHES = {("cifar10", "train"): r"data_batch_(\d+)", ("cifar10", "test"): r"test_batch()",
+           ("imagenet64", "train"): r"train_data_batch_(\d+)", ("imagenet64", "val"): r"val_data()"}
+
+
+def list_batches(src, dataset, split):
+    """Published batches of small images, CIFAR-10's or the downsampled ImageNet's, or () where there are
+    none; path `FILE/k` is row k.
+    """
+    pattern = re.compile(BATCHES.get((dataset, split), "(?!)") + r"(\.npz)?")
+    base, names = entries(Path(src))
+    matches = [(pattern.fullmatch(name.split("/")[-1]), name) for name in names]
+    files = sorted((int(match[1] or 0), base / name) for match, name in matches if match)
+    files = [file for _, file in files]
+    labels = [read_batch(file)[1] for file in files]
+    if not files:
+        return ()
+    paths = [file / str(k) for file, part in zip(files, labels) for k in range(len(part))]
+    labels, names = np.concatenate(labels), CIFAR10
+    if dataset == "imagenet64":                                          # labelled 1 .. 1000, the kit's order
+        _, numbers, names = imagenet()
+        place = np.full(1001, -1)
+        place[np.array(numbers, dtype=int)] = range(1000)
+        labels = np.where((labels > 0) & (labels <= 1000), place[labels.clip(0, 1000)], -1)
+    if labels.min() < 0 or labels.max() >= len(names):
+        raise BadInput(f"--src {src}: found labels outside the {len(names)} classes of {dataset}")
+    return paths, labels, list(names)
+
+
+def listing(src, dataset, split):
+    """-> paths, labels, class names, (crop, filter) of a data set of the papers or any folder of images."""
+    found = list_batches(src, dataset, split)
+    if found:
+        return *found, ("as published", "as published")
+    if dataset == "cifar10":
+        raise BadInput(f"--src {src}: found no CIFAR-10 of --split {split}, expected cifar-10-batches-py or "
+                       "cifar-10-python.tar.gz, of train or test")
+    if dataset == "celeba64":
+        return *list_celeba(src, split), ("center 140 (ScoreSDE)", "bilinear, antialiased")
+    found = list_imagenet(src) if dataset in DATASETS else list_images(src)
+    return *found, ("center (ADM)", "box halving, then bicubic")
+
+
+# --------------------------------------------------------------------------------- packing, in processes
 
 
 def end_with_parent():
@@ -370,21 +587,18 @@ def end_with_parent():
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def crop_chunk(paths, size, mirror=False):
+def crop_chunk(paths, size, dataset, mirror=False):
     """Worker: uint8 (n,3,size,size); with `mirror` every second path is the one before it again, flipped."""
     rows = []
     for j, path in enumerate(paths):
-        if mirror and j % 2:
-            rows.append(rows[-1][:, :, ::-1])
-        else:
-            rows.append(center_crop(load_image(path), size).transpose(2, 0, 1))
+        rows.append(rows[-1][:, :, ::-1] if mirror and j % 2 else square(path, size, dataset))
     return np.stack(rows)
 
 
-def pack_chunk(paths, size, file, first):
+def pack_chunk(paths, size, dataset, file, first):
     """Worker: crop `paths` and write them to rows first, first + 1, ... of the memory map."""
     rows = np.lib.format.open_memmap(file, mode="r+")
-    rows[first:first + len(paths)] = crop_chunk(paths, size)
+    rows[first:first + len(paths)] = crop_chunk(paths, size, dataset)
     rows.flush()
 
 
@@ -405,20 +619,26 @@ def in_workers(task, jobs, workers):
             pool.shutdown(cancel_futures=True)
 
 
-def plan(src, out, size, split="train", classes=None, repeat=1, **more):
+def plan(src, out, size, split="train", classes=None, dataset=None, repeat=1, **more):
     """-> paths, labels and meta of a pack of the images below `src`, each `repeat` times, in folder `out`."""
     src, out = Path(src), Path(out)
+    dataset = dataset or out.name
+    if dataset == "shapes":
+        raise BadInput(f"--out {out}: shapes are built in; choose another name")
     if out.resolve().is_relative_to(src.resolve()):
         raise BadInput(f"--out {out}: lies in --src {src}; expected another place")
-    paths, labels, names = list_images(src)
-    classes = CLASSES.get(out.name) if classes is None else classes
+    paths, labels, names, (crop, filter) = listing(src, dataset, split)
     if classes is not None and len(names) != classes:
         raise BadInput(f"--src {src}: found {len(names)} class folders, expected {classes}")
-    listing = "\n".join(f"{path.relative_to(src)}\0{label}" for path, label in zip(paths, labels))
-    listing = hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
+    official = DATASETS.get(dataset, (0, 0, 0))[2]
+    if official and split == "train" and len(paths) != official and os.environ.get("RANK", "0") == "0":
+        print(f"warning: found {len(paths):,} images, the training set of {dataset} has {official:,}")
+    digest = hashlib.sha256()
+    for path, label in zip(paths, labels):
+        digest.update(f"{path.relative_to(src)}\0{label}\n".encode("utf-8", "surrogateescape"))
     paths, labels = [path for path in paths for _ in range(repeat)], labels.repeat(repeat)
-    meta = dict(dataset=out.name, split=split, count=len(paths), size=size, classes=names, listing=listing,
-                crop="center (ADM)", filter="box halving, then bicubic", **more)
+    meta = dict(dataset=dataset, split=split, count=len(paths), size=size, classes=names,
+                listing=digest.hexdigest(), crop=crop, filter=filter, **more)
     if (out / "meta.json").exists():
         if facts(Packed(out).meta) != facts(meta):
             raise BadInput(f"--out {out}: already holds another packed data set; choose a new folder")
@@ -464,17 +684,20 @@ def finish(out, labels, meta):
     print(f"{out}: {meta['count']:,} images of {size}, {len(meta['classes'])} classes")
 
 
-def pack(src, size, out, split="train", classes=None, workers=None):
+def pack(src, size, out, split="train", classes=None, dataset=None, workers=None):
     """Pack the images below `src` into folder `out`; after a kill it goes on, to the same bytes."""
     out, workers = Path(out), os.cpu_count() if workers is None else workers
     if workers < 1:
         raise BadInput(f"--workers: found {workers}, expected at least 1")
-    paths, labels, meta = plan(src, out, size, split, classes)
+    paths, labels, meta = plan(src, out, size, split, classes, dataset)
+    if paths[0].name.isdecimal():
+        workers = 1                              # each holds the batch it reads; copying rows is no work
     if (out / "meta.json").exists():
         return print(f"{out}: already packed, {len(paths):,} images")
     _, done = begin(out, "images", (3, size, size), np.uint8, meta)
     todo, since, start = np.flatnonzero(done == 0), time.time(), int(done.sum()) * CHUNK
-    jobs = [(paths[i * CHUNK:(i + 1) * CHUNK], size, out / "images.npy", i * CHUNK) for i in todo]
+    jobs = [(paths[i * CHUNK:(i + 1) * CHUNK], size, meta["dataset"], out / "images.npy", i * CHUNK)
+            for i in todo]
     for _, i in zip(in_workers(pack_chunk, jobs, workers), todo):
         done[i] = 1
         progress("packed", min(int(done.sum()) * CHUNK, len(paths)), len(paths), since, start)
@@ -513,19 +736,37 @@ def check(dir):
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--src", help="folder of images; its sub-folders are the classes")
-    add("--size", type=int, help="side of the packed images in pixels")
-    add("--out", help="packed folder to write, such as data/NAME")
-    add("--split", default="train", help="recorded in meta.json")
+    add("--dataset", choices=[name for name in DATASETS if name not in ("shapes", "imagenet256")],
+        help="one of the papers' (default: the last part of --out, if it is one)")
+    add("--src", help="folder or .zip of images, its sub-folders are the classes; or as published:\n"
+                      "cifar-10-python.tar.gz, img_align_celeba, ILSVRC's train, train_data_batch_*")
+    add("--download", action="store_true", help="fetch cifar10, into data/; the others ask you to register")
+    add("--size", type=int, help="side of the packed images in pixels (default: the data set's)")
+    add("--out", help="packed folder to write, such as data/NAME (default: data/DATASET)")
+    add("--split", default="train", help="val and test where they are published; recorded in meta.json")
     add("--classes", type=int, help="refuse a source with another number of class folders")
     add("--workers", type=int, help="processes that decode (default: one a core)")
     add("--check", metavar="DIR", help="print what a packed folder holds and draw a contact sheet")
     args = parser.parse_args()
     if args.check:
         return check(args.check)
-    if not (args.src and args.out and args.size and args.size > 0):
-        raise BadInput("expected --src DIR --size S (at least 1) --out data/NAME, or --check data/NAME")
-    pack(args.src, args.size, args.out, args.split, args.classes, args.workers)
+    out = Path(args.out or f"data/{args.dataset}")
+    dataset = args.dataset or (out.name if out.name in DATASETS else None)
+    side = DATASETS[dataset][0] if dataset else None
+    if args.download:
+        if dataset != "cifar10" or args.src:
+            raise BadInput("--download: expected --dataset cifar10 and no --src")
+        args.src = Path("data") / CIFAR10_FILE[0].split("/")[-1]
+        if not args.src.exists():
+            download(CIFAR10_FILE[0], args.src, CIFAR10_FILE[1], "--src")
+        if hash_file(args.src) != CIFAR10_FILE[1]:
+            raise BadInput(f"{args.src}: its SHA-256 is not {CIFAR10_FILE[1]}; remove it")
+    if not args.src or not (args.out or args.dataset) or (args.size or side or 0) < 1:
+        raise BadInput("expected --dataset NAME --src DIR, or --src DIR --size S --out data/NAME (S at least 1), "
+                       "or --check data/NAME")
+    if side and args.size not in (None, side):
+        raise BadInput(f"--size: found {args.size}, {dataset} has {side}")
+    pack(args.src, args.size or side, out, args.split, args.classes, dataset, args.workers)
 
 
 if __name__ == "__main__":

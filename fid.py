@@ -181,18 +181,12 @@ def load_inception(path_or_state_dict):
 
 def find_inception(path=None):
     """-> (fused Inception, SHA-256 of its file): `path`, else torch.hub's cache, else a download."""
-    from data import BadInput, hash_file
+    from data import BadInput, download, hash_file
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     cached = [folder / name for name in (FILE, FILE.replace("pt_", "weights-")) if (folder / name).exists()]
     file = Path(path) if path else cached[0] if cached else folder / FILE
     if not path and not cached:
-        print(f"downloading {URL}", flush=True)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL, str(file), hash_prefix=SHA256)
-        except (OSError, RuntimeError) as error:
-            raise BadInput(f"cannot download ({error}); put {FILE} (SHA-256 {SHA256}) into {folder} or name "
-                           "it with --inception") from None
+        download(URL, file, SHA256, "--inception")
     if not file.is_file():
         raise BadInput(f"--inception {file}: no such file; expected {FILE} (SHA-256 {SHA256})")
     digest = hash_file(file)

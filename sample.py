@@ -2,7 +2,7 @@
 
     python sample.py --ckpt CKPT --n 50000 --out DIR          # PNG files, for FID; or --out FILE.npz
     torchrun --nproc-per-node 8 sample.py --ckpt CKPT --count 50000 --out DIR   # the same images, sooner
-    python sample.py --ckpt ema_0.9999_large.pt --target eps  # the paper's released weights
+    python sample.py --ckpt ema_0.9999_large.pt               # the paper's released weights, known by shape
 
 Image k depends on (checkpoint, seed, k) alone: not on the batch size, the number of processes, or having been
 stopped. The same command finishes what a killed one began.
@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import BadInput, Parser, generator, hash_file, load_image, progress, read, replace, run, tile
+from data import (BadInput, Parser, generator, hash_file, imagenet, load_image, progress, read, replace, run,
+                  tile)
 from diffusion import SOLVERS, TARGETS, Diffusion, sampler
 from model_unet import UNet, classifier_from_adm, from_adm
 from model_vit import ViT, from_official
@@ -27,6 +28,13 @@ from vae import load_vae
 
 
 # ------------------------------------------------------------------------------------------- checkpoints
+
+RELEASED = {  # channels, classes, width, depth (ViT) or side (UNet): the published weights of that shape
+    (4, 1000, 1152, 28): ("ema_0.9999_xl.pt", dict(target="x0", sample_steps=50, cfg=1.5)),       # FID 2.06
+    (3, 1000, 1024, 21): ("ema_0.9999_large.pt", dict(target="eps", sample_steps=20, cfg=1.5)),   # FID 2.28
+    (3, 1000, 192, 64):  ("ADM's 64x64_diffusion.pt", dict(target="eps", sample_steps=50, cfg=1.0)),
+}
+
 
 def build_model(config):
     """The network that a run's config describes, freshly initialised."""
@@ -50,15 +58,21 @@ def load_checkpoint(path, raw=False, target=None, schedule=None, heads=None, hea
                 raise ValueError(f"{model.in_channels} channels that are neither RGB nor this autoencoder's")
         except ValueError as error:
             raise BadInput(f"{path}: no checkpoint of this project, and {error}") from None
-        learned_sigma = len(state.get("out.2.weight", ())) == 2 * model.in_channels
-        target = target or ("eps" if learned_sigma else None)
-        if target is None:
+        learned_sigma = len(state.get("out.2.weight", ())) == 2 * model.in_channels       # ADM's, of eps
+        linear = learned_sigma and model.img_size >= 128                     # its schedule from that side on
+        usual = dict(target="eps" if learned_sigma else None, sample_steps=50, cfg=1.0)
+        shape = (model.pos_embed.shape[2], len(model.blocks)) if "pos_embed" in state else \
+            (model.time_embed[0].in_features, model.img_size)
+        name, usual = RELEASED.get((model.in_channels, model.num_classes, *shape), (None, usual))
+        usual["target"] = target or usual["target"]
+        if usual["target"] is None:
             raise BadInput(f"{path}: weights alone do not say what they predict; give --target")
         network = dict(img_size=model.img_size, in_channels=model.in_channels, num_classes=model.num_classes)
         null = len(state.get("label_emb.weight", ())) != model.num_classes   # has a row of the null label
-        config = dict(dataset="official", network=network, target=target, schedule=schedule or "cosine",
-                      T=1000, step=None, ema=None, drop=0.15 * null, cfg=1.0, sample_steps=50, classes=[])
-        return model.eval(), config
+        names = list(imagenet())[2] if model.num_classes == 1000 else []
+        config = dict(dataset=name or "official", network=network, schedule="linear" if linear else "cosine",
+                      T=1000, step=None, ema=None, drop=0.15 * null, classes=list(names)) | usual
+        return model.eval(), config | (dict(schedule=schedule) if schedule else {})
     if missing := {"model", "ema", "step", "config"} - state.keys():
         raise BadInput(f"{path}: not a checkpoint of this project ({', '.join(sorted(missing))} missing)")
     try:
@@ -195,10 +209,16 @@ def claim(folder, protocol):
 
 
 def parse_classes(text, config):
-    """"3,glass" -> [3, 5]: class names of the checkpoint, or numbers."""
-    names, count = config.get("classes", []), config["network"]["num_classes"]
-    labels = [names.index(part) if part in names else int(part) if part.isdecimal() else -1
-              for part in (part.strip() for part in text.split(","))]
+    """"3,glass" -> [3, 5]: class names of the checkpoint, one of several in a name, or numbers."""
+    names, count, labels = config.get("classes", []), config["network"]["num_classes"], []
+    for part in (part.strip() for part in text.split(",")):
+        found = [k for k, name in enumerate(names) if part == name] or \
+            [k for k, name in enumerate(names) if part.lower() in name.lower().split(", ")] or \
+            [int(part) if part.isdecimal() else -1]
+        if len(found) > 1:
+            numbers = " and ".join(map(str, found))
+            raise BadInput(f"--classes {part}: classes {numbers} have this name; give the number")
+        labels += found
     if not all(0 <= label < count for label in labels):
         raise BadInput(f"--classes {text}: expected names or numbers of the {count} classes {names[:10]}")
     return labels
@@ -223,9 +243,9 @@ def parse():
     add("--vae", help="autoencoder of a latent model (default: the one its data were encoded with)")
     add("--classifier", help="ADM's noisy classifier, 64x64_classifier.pt: guide by its gradient")
     add("--classifier-scale", type=float, help="factor of that gradient (default: 1)")
-    add("--target", choices=TARGETS, help="what released weights predict")
-    add("--schedule", choices=("cosine", "linear"), help="of released weights (default: cosine;\n"
-                                                         "ADM's files of side 128 and more have linear)")
+    add("--target", choices=TARGETS, help="what released weights predict, where their shape does not tell")
+    add("--schedule", choices=("cosine", "linear"), help="of released weights (default: linear for ADM's of\n"
+                                                         "side 128 and more, else cosine)")
     add("--heads", type=int, help="attention heads of released weights, where the width does not tell")
     add("--head-channels", type=int, help="or their width, of a UNet")
     add("--size", type=int, help="side that a released UNet draws, if not 8 x 2^(levels - 1)")
@@ -249,11 +269,12 @@ def settle(args, config, ckpt):
         raise BadInput(f"--classifier-scale {args.classifier_scale}: expected a number >= 0 and --classifier")
     if args.interval and cfg == 1 and not args.classifier:
         raise BadInput(f"--interval {args.interval}: there is no guidance at --cfg 1")
-    if args.interval and not 0 <= args.interval[0] <= args.interval[1] < config["T"]:
-        raise BadInput(f"--interval {args.interval}: expected 0 <= LO <= HI < {config['T']}")
+    interval = args.interval or (config.get("interval") if cfg != 1 else None)
+    if interval and not 0 <= interval[0] <= interval[1] < config["T"]:
+        raise BadInput(f"--interval {interval}: expected 0 <= LO <= HI < {config['T']}")
     labels = args.labels or ("balanced" if args.out.suffix == ".png" else "random")
     labels = labels if args.classes is None else parse_classes(args.classes, config)
-    return dict(steps=args.steps or config["sample_steps"], cfg=cfg, interval=args.interval,
+    return dict(steps=args.steps or config["sample_steps"], cfg=cfg, interval=interval,
                 solver=args.solver, seed=args.seed, labels=labels)
 
 

@@ -23,40 +23,52 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
 
 import model_unet
 import model_vit
-from data import CLASSES, BadInput, Packed, Parser, built_in, facts, generator, read, replace, run, shapes
+from data import (CIFAR10, DATASETS, BadInput, Images, Packed, Parser, built_in, facts, generator, imagenet,
+                  read, replace, run, shapes)
 from diffusion import TARGETS, WEIGHTINGS, Diffusion
 from fid import fd_pixels
 from sample import build_model, draw, find_vae, grid
 
-# One row per result of the paper, the default network of a data set first: section 4.1, appendix C; the
-# targets of ImageNet, label drop and weight decay: the official scripts. FID: table 3 (CelebA 2.14, UNet
-# 1.60), table 4 (vit-l 2.28), appendix C (unet-adm 2.11), table 5 (vit-xl 2.06, unet-ldm 2.81). "shapes" is
-# the built-in images, "folder" any other packed data set: their rows are ours.
-#    data set       network        target steps   batch lr   warmup betas       drop ema    decay cfg heun
+# One row per result of the papers, the default of a data set first. From the paper (section 4.1,
+# appendix C): steps, batch, learning rate, warm-up, betas, EMA, schedule, targets of ImageNet-256, label drop
+# and cfg of table 4, Heun steps of ImageNet. From the official scripts: weight decay, target of vit-l, label
+# drop of ImageNet-256, cfg of vit-xl. Inferred: CelebA's targets and Heun steps, cfg of vit-b and the UNets;
+# vit-b on ImageNet-64 is guided by ADM's classifier instead. The curriculum paper's rows have its settings,
+# its 250 evaluations as 125 Heun steps, and the plain eps loss; "shapes" and "folder" are ours.
+DEMO = dict(lr=4e-3, warmup=100, betas=(.90, .99), ema=.99, decay=1.0)
+CLTS = dict(weighting="snr", betas=(.8, .999))                         # plain eps loss, Adam
 PRESETS = [
-    ("shapes",      "vit-tiny",    "x0",    2_400,   64, 4e-3,   100, (.90, .99), .10, .99,   1., 1.5, 18),
-    ("shapes",      "unet-tiny",   "x0",    1_500,   64, 2e-3,   100, (.90, .99), .10, .99,   1., 1.5, 18),
-    ("celeba64",    "vit-s",       "x0",  500_000,  128, 1e-4, 5_000, (.99, .99), .00, .9999, 0., 1.0, 30),
-    ("celeba64",    "unet-celeba", "eps", 500_000,  128, 1e-4, 5_000, (.9, .999), .00, .9999, 0., 1.0, 30),
-    ("imagenet64",  "vit-l",       "eps", 800_000, 1024, 1e-4,     0, (.99, .99), .15, .9999, 0., 1.5, 20),
-    ("imagenet64",  "unet-adm",    "eps", 900_000, 1024, 1e-4,     0, (.9, .999), .15, .9999, 0., 1.5, 20),
-    ("imagenet256", "vit-b",       "x0", 1_000_000, 256, 1e-4,     0, (.99, .99), .15, .9999, 0., 1.5, 30),
-    ("imagenet256", "vit-xl",      "x0", 7_000_000, 256, 1e-4,     0, (.99, .99), .15, .9999, 0., 1.5, 50),
-    ("imagenet256", "unet-b",      "x0", 1_000_000, 256, 1e-4,     0, (.9, .999), .15, .9999, 0., 1.5, 30),
-    ("imagenet256", "unet-ldm",    "eps", 1_400_000, 256, 1e-4,    0, (.9, .999), .15, .9999, 0., 1.5, 50),
-    ("folder",      "vit-s",       "x0",  100_000,  128, 1e-4, 1_000, (.99, .99), .10, .9999, 0., 1.5, 30),
+#    data set       network        target steps    batch  drop  cfg heun  other than DEFAULT     FID
+    ("shapes",      "vit-tiny",    "x0",      2_400,   64, .10, 1.5,  18, DEMO),
+    ("shapes",      "unet-tiny",   "x0",      1_500,   64, .10, 1.5,  18, DEMO | dict(lr=2e-3)),
+    ("celeba64",    "vit-s",       "x0",    500_000,  128, .00, 1.0,  30, dict(warmup=5_000)), # table 3: 2.14
+    ("celeba64",    "unet-celeba", "eps",   500_000,  128, .00, 1.0,  30, dict(warmup=5_000)), # table 3: 1.60
+    ("imagenet64",  "vit-l",       "eps",   800_000, 1024, .15, 1.5,  20, {}),                 # table 4: 2.28
+    ("imagenet64",  "unet-adm",    "eps",   900_000, 1024, .15, 1.5,  20, {}),                 # app. C: 2.11
+    ("imagenet64",  "vit-b",       "x0",    800_000,  512, .15, 1.0,  20, {}),                 # figure 8
+    ("imagenet256", "vit-b",       "x0",  1_000_000,  256, .15, 1.5,  30, {}),                 # table 2: 4.92
+    ("imagenet256", "vit-xl",      "x0",  7_000_000,  256, .15, 1.5,  50, {}),                 # table 5: 2.06
+    ("imagenet256", "vit-xl",      "eps", 2_100_000,  256, .15, 1.5,  50, {}),                 # table 5: 2.08
+    ("imagenet256", "unet-b",      "x0",  1_000_000,  256, .15, 1.5,  30, {}),                 # table 1: 4.28
+    ("imagenet256", "unet-ldm",    "eps", 1_400_000,  256, .15, 1.5,  50, {}),                 # table 5: 2.81
+    ("imagenet128", "unet-adm128", "eps", 4_000_000,  256, .00, 1.0, 125, CLTS | dict(schedule="linear")),
+    ("cifar10",     "unet-cifar",  "eps",   500_000,  128, .00, 1.0, 125, CLTS | dict(T=4000, classes=0)),
+    ("folder",      "vit-s",       "x0",    100_000,  128, .10, 1.5,  30, dict(warmup=1_000)),
 ]
-COLUMNS = "dataset model target steps batch_size lr warmup betas drop ema decay cfg sample_steps".split()
+COLUMNS = "dataset model target steps batch_size drop cfg sample_steps other".split()
+DEFAULT = dict(weighting="min_snr", gamma=5.0, schedule="cosine", T=1000, classes=None, lr=1e-4, warmup=0,
+               decay=0.0, ema=.9999, interval=None)
 SIZES = {**model_vit.SIZES, **model_unet.SIZES}
-FREE = "steps cfg sample_steps data log_every save_every sample_every".split()       # may change on --resume
+FREE = "steps cfg sample_steps interval data log_every save_every sample_every".split()   # even on --resume
 MANY, BELOW_1 = 2 ** 62, 1 - 1e-9
 RANGES = dict(steps=(1, MANY), batch_size=(1, 1e6), lr=(1e-12, 1e3), warmup=(0, MANY), decay=(0, 1),
               drop=(0, 0.999), betas=(0, BELOW_1), ema=(0, BELOW_1), weight_decay=(0, 1e3),
               gamma=(1e-12, 1e12), T=(1, 1e6), patch=(1, 1e4), size=(1, 1e4), seed=(0, MANY),
-              cfg=(0, 1e3), sample_steps=(1, 1e4), accum=(1, 1e6), log_every=(1, MANY),
+              cfg=(0, 1e3), sample_steps=(1, 1e4), interval=(0, MANY), accum=(1, 1e6), log_every=(1, MANY),
               save_every=(1, MANY), sample_every=(0, MANY))
 
 
@@ -64,9 +76,10 @@ def parse():
     parser = Parser(__doc__)
     add = parser.add_argument
     # what: a flag left out takes the preset's value, or on --resume the run's own
-    add("--dataset", help="shapes (default), celeba64, imagenet64, imagenet256, or any packed data/NAME")
+    add("--dataset", help=f"{', '.join(DATASETS)}, or any packed data/NAME (default: shapes)")
     add("--data", help="packed folder (default: data/DATASET)")
     add("--size", type=int, help="image side, free for the built-in shapes alone (default: 16)")
+    add("--classes", type=int, help="0: unconditional, whatever the labels (default: as many as there are)")
     add("--model", choices=SIZES, help="network")
     add("--patch", type=int, help="patch side (default: 4 pixels, 2 of latents)")
     # the paper
@@ -91,6 +104,7 @@ def parse():
     add("--seed", type=int, help="of everything random (default: 0)")
     add("--cfg", type=float, help="guidance scale of the sample grids")
     add("--sample-steps", type=int, help="Heun steps of the sample grids")
+    add("--interval", type=int, nargs=2, metavar=("LO", "HI"), help="guide the grids only for LO <= t <= HI")
     # this machine: none of these changes the result
     add("--accum", type=int, default=1, help="micro-batches per step and process, for small memories")
     add("--compile", action="store_true", help="torch.compile the network")
@@ -102,31 +116,53 @@ def parse():
     add("--log-every", type=int, help="steps between log lines (default: 100)")
     add("--save-every", type=int, help="steps between checkpoints; the last is always saved (default: 1000)")
     add("--sample-every", type=int, help="steps between sample grids; 0: only at the end (default: 0)")
-    add("--dry-run", action="store_true", help="print parameters, speed, memory and time, write nothing")
+    add("--dry-run", action="store_true", help="print configuration, FLOPs, speed, memory and days, no more")
     return parser.parse_args()
 
 
-def preset(dataset, model=None):
-    """The row of a data set and network as a dict; a network without one takes the data set's first row, and
-    a UNet there the betas of UNets.
+def preset(dataset, model=None, target=None):
+    """The row of a data set, network and target as a dict; a network without one takes the data set's first
+    row, with the betas and weight decay of its kind.
     """
     rows = [dict(zip(COLUMNS, row)) for row in PRESETS]
     rows = [row for row in rows if row["dataset"] == dataset] or [{**rows[-1], "dataset": dataset}]
-    other = {**rows[0], "model": model or rows[0]["model"]}
-    row = next((row for row in rows if row["model"] == model), other)
-    if row["model"] in model_unet.SIZES and row["betas"] == (.99, .99):
-        row["betas"] = (.9, .999)
-    return {**row, "betas": list(row["betas"])}
+    model = model or rows[0]["model"]
+    rows = [row for row in rows if row["model"] == model] or [{**rows[0], "model": model}]
+    row = next((row for row in rows if row["target"] == target), rows[0])
+    unet = model in model_unet.SIZES
+    usual = dict(betas=(.9, .999), weight_decay=0.0) if unet else dict(betas=(.99, .99), weight_decay=0.03)
+    other = row.pop("other")
+    row = DEFAULT | usual | row | other
+    return row | dict(betas=list(row["betas"]))
+
+
+def stand_in(dataset):
+    """64 random images of the shape of a data set that is not here, for --dry-run."""
+    size, classes, _ = DATASETS[dataset]
+    g = generator("stand-in", 0, 0)
+    names = CIFAR10 if dataset == "cifar10" else list(imagenet())[2] if classes else []
+    images = torch.randint(256, (64, 3, size, size), dtype=torch.uint8, generator=g)
+    if dataset == "imagenet256":
+        images = torch.randn(64, 8, size // 8, size // 8, generator=g).half() / 2 ** .5      # mean and std
+    meta = dict(dataset=dataset, classes=list(names), scale=1.0)
+    return Images(images.numpy(), np.zeros(64, np.int64), meta)
+
+
+def brief(classes, other):
+    """What there is to say of a list of class names beside another: their number and where they part."""
+    part = next((k for k, (a, b) in enumerate(zip(classes, other)) if a != b), min(len(classes), len(other)))
+    return f"{len(classes)}" + (f" (number {part}: {classes[part]!r})" if part < len(classes) else "")
 
 
 def configure(args, device, saved=None):
     """-> (data, config): the preset's row, or on --resume the saved config, under the flags given."""
     name = args.dataset or (saved or {}).get("dataset", "shapes")
-    model = args.model or (saved or {}).get("model")
-    config = dict(preset(name, model), data=f"data/{name}", weighting="min_snr", gamma=5.0, schedule="cosine",
-                  T=1000, weight_decay=0.0 if model in model_unet.SIZES else 0.03, seed=0, patch=None,
-                  flip=None, dtype="bfloat16" if device.type == "cuda" else "float32",
-                  log_every=100, save_every=1000, sample_every=0)
+    old = saved or {}
+    row = preset(name, args.model or old.get("model"), args.target or old.get("target"))
+    wanted = row.pop("classes") if saved is None else len(saved.get("classes", ()))
+    config = dict(row, data=f"data/{name}", seed=0, patch=None, flip=None, log_every=100, save_every=1000,
+                  sample_every=0, dtype="bfloat16" if device.type == "cuda" else "float32")
+    config.pop("classes", None)
     given = {key: value for key, value in vars(args).items() if value is not None and key in config}
     if saved is not None:
         if missing := sorted({*config, "size", "classes"} - saved.keys()):
@@ -139,16 +175,29 @@ def configure(args, device, saved=None):
     config = {**config, **given}
     for key, (low, high) in RANGES.items():
         value = config.get(key, getattr(args, key, None))
-        parts = value if key == "betas" else [] if value is None else [value]
+        parts = value if key in ("betas", "interval") and value else [] if value is None else [value]
         if not all(low <= part <= high for part in parts):
             raise BadInput(f"--{key.replace('_', '-')}: found {value}, expected {low:g} to {high:g}")
+    if config["interval"] and not config["interval"][0] <= config["interval"][1] < config["T"]:
+        raise BadInput(f"--interval: found {config['interval']}, expected LO <= HI < {config['T']}")
+    if args.gamma is not None and config["weighting"] not in ("min_snr", "max_snr", "soft_min_snr"):
+        raise BadInput(f"--gamma {args.gamma:g}: --weighting {config['weighting']}, {name}'s, has no gamma")
 
     if name == "shapes" and args.data:
         raise BadInput(f"--data {args.data}: shapes are built in; name the data set with --dataset")
     if name == "shapes":
         data = built_in(config.get("size", args.size or 16))
+    elif args.dry_run and name in DATASETS and not Path(config["data"]).exists():
+        data = stand_in(name)
+        config["data"] += " is not here, random numbers stand in"
     else:
         data = Packed(config["data"])
+    classes = len(data.classes) if wanted is None else wanted
+    classes = classes if args.classes is None else args.classes
+    if classes not in (0, len(data.classes)):
+        raise BadInput(f"--classes: found {classes}, {config['data']} has {len(data.classes)}, or 0")
+    if not classes:
+        data.classes = []
     pixels, vit = name != "shapes" and not data.latents, config["model"] in model_vit.SIZES
     config.update(patch=config["patch"] or (2 if data.latents else 4) if vit else None,
                   flip=pixels if config["flip"] is None else config["flip"])
@@ -160,11 +209,17 @@ def configure(args, device, saved=None):
         if not 0.7 <= probe <= 1.3:
             raise BadInput(f"{config['data']}: scaled latents have a standard deviation of {probe:.3f}, "
                            "expected 0.7 to 1.3: another autoencoder, or a damaged file")
-    for what, found, expected in (("--size", data.size, args.size), ("size", data.size, config.get("size")),
-                                  ("number of classes", len(data.classes), CLASSES.get(name)),
+    kind, held = ("latents" if x else "images" for x in (name == "imagenet256", data.latents))
+    official, packed = DATASETS.get(name, (0, 0, 0))[1], data.meta.get("dataset")
+    for what, found, expected in (("dataset", packed, name if {packed, name} <= DATASETS.keys() else None),
+                                  ("content", held, kind if name in DATASETS else None),
+                                  ("--size", data.size, args.size), ("size", data.size, config.get("size")),
+                                  ("number of classes", len(data.meta["classes"]), official or None),
                                   ("classes", data.classes, config.get("classes")),
                                   ("data", facts(data.meta), config.get("facts"))):
         if expected is not None and found != expected:
+            if what == "classes":
+                found, expected = brief(found, expected), brief(expected, found)
             raise BadInput(f"{what}: {config['data']} has {found}, expected {expected}")
     if vit and data.size % config["patch"]:
         raise BadInput(f"--patch: found {config['patch']}, expected a divisor of the image side {data.size}")
@@ -172,10 +227,12 @@ def configure(args, device, saved=None):
         raise BadInput(f"--patch {args.patch}: {config['model']} has no patches")
     if not data.classes:
         if args.drop or (args.cfg or 1) != 1:
-            raise BadInput(f"--drop, --cfg: {config['data']} has no classes, expected 0 and 1")
+            raise BadInput("--drop, --cfg: found no classes, expected 0 and 1")
         config.update(drop=0.0, cfg=1.0)
     if config["cfg"] != 1 and not config["drop"]:
         raise BadInput(f"--cfg {config['cfg']}: a model trained with --drop 0 cannot be guided, expected 1")
+    if config["interval"] and config["cfg"] == 1:
+        raise BadInput(f"--interval {config['interval']}: there is no guidance at --cfg 1")
     network = dict(img_size=data.size, in_channels=data.channels, num_classes=len(data.classes),
                    **json.loads(json.dumps(SIZES[config["model"]])))         # as in config.json: no tuples
     if vit:
@@ -237,6 +294,56 @@ def sanity(model, config, data, n=256):
     drawn = torch.cat([draw(model, config, range(k, k + 64), **how) for k in range(0, n, 64)])
     real, unseen = (shapes(ks, config["size"])[0] for ks in (range(2048), range(len(data), len(data) + n)))
     return fd_pixels(drawn, real), fd_pixels(unseen, real)
+
+
+def dry_run(config, model, ema, optimizer, diffusion, parts, micro, world, device):
+    """Print the configuration, FLOPs, and what a step of `parts` times `micro` images takes here: measured on
+    random numbers, 1, 2, 4, ... images at a time until that takes seconds, fills `micro` or the memory.
+    """
+    for key, value in config.items():
+        print(f"  {key:<13} {len(value) if key == 'classes' else json.dumps(value)}")
+    C, S = config["network"]["in_channels"], config["network"]["img_size"]
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        build_model(config)(torch.empty(1, C, S, S), *torch.zeros(2, 1, dtype=torch.long))
+    forward = counter.get_total_flops() / 1e9
+    print(f"{forward:,.1f} GFLOP an image forward, {3 * forward:,.1f} in training", flush=True)
+
+    def seconds(work):                                                       # of a call, the first left out
+        work(), wait(device)
+        count, since = 0, time.time()
+        while count == 0 or time.time() - since < 0.5:
+            work(), wait(device)
+            count += 1
+        return (time.time() - since) / count
+
+    def passes():
+        with torch.autocast(device.type, torch.bfloat16, enabled=config["dtype"] == "bfloat16"):
+            loss, _ = diffusion.loss(model, x, t, x, t)
+        loss.sum().backward()
+
+    def update():
+        optimizer.step()
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - config["ema"])
+
+    n, each = 0, 0.0
+    while n < micro and each < 2:
+        B = min(max(2 * n, 1), micro)
+        x = torch.randn(B, C, S, S, device=device, dtype=next(model.parameters()).dtype)
+        t = torch.zeros(B, dtype=torch.long, device=device)
+        try:
+            n, each = B, seconds(passes)
+        except torch.OutOfMemoryError:
+            break
+    if not n:
+        raise BadInput(f"--dry-run: one image does not fit into the memory of {device}; try --grad-ckpt")
+    with torch.no_grad():
+        step = parts * micro / n * each + (last := seconds(update))
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_rss()
+    rate, hours = parts * micro * world / step, config["steps"] * step / 3600
+    print(f"dry run: {rate:,.2f} images/s, {step * 1e3:,.0f} ms a step ({last * 1e3:,.0f} of it the update), "
+          f"{rate * 3 * forward / 1e3:,.2f} TFLOP/s; measured with {n} images at a time, peak memory "
+          f"{peak / 2**30:.2f} GiB per process, without data and communication\n"
+          f"{config['steps']:,} steps: {hours:,.1f} hours, {hours / 24:,.1f} days")
 
 
 def wait(device):
@@ -318,7 +425,7 @@ def main():
         torch._dynamo.config.suppress_errors = True                      # no compiler: a warning, and eager
         model.compile()                                                  # in place: names stay plain
     net, control = model, None
-    if world > 1:
+    if world > 1 and not args.dry_run:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         control = dist.new_group(backend="gloo")                         # for the stop signal, off the GPU
         net = torch.nn.parallel.DistributedDataParallel(model, [local] if device.type == "cuda" else None)
@@ -334,7 +441,8 @@ def main():
             vae = find_vae(config, device)
         except BadInput as error:
             return f"{ckpt}: no grid ({error})"
-        return grid(ema, config, path, steps=config["sample_steps"], cfg=config["cfg"], vae=vae)
+        return grid(ema, config, path, steps=config["sample_steps"], cfg=config["cfg"],
+                    interval=config["interval"], vae=vae)
 
     params = sum(p.numel() for p in model.parameters())
     say(f"{config['model']}: {params / 1e6:.1f}M parameters, {config['target']} prediction, "
@@ -343,7 +451,9 @@ def main():
         f"global batch {B} = {micro} x {world} processes x {args.accum} accumulation")
     if 1 / (1 - min(config["ema"], 1 - 1e-9)) > steps:
         say(f"warning: an EMA of {config['ema']} averages over more steps than the run's {steps}")
-    if rank == 0 and not args.dry_run:
+    if args.dry_run:
+        return rank or dry_run(config, model, ema, optimizer, diffusion, args.accum, micro, world, device)
+    if rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         replace(args.out / "config.json", lambda f: f.write(json.dumps(config, indent=1).encode()))
         print(f"writing to {args.out}", flush=True)
@@ -394,14 +504,6 @@ def main():
             flag = torch.tensor([stop])
             dist.all_reduce(flag, dist.ReduceOp.MAX, group=control)
             stop = int(flag)
-        if args.dry_run:
-            if done == first + 3 < steps:
-                wait(device)
-                since, mark = time.time(), done
-            if done == min(first + 10, steps) or stop:
-                wait(device)
-                break
-            continue
 
         # log, save, sample
         last = done == steps
@@ -439,16 +541,11 @@ def main():
         dist.destroy_process_group()         # joined with the GIL held: without the pause 1 exit in 6 hung
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if args.dry_run and not stop:
-        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_rss()
-        each = (time.time() - since) / max(done - mark, 1)
-        say(f"dry run: {B / each:,.0f} images/s, {each * 1e3:,.0f} ms a step, peak memory {peak / 2**30:.2f} "
-            f"GiB per process, {(steps - first) * each / 3600:,.2f} hours for {steps - first:,} steps")
-    elif not finite:
+    if not finite:
         say(f"step {done}: loss or weights are not finite; an earlier checkpoint was left as it is: {ckpt}")
         sys.exit(3)
     elif stop:
-        say("stopped" if args.dry_run else f"stopped; checkpoint of step {done}: {ckpt}; go on with --resume")
+        say(f"stopped; checkpoint of step {done}: {ckpt}; go on with --resume")
         sys.exit(128 + stop)
     elif rank == 0:
         if config["dataset"] == "shapes":

@@ -11,10 +11,10 @@ import time
 import pytest
 import torch
 
-from data import CLASSES, built_in
+from data import built_in
 from diffusion import Diffusion
 from sample import build_model, grid, load_checkpoint, read
-from train import HEADER, SIZES, preset, draw_step, epoch_order, learning_rate, log_row
+from train import HEADER, draw_step, epoch_order, learning_rate, log_row
 
 TINY = ("--batch-size", 8, "--sample-steps", 1, "--log-every", 5)
 
@@ -227,40 +227,6 @@ def test_bfloat16_is_another_run_and_the_grid_is_drawn_from_the_ema(script, tmp_
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "full/samples_000003.png").read_bytes()
 
 
-def test_presets():
-    for name, network, (size, patch, channels), millions in (
-            ("celeba64", "vit-s", (64, 4, 3), 41.6), ("imagenet64", "vit-l", (64, 4, 3), 266.9),
-            ("imagenet256", "vit-b", (32, 2, 4), 86.8), ("imagenet256", "vit-xl", (32, 2, 4), 448.9),
-            ("celeba64", "unet-celeba", (64, 0, 3), 58.9), ("imagenet64", "unet-adm", (64, 0, 3), 295.9),
-            ("imagenet256", "unet-b", (32, 0, 4), 129.1), ("imagenet256", "unet-ldm", (32, 0, 4), 395.5)):
-        row, patches = preset(name, network), dict(patch_size=patch) if patch else {}
-        assert row["model"] == network and row["lr"] == 1e-4 and row["ema"] == 0.9999
-        assert row["betas"] == ([.9, .999] if network.startswith("unet") else [.99, .99])
-        with torch.device("meta"):
-            model = build_model(dict(network=dict(img_size=size, in_channels=channels, num_classes=CLASSES[name],
-                                                  **patches, **SIZES[network])))
-        assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
-    for name, network, target in (("shapes", "vit-tiny", "x0"), ("celeba64", "vit-s", "x0"), ("imagenet64", "vit-l", "eps"),
-                                  ("imagenet256", "vit-b", "x0"), ("my photos", "vit-s", "x0")):
-        row = preset(name)
-        assert (row["dataset"], row["model"], row["target"]) == (name, network, target)
-    for name, network, expected in (
-            ("celeba64", "unet-celeba", ("eps", 500_000, 128, 1e-4, 5_000, 0.0, 0.0, 1.0, 30)),
-            ("imagenet64", "unet-adm", ("eps", 900_000, 1024, 1e-4, 0, 0.15, 0.0, 1.5, 20)),
-            ("imagenet256", "unet-b", ("x0", 1_000_000, 256, 1e-4, 0, 0.15, 0.0, 1.5, 30)),
-            ("imagenet256", "unet-ldm", ("eps", 1_400_000, 256, 1e-4, 0, 0.15, 0.0, 1.5, 50)),
-            ("imagenet256", "vit-xl", ("x0", 7_000_000, 256, 1e-4, 0, 0.15, 0.0, 1.5, 50)),
-            ("shapes", "unet-tiny", ("x0", 1_500, 64, 2e-3, 100, 0.1, 1.0, 1.5, 18))):
-        row = preset(name, network)
-        keys = "target steps batch_size lr warmup drop decay cfg sample_steps".split()
-        assert tuple(row[key] for key in keys) == expected, network
-    assert SIZES["unet-celeba"]["head_channels"] == SIZES["unet-adm"]["head_channels"] == 64
-    assert [SIZES[name]["heads"] for name in ("unet-b", "unet-ldm", "unet-adm128", "unet-cifar")] == [4, 1, 4, 4]
-    assert preset("celeba64")["warmup"] == 5000
-    assert preset("imagenet256")["batch_size"] == 256 and preset("imagenet256")["drop"] == 0.15
-    assert preset("my photos", "unet-b")["betas"] == [.9, .999] and preset("shapes", "vit-s")["betas"] == [.9, .99]
-
-
 def test_labels_are_dropped_as_often_as_asked():
     pool, config = built_in(16, 50), dict(batch_size=100, seed=0, T=1000, drop=0.15)
     dropped = sum((draw_step(pool, config, step, slice(0, 100))[3] == 8).sum().item() for step in range(40))
@@ -293,7 +259,7 @@ def test_unweighted_errors_do_not_depend_on_the_weighting(script, tmp_path):
 
 def test_steps_saves_and_dry_run(script, tmp_path):
     text = script("train.py", *TINY, "--dry-run", "--out", "none")
-    assert "images/s" in text and "GiB" in text and "hours for" in text and "parameters" in text
+    assert all(word in text for word in ("images/s", "GiB", "hours", " days", "parameters", "GFLOP an image"))
     assert not (tmp_path / "none").exists()
     text = script("train.py", *TINY, "--steps", 7, "--save-every", 5, "--sample-every", 3, "--out", "run")
     assert text.splitlines()[-1] == str(tmp_path / "run/samples_000007.png")
