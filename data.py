@@ -329,6 +329,7 @@ class Packed(Images):
 
 # ------------------------------------------------------------------------------- image files and their crops
 
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz")
 DAMAGE = (OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile, tarfile.TarError)    # of archives
 
 
@@ -341,9 +342,9 @@ def archive(path, process):
 def opened(path):
     """A file for reading; `a.zip/b/c.png` is the member b/c.png of a.zip."""
     for parent in path.parents:
-        if parent.suffix in (".zip", ".tar", ".gz", ".tgz") and parent.is_file():
+        if parent.suffix.lower() in ARCHIVES and parent.is_file():
             source, member = archive(parent, os.getpid()), path.relative_to(parent).as_posix()
-            return source.open(member) if parent.suffix == ".zip" else source.extractfile(member)
+            return (source.open if isinstance(source, zipfile.ZipFile) else source.extractfile)(member)
     return open(path, "rb")
 
 
@@ -356,10 +357,10 @@ def load_image(path, plain=False):
         with warnings.catch_warnings(), opened(Path(path)) as file, Image.open(file) as image:
             warnings.simplefilter("ignore")                              # of large pictures, odd metadata
             image.load()
-            if plain:
-                return image.convert("RGB")
             if max(image.size) > 400 * min(image.size):
                 raise BadInput(f"{image.width} x {image.height} pixels are too narrow to crop a square from")
+            if plain:
+                return image.convert("RGB")
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):                                   # 16 bits; convert() would clip
                 grey = np.asarray(image).astype(np.int64).clip(0, 65535)
@@ -421,7 +422,7 @@ def read_batch(path):
         raise BadInput(f"{path}: not a batch of images ({why})") from None
 
 
-held_batch = functools.lru_cache(maxsize=1)(read_batch)                          # a worker reads row after row
+held_batch = functools.lru_cache(maxsize=1)(read_batch)                      # a worker reads row after row
 
 
 def square(path, size, dataset=None):
@@ -452,15 +453,15 @@ def entries(src):
         names = [os.path.join(top, name)[len(str(src)) + 1:] + end
                  for top, folders, files in os.walk(src, onerror=stop, followlinks=True)
                  for group, end in ((folders, "/"), (files, "")) for name in group]
-    elif not src.is_file():
-        raise BadInput(f"--src {src}: no such folder or archive")
+    elif not src.is_file() or src.suffix.lower() not in ARCHIVES:
+        raise BadInput(f"--src {src}: no such folder, .zip or .tar.gz")
     else:
         try:
             kept = archive(src, os.getpid())
-            names = kept.namelist() if src.suffix == ".zip" else \
+            names = kept.namelist() if isinstance(kept, zipfile.ZipFile) else \
                 [member.name + "/" * member.isdir() for member in kept.getmembers()]
         except DAMAGE as error:
-            raise BadInput(f"--src {src}: no folder, .zip or .tar.gz that can be read ({error})") from None
+            raise BadInput(f"--src {src}: cannot be read as an archive ({error})") from None
     names = [name for name in names if not re.search(r"(^|/)(\.|__MACOSX)", name)]
     base = os.path.commonprefix([name.partition("/")[:2] for name in names])      # the only folder at the top
     if src.is_file() and base[1:] == ("/",):
@@ -513,7 +514,10 @@ def list_celeba(src, split):
     if split not in splits:
         raise BadInput(f"--split {split}: expected {', '.join(splits)}")
     base, names = entries(src)
-    found = {Path(name).stem: base / name for name in names if name.lower().endswith(SUFFIXES)}
+    names = [name for name in names if name.lower().endswith(SUFFIXES)]
+    found = {Path(name).stem: base / name for name in names}
+    if len(found) != len(names):
+        raise BadInput(f"--src {src}: holds several images of one number, expected img_align_celeba alone")
     if odd := [path for number, path in found.items() if not re.fullmatch(r"\d{6}", number)]:
         raise BadInput(f"{odd[0]}: expected CelebA's aligned images, 000001.jpg to 202599.jpg")
     tables = [folder / kit / f"list_eval_partition{end}" for folder in (src, *src.resolve().parents[:2])
@@ -542,7 +546,9 @@ def list_batches(src, dataset, split):
     """Published batches of small images, CIFAR-10's or the downsampled ImageNet's, or () where there are
     none; path `FILE/k` is row k.
     """
-    pattern = re.compile(BATCHES.get((dataset, split), "(?!)") + r"(\.npz)?")
+    if (dataset, split) not in BATCHES:
+        return ()
+    pattern = re.compile(BATCHES[dataset, split] + r"(\.npz)?")
     base, names = entries(Path(src))
     matches = [(pattern.fullmatch(name.split("/")[-1]), name) for name in names]
     files = sorted((int(match[1] or 0), base / name) for match, name in matches if match)
@@ -577,7 +583,6 @@ def listing(src, dataset, split):
 
 
 # --------------------------------------------------------------------------------- packing, in processes
-
 
 def end_with_parent():
     """Worker start: Ctrl-C is the parent's business, and a killed parent leaves no worker behind."""
@@ -762,8 +767,8 @@ def main():
         if hash_file(args.src) != CIFAR10_FILE[1]:
             raise BadInput(f"{args.src}: its SHA-256 is not {CIFAR10_FILE[1]}; remove it")
     if not args.src or not (args.out or args.dataset) or (args.size or side or 0) < 1:
-        raise BadInput("expected --dataset NAME --src DIR, or --src DIR --size S --out data/NAME (S at least 1), "
-                       "or --check data/NAME")
+        raise BadInput("expected --dataset NAME --src DIR, or --src DIR --size S (1 or more) --out data/NAME,"
+                       " or --check data/NAME")
     if side and args.size not in (None, side):
         raise BadInput(f"--size: found {args.size}, {dataset} has {side}")
     pack(args.src, args.size or side, out, args.split, args.classes, dataset, args.workers)

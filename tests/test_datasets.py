@@ -206,6 +206,9 @@ def test_celeba_refuses(celeba, script, tmp_path):
     os.rename(folder / "000004.jpg", folder / "cat.jpg")
     assert "cat.jpg" in script(*words, code=2)
     (folder / "cat.jpg").unlink()
+    (celeba / "more").mkdir()
+    FACE.save(celeba / "more/000001.png")
+    assert "several images of one number" in script("data.py", "--dataset", "celeba64", "--src", celeba, "--out", "x", code=2)
     for number in (162771, 182637):
         (folder / f"{number}.jpg").unlink()
     assert "no images of the val split" in script(*words, "--split", "val", code=2)
