@@ -103,7 +103,7 @@ def objective(G, w, lam=0.0):
 def regularised(G, lam):
     """A = G + lam I, so that eq. 11 is w^T A w, and the |u|^2 below which a direction u counts as 0."""
     A = np.asarray(G, dtype=np.float64) + lam * np.eye(len(G))
-    return A, 1e-12 * (A.diagonal().min() or A.diagonal().max() or 1.0)
+    return A, 1e-11 * (A.diagonal().min() or A.diagonal().max() or 1.0)
 
 
 def gap(Aw, f):
@@ -111,12 +111,12 @@ def gap(Aw, f):
     return 2 * (f - Aw.min()) / f
 
 
-def ugd(G, lam=0.0, tolerance=1e-4, rounds=40):
+def ugd(G, lam=0.0, tolerance=1e-4, rounds=30):
     """w (K,) of eq. 11 by unconstrained gradient descent on beta, w = softmax(beta) (eq. 12, 13).
 
-    The descent is L-BFGS on the logarithm of eq. 13, which makes it blind to the scale of G. Where w_t has come
-    close to 0 so has its gradient: such weights are lifted and the descent begins anew, until `gap` is below
-    the tolerance.
+    The descent is L-BFGS on the logarithm of eq. 13, blind to the scale of G, from 1 / |g_t|^2, the solution
+    for orthogonal gradients. Where w_t has come close to 0, so has its slope: the weights that would gain are
+    lifted and the descent begins anew, until `gap` is below the tolerance or three rounds have gained less.
     """
     A, zero = regularised(G, lam)
 
@@ -126,18 +126,21 @@ def ugd(G, lam=0.0, tolerance=1e-4, rounds=40):
         f = max(w @ Aw, 0) + zero
         return math.log(f), 2 * w * (Aw - f) / f
 
-    beta, how = np.zeros(len(A)), dict(maxiter=2000, maxfun=4000, maxcor=30, ftol=1e-12, gtol=1e-9)
+    beta, values, how = -np.log(A.diagonal() + zero), [], dict(maxiter=1000, ftol=1e-10, gtol=1e-9)
+    start = softmax(beta)
     for _ in range(rounds):
-        beta = minimize(log_objective, beta, jac=True, method="L-BFGS-B", options=how).x
-        w = softmax(beta)
-        f = w @ A @ w
-        if f <= 10 * zero or gap(A @ w, f) < tolerance:
+        w = softmax(minimize(log_objective, beta, jac=True, method="L-BFGS-B", options=how).x)
+        Aw = A @ w
+        f = w @ Aw
+        values.append(f)
+        if f <= 10 * zero or gap(Aw, f) < tolerance or values[-4:-3] and f > (1 - tolerance) * values[-4]:
             break
-        beta = np.log(w + 1e-3 / len(A))
+        gain = np.where(Aw < f, start, 0)
+        beta = np.log(w + 1e-2 * gain / gain.sum() + 1e-30)
     return w
 
 
-def frank_wolfe(G, lam=0.0, tolerance=1e-4, steps=1_000_000):
+def frank_wolfe(G, lam=0.0, tolerance=1e-3, steps=1_000_000):
     """w (K,) of eq. 11 by Frank-Wolfe with pairwise steps (Lacoste-Julien & Jaggi 2015) and exact line search:
     weight moves from the worst timestep that has any to the best one.
     """
@@ -188,6 +191,7 @@ def weights_of(weighting, snr, K, gamma=5.0):
 
 def ugd_table(model, diffusion, data, K=50, n=64, seed=0, lam=0.01):
     """(T,) weights of the x0 loss with mean 1: UGD's in K bins, linear between their centres."""
+    K = min(K, diffusion.T)
     G = gram(model, diffusion, data, K, n, seed)
     borders = np.array(edges(diffusion.T, K))
     centres = (borders[:-1] + borders[1:] - 1) / 2

@@ -129,7 +129,7 @@ def configure(args, device, saved=None):
                   T=1000, weight_decay=0.0 if model in model_unet.SIZES else 0.03, seed=0, patch=None,
                   flip=None, dtype="bfloat16" if device.type == "cuda" else "float32",
                   log_every=100, save_every=1000, sample_every=0)
-    if (args.weighting or (saved or config)["weighting"]) == "ugd":
+    if (args.weighting or (saved or config).get("weighting")) == "ugd":
         config.update(ugd_every=500)
     elif args.ugd_every is not None:
         raise BadInput(f"--ugd-every {args.ugd_every}: needs --weighting ugd")
