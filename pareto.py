@@ -1,8 +1,8 @@
 """Why timesteps conflict, and who serves them all: sections 3.2 to 3.4 of the Min-SNR paper, run and drawn.
 
-    python pareto.py miniature                            # trains 12 combinations x 3 seeds, draws all figures
-    python pareto.py figure4 --ckpt out/shapes            # Pareto objective of the table's weightings and of UGD
-    python pareto.py figure6 --runs out/a out/b           # x0 error of train.py runs in the paper's ranges of t
+    python pareto.py miniature                    # trains 12 combinations x 3 seeds and draws all the figures
+    python pareto.py figure4 --ckpt out/shapes    # Pareto objective of the table's weightings and of UGD
+    python pareto.py figure6 --runs out/a out/b   # x0 error of train.py's runs in the paper's ranges of t
 
 Other figures: weights, figure2 and figure3 --ckpt, figure5 --runs. Hang et al., "Efficient Diffusion Training
 via Min-SNR Weighting Strategy", ICCV 2023; equation numbers are that paper's. The range 0 .. T-1 is cut into
@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,8 @@ import torch
 from scipy.optimize import minimize, nnls
 from scipy.special import softmax
 
-from data import BadInput, Packed, Parser, built_in, generator, progress, read, read_json, replace, run, shapes
+from data import (BadInput, Packed, Parser, built_in, generator, progress, read, read_json, replace, run,
+                  shapes)
 from diffusion import TARGETS, WEIGHTINGS, Diffusion, loss_weight
 from fid import fd_pixels
 from sample import draw, load_checkpoint
@@ -61,8 +63,8 @@ def gram(model, diffusion, data, K, n=64, seed=0, budget=2 ** 30, project=0, qui
     """G (K,K) float64: the inner products of the gradients of L^t in K bins of t, n samples each (eq. 10).
 
     Exact: parameters come in chunks, whose K gradients fill at most `budget` bytes; every chunk costs K
-    backward passes. project = m: one chunk, and each gradient is hashed to m numbers, a count sketch (Charikar
-    et al. 2002) drawn from the seed; entry jk is then off by about |g_j| |g_k| / sqrt(m).
+    backward passes. project = m: one chunk, each gradient hashed to m numbers, a count sketch (Charikar et
+    al. 2002) drawn from the seed; entry jk is then off by about |g_j| |g_k| / sqrt(m).
     """
     params = [p for p in model.parameters() if p.requires_grad]
     starts = np.cumsum([0, *(p.numel() for p in params)]).tolist()
@@ -81,14 +83,15 @@ def gram(model, diffusion, data, K, n=64, seed=0, budget=2 ** 30, project=0, qui
         for k in range(K):
             for part in draw_bin(data, diffusion.T, K, k, n, seed):
                 grads = torch.autograd.grad(x0_loss(model, diffusion, part) / n, [p for p, _ in inside])
-                flat = torch.cat([grad.flatten() for grad in grads])[first - inside[0][1]:last - inside[0][1]]
+                flat = torch.cat([grad.flatten() for grad in grads])         # from inside[0][1] on
+                flat = flat[first - inside[0][1]:last - inside[0][1]]
                 if project:
                     rows[k].index_add_(0, bucket, flat * sign)
                 else:
                     rows[k] += flat
             if not quiet:
                 progress("gradients", i * K + k + 1, len(firsts) * K, since)
-        for columns in rows.split(8192, 1):                                  # (K,8192), doubles a few at a time
+        for columns in rows.split(8192, 1):                                  # (K,8192): few doubles at a time
             G += columns.double() @ columns.double().T
     return G.cpu().numpy()
 
@@ -141,8 +144,8 @@ def ugd(G, lam=0.0, tolerance=1e-4, rounds=30):
 
 
 def frank_wolfe(G, lam=0.0, tolerance=1e-3, steps=1_000_000):
-    """w (K,) of eq. 11 by Frank-Wolfe with pairwise steps (Lacoste-Julien & Jaggi 2015) and exact line search:
-    weight moves from the worst timestep that has any to the best one.
+    """w (K,) of eq. 11 by Frank-Wolfe with pairwise steps (Lacoste-Julien & Jaggi 2015) and exact line
+    search: weight moves from the worst timestep that has any to the best one.
     """
     A, zero = regularised(G, lam)
     w = np.full(len(A), 1 / len(A))
@@ -160,7 +163,7 @@ def frank_wolfe(G, lam=0.0, tolerance=1e-3, steps=1_000_000):
 
 
 def exact(G, lam=0.0):
-    """w (K,) of eq. 11, the referee: Lawson & Hanson's active sets, for |R w|^2 + (sum w - 1)^2 with w >= 0 and
+    """w (K,) of eq. 11, the referee: Lawson & Hanson's active sets for |R w|^2 + (sum w - 1)^2, w >= 0, with
     R^T R = A, whose solution is that of eq. 11 but for its sum.
     """
     A, _ = regularised(G, lam)
@@ -171,8 +174,8 @@ def exact(G, lam=0.0):
 
 
 def common_descent(G, w, tolerance=1e-6):
-    """What -u = -sum_t w_t g_t does (theorem 1): "descent", every <g_t, u> > 0: a small step along it lowers the
-    loss of every timestep; "stationary", u = 0 but for rounding; "conflict", it raises that of some.
+    """What -u = -sum_t w_t g_t does (theorem 1): "descent", every <g_t, u> > 0: a small step along it lowers
+    the loss of every timestep; "stationary", u = 0 but for rounding; "conflict", it raises that of some.
 
     For w that solves eq. 10 it is never the last: <g_t, u> >= |u|^2 for all t (appendix A).
     """
@@ -203,12 +206,12 @@ def ugd_table(model, diffusion, data, K=50, n=64, seed=0, lam=0.01):
 
 LOOKS = [  # colour, line, marker, hatch: told apart in grey too
     ("#000000", "-", "o", ""), ("#d55e00", "--", "s", "///"), ("#0072b2", "-.", "^", "..."),
-    ("#009e73", ":", "D", "xxx"), ("#cc79a7", (0, (5, 1)), "v", "---"), ("#e69f00", (0, (3, 1, 1, 1)), "P", "+++"),
-    ("#56b4e9", (0, (1, 1)), "X", "\\\\\\"), ("#777777", (0, (8, 3)), "*", "ooo"),
+    ("#009e73", ":", "D", "xxx"), ("#cc79a7", (0, (5, 1)), "v", "---"), ("#777777", (0, (8, 3)), "*", "ooo"),
+    ("#e69f00", (0, (3, 1, 1, 1)), "P", "+++"), ("#56b4e9", (0, (1, 1)), "X", "\\\\\\"),
 ]
 NAMES = {"const": "const", "snr": "SNR", "max_snr": "max-SNR-{:g}", "min_snr": "min-SNR-{:g}", "ugd": "UGD"}
-TABLE = [("const", 1), ("snr", 1), ("max_snr", 1), ("min_snr", 1), ("min_snr", 5), ("min_snr", 10), ("min_snr", 20)]
-FOUR = [TABLE[0], TABLE[1], TABLE[2], TABLE[4]]                              # of figures 5 and 6
+FOUR = [("const", 1), ("snr", 1), ("max_snr", 1), ("min_snr", 5)]            # of figures 5 and 6
+TABLE = [*FOUR[:3], ("min_snr", 1), FOUR[3], ("min_snr", 10), ("min_snr", 20)]
 
 
 def called(weighting, gamma):
@@ -230,8 +233,10 @@ def canvas(rows=1, columns=1):
         from matplotlib import pyplot
     except ImportError:
         raise BadInput("figures need a package: pip install matplotlib") from None
-    matplotlib.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "svg.hashsalt": "pareto"})
-    return pyplot.subplots(rows, columns, figsize=(4.2 * columns, 3.2 * rows), squeeze=False, layout="constrained")
+    style = {"font.size": 9, "legend.fontsize": 7, "axes.grid": True, "grid.alpha": 0.3, "svg.hashsalt": "0"}
+    matplotlib.rcParams.update(style)
+    size = (4.2 * columns, 3.2 * rows)
+    return pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
 
 
 def save(figure, out, header, rows):
@@ -240,11 +245,25 @@ def save(figure, out, header, rows):
     out.parent.mkdir(parents=True, exist_ok=True)
     date = {"Date": None} if kind == "svg" else {}                           # the same bytes every time
     replace(out, lambda f: figure.savefig(f, format=kind, dpi=150, metadata=date))
-    figure.clear()
-    text = "\n".join([header, *(",".join(f"{x:.6g}" if isinstance(x, float) else str(x) for x in row)
-                                for row in rows), ""])
+    sys.modules["matplotlib.pyplot"].close(figure)
+    show = lambda x: f"{x:.6g}" if isinstance(x, float) else str(x)
+    text = "\n".join([header, *(",".join(map(show, row)) for row in rows), ""])
     replace(out.with_suffix(".csv"), lambda f: f.write(text.encode()))
     print(f"{out.resolve()}   numbers: {out.with_suffix('.csv').name}", flush=True)
+
+
+def spread(values):
+    """Mean, lowest and highest of values (R,N), each (N,), without the nan; nan where all are."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return np.nanmean(values, 0), np.nanmin(values, 0), np.nanmax(values, 0)
+
+
+def band(ax, x, values, i, name):
+    """Mean of values (R,N) over x as line i, with the range of the R around it."""
+    mean, low, high = spread(values)
+    ax.plot(x, mean, label=name, **look(i))
+    ax.fill_between(x, low, high, color=LOOKS[i % len(LOOKS)][0], alpha=0.15, linewidth=0)
 
 
 def weights(args):
@@ -257,18 +276,18 @@ def weights(args):
         for i, (name, w) in enumerate(table.items()):
             ax.plot(x, w, label=name, **look(i))
         ax.set(xlabel=title, ylabel="weight of the x0 loss", yscale="log", ylim=(1e-5, 1e5))
-    axes[0, 0].legend(fontsize=7)
+    axes[0, 0].legend()
     rows = ([t, float(snr[t]), *(float(w[t]) for w in table.values())] for t in range(args.T))
     save(figure, args.out, ",".join(["t", "snr", *table]), rows)
 
 
 def load(path, args):
-    """-> (model on the device, diffusion, data, config) of a checkpoint; BadInput where they do not fit."""
+    """-> (model on the device, diffusion, data) of a checkpoint. Raises BadInput where they do not fit."""
     model, config = load_checkpoint(path, target=args.target)
     if config["dataset"] == "official" and not args.data:
         raise BadInput(f"{path}: weights alone do not name their data; give --data DIR")
-    shapes_built_in = config["dataset"] == "shapes" and not args.data
-    data = built_in(config["size"]) if shapes_built_in else Packed(args.data or config["data"])
+    own_shapes = config["dataset"] == "shapes" and not args.data
+    data = built_in(config["size"]) if own_shapes else Packed(args.data or config["data"])
     data.flip = config.get("flip", False)
     found, expected = (data.channels, data.size), (model.in_channels, model.img_size)
     if found != expected or model.num_classes and len(data.classes) != model.num_classes:
@@ -278,12 +297,12 @@ def load(path, args):
     if not 1 <= args.K <= diffusion.T:
         raise BadInput(f"--K: found {args.K}, expected 1 to {diffusion.T}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device), diffusion.to(device), data, config
+    return model.to(device), diffusion.to(device), data
 
 
 def measured(args, loaded, n, seed):
     """The Gram matrix of a loaded checkpoint under the command's flags, and lam of eq. 11."""
-    G = gram(*loaded[:3], args.K, n, seed, int(args.budget * 2 ** 30), args.project, quiet=False)
+    G = gram(*loaded, args.K, n, seed, int(args.budget * 2 ** 30), args.project, quiet=False)
     return G, args.lam * G.trace() / args.K
 
 
@@ -309,41 +328,34 @@ def finetune(model, diffusion, data, low, high, steps, lr, seed):
 
 
 def figure2(args):
-    """Change of the loss of every bin when [100, 200), [200, 300) or [300, 400) is trained alone (figure 2)."""
+    """Change of every bin's loss when [100, 200), [200, 300) or [300, 400) is trained alone (figure 2)."""
     figure, axes = canvas()
-    steps, rows, changes, since = args.steps or 200, [], {}, time.time()
+    rows, changes, since = [], {}, time.time()
     for i, path in enumerate(args.ckpt):
-        model, diffusion, data, config = load(path, args)
+        model, diffusion, data = load(path, args)
+        if diffusion.T < 10:
+            raise BadInput(f"{path}: {diffusion.T} timesteps are too few for figure 2, expected at least 10")
         before = bin_losses(model, diffusion, data, args.K, args.n, args.seed)
         for j in (1, 2, 3):
-            low, high = (part * diffusion.T // 10 for part in (j, j + 1))
-            if low == high:
-                raise BadInput(f"{path}: {diffusion.T} timesteps are too few for figure 2, expected at least 10")
-            lr = args.lr or config.get("lr", 1e-3) / 10
-            tuned = finetune(model, diffusion, data, low, high, steps, lr, args.seed)
+            low, high = edges(diffusion.T, 10)[j:j + 2]
+            tuned = finetune(model, diffusion, data, low, high, args.steps or 200, args.lr or 1e-4, args.seed)
             after = bin_losses(tuned, diffusion, data, args.K, args.n, args.seed)
-            changes.setdefault((low, high), []).append(after / before - 1)
-            rows += [(path, low, high, a, float(x), float(y)) for a, x, y in
+            changes.setdefault((low, high), []).append(100 * (after / before - 1))
+            rows += [(path, low, high, t, float(x), float(y)) for t, x, y in
                      zip(edges(diffusion.T, args.K), before, after)]
             progress("fine-tuned", 3 * i + j, 3 * len(args.ckpt), since)
-    x = np.array(edges(diffusion.T, args.K)[:-1]) + diffusion.T / args.K / 2
+    t = np.array(edges(diffusion.T, args.K)[:-1]) + diffusion.T / args.K / 2
     for i, ((low, high), change) in enumerate(changes.items()):
-        band(axes[0, 0], x, 100 * np.array(change), i, f"trained on [{low}, {high})")
+        band(axes[0, 0], t, np.array(change), i, f"trained on [{low}, {high})")
         axes[0, 0].axvspan(low, high, ymax=0.03 + 0.02 * i, color=LOOKS[i][0], alpha=0.5)
     axes[0, 0].axhline(0, color="black", linewidth=0.8)
     axes[0, 0].set(xlabel="t", ylabel="change of the x0 loss, %", yscale="symlog")
-    axes[0, 0].legend(fontsize=7)
+    axes[0, 0].legend()
     save(figure, args.out, "ckpt,low,high,t,before,after", rows)
 
 
-def band(ax, x, values, i, name):
-    """Mean of values (R,N) over x as line i, with the range of the R around it."""
-    ax.plot(x, np.nanmean(values, 0), label=name, **look(i))
-    ax.fill_between(x, np.nanmin(values, 0), np.nanmax(values, 0), color=LOOKS[i % len(LOOKS)][0], alpha=0.15, lw=0)
-
-
 def figure3(args):
-    """UGD's weights in repeats with other samples, and their spread against the number of samples (figure 3)."""
+    """UGD's weights in repeats with other samples, their spread against the number of samples (figure 3)."""
     if args.repeats < 2 or min(args.samples) < 1:
         raise BadInput(f"--repeats {args.repeats}, --samples {args.samples}: expected at least 2 and 1")
     figure, axes = canvas(1, len(args.samples) + 1)
@@ -379,7 +391,8 @@ def figure4(args):
         for name, w in {**found, "UGD": solved["UGD"]}.items():
             value = objective(G, w, lam)
             over.setdefault(name, []).append(value / best)
-            rows.append((path, name, objective(G, w), float(w @ w), value, value / best, common_descent(G, w)))
+            state = common_descent(G, w)
+            rows.append((path, name, objective(G, w), float(w @ w), value, value / best, state))
     print(f"lam {args.lam:g} x mean |g|^2, {args.K} bins, {args.n} samples, {len(args.ckpt)} checkpoints")
     print(f"{'weighting':12s} objective / optimum   -u: descent for all t?")
     for name, values in over.items():
@@ -406,7 +419,8 @@ def read_runs(dirs, file, columns):
         try:
             key = config["target"], called(config["weighting"], config["gamma"])
             lines = (dir / file).read_text().splitlines() if (dir / file).exists() else []
-            curve = {int(row["step"]): [float(row[name]) for name in columns] for row in csv.DictReader(lines)}
+            rows = csv.DictReader(lines)
+            curve = {int(row["step"]): [float(row[name]) for name in columns] for row in rows}
         except (KeyError, TypeError, ValueError) as error:
             raise BadInput(f"{dir}: config.json or {file} is damaged or another's ({error!r})") from None
         found.setdefault(key, []).append((curve, (dir / "diverged.txt").exists()))
@@ -424,7 +438,8 @@ def plot_runs(args, file, columns, titles, ylabel):
     figure, axes = canvas(len(targets), len(columns))
     for (target, name), runs in found.items():
         steps = sorted({step for curve, _ in runs for step in curve})
-        values = np.array([[curve.get(step, [math.nan] * len(columns)) for step in steps] for curve, _ in runs])
+        empty = [math.nan] * len(columns)                                    # a diverged run's later steps
+        values = np.array([[curve.get(step, empty) for step in steps] for curve, _ in runs])
         lost = sum(diverged for _, diverged in runs)
         text = f"{name} ({lost} of {len(runs)} diverged)" if lost else name
         for j, column in enumerate(columns):
@@ -433,12 +448,12 @@ def plot_runs(args, file, columns, titles, ylabel):
                 band(ax, steps, values[:, :, j], names.index(name), text)
             else:
                 ax.plot([], [], label=text, **look(names.index(name)))
-            rows += [(target, name, column, step, *(float(part(values[:, i, j])) for part in
-                      (np.nanmean, np.nanmin, np.nanmax)), len(runs), lost) for i, step in enumerate(steps)]
+            rows += [(target, name, column, step, *map(float, line), len(runs), lost)
+                     for step, *line in zip(steps, *spread(values[:, :, j]))]
     for i, target in enumerate(targets):
         for j, title in enumerate(titles):
             axes[i, j].set(xlabel="step", ylabel=ylabel, yscale="log", title=f"{target} prediction{title}")
-        axes[i, 0].legend(fontsize=7)
+        axes[i, 0].legend()
     save(figure, args.out, "target,weighting,column,step,mean,low,high,runs,diverged", rows)
 
 
@@ -469,7 +484,7 @@ def measure(ckpt, n=512):
 
 
 def bring_up(folder, words, marks, n=512):
-    """Train one run to its last mark and measure it at each into quality.csv, from wherever it was left; a run
+    """Train one run to its last mark and measure it at each into quality.csv, from wherever it was left; one
     that is no longer finite gets a diverged.txt and is left alone.
     """
     ckpt, quality = folder / "ckpt.pt", folder / "quality.csv"
@@ -499,7 +514,8 @@ def bring_up(folder, words, marks, n=512):
 def miniature(args):
     """Train const, SNR, max-SNR-1 and min-SNR-5 under x0, eps and v, and draw every figure from the runs."""
     canvas()                                                                 # no matplotlib: said at once
-    out, steps = Path(args.out), args.steps or 800
+    signal.signal(signal.SIGTERM, signal.default_int_handler)                # takes the run in progress along
+    out, steps = Path(args.out), args.steps or 1000
     marks = sorted({max(1, steps * i // args.marks) for i in range(1, args.marks + 1)})
     settings = dict(steps=steps, size=args.size, marks=marks, lr=args.lr or 2e-3, images=args.images)
     out.mkdir(parents=True, exist_ok=True)
@@ -535,37 +551,37 @@ def parse():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("command", choices=COMMANDS)
-    add("--ckpt", action="append", default=[], help="figures 2, 3, 4: checkpoint or run folder; again for more seeds")
-    add("--runs", nargs="+", default=[], metavar="DIR", help="figures 5, 6: run folders of train.py")
-    add("--out", help=".png or .svg, numbers beside it (default: COMMAND.png); of miniature a folder\n"
+    add("--out", help=".png or .svg, numbers beside it (default: COMMAND.png); miniature: a folder\n"
                       "(default: out/miniature)")
-    # gradients
-    add("--K", type=int, default=50, help="bins of t (default: 50)")
-    add("--n", type=int, default=256, help="samples a bin (default: 256)")
-    add("--lam", type=float, default=0.01, help="lambda of eq. 11 as a share of the mean |g|^2 (default: 0.01)")
     add("--seed", type=int, default=0, help="of samples, noise and projection")
-    add("--project", type=int, default=0, help="hash each gradient to so many numbers (default: exact)")
-    add("--budget", type=float, default=1.0, help="GiB for the K gradients of a chunk of parameters (default: 1)")
+    # gradients: figures 2, 3, 4
+    add("--ckpt", action="append", default=[], help="checkpoint or run folder; again for more seeds")
     add("--data", help="packed folder (default: the checkpoint's own data)")
     add("--target", choices=TARGETS, help="what released weights predict")
+    add("--K", type=int, default=50, help="bins of t (default: 50)")
+    add("--n", type=int, default=256, help="samples a bin (default: 256)")
+    add("--lam", type=float, default=0.01, help="lambda of eq. 11 / mean |g|^2 (default: 0.01)")
+    add("--project", type=int, default=0, help="hash each gradient to so many numbers (default: exact)")
+    add("--budget", type=float, default=1.0, help="GiB for K gradients of a chunk of parameters (default: 1)")
     add("--samples", type=int, nargs="+", default=[4, 16, 64, 256], help="figure3: samples a bin")
-    add("--repeats", type=int, default=4, help="figure3: with other samples each")
-    add("--schedule", choices=("cosine", "linear"), default="cosine", help="weights: noise schedule")
-    add("--T", type=int, default=1000, help="weights: timesteps")
-    # training
-    add("--steps", type=int, help="miniature: of each run (default: 800); figure2: of fine-tuning (default: 200)")
-    add("--lr", type=float, help="miniature: learning rate (default: 2e-3); figure2: (default: a tenth of the run's)")
+    add("--repeats", type=int, default=4, help="figure3: draws of each (default: 4)")
+    # schedule: weights
+    add("--schedule", choices=("cosine", "linear"), default="cosine")
+    add("--T", type=int, default=1000, help="timesteps (default: 1000)")
+    # training: figures 2, 5, 6
+    add("--runs", nargs="+", default=[], metavar="DIR", help="figures 5, 6: run folders of train.py")
+    add("--steps", type=int, help="miniature: of a run (default: 1000); figure2: fine-tuning (default: 200)")
+    add("--lr", type=float, help="miniature: constant (default: 2e-3); figure2 (default: 1e-4)")
     add("--seeds", type=int, default=3, help="miniature: runs of each combination (default: 3)")
+    add("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="miniature (default: all three)")
     add("--size", type=int, default=16, help="miniature: image side (default: 16)")
-    add("--marks", type=int, default=5, help="miniature: measurements of each run (default: 5)")
+    add("--marks", type=int, default=4, help="miniature: measurements of a run (default: 4)")
     add("--images", type=int, default=512, help="miniature: samples a measurement (default: 512)")
-    add("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="miniature: (default: all three)")
     return parser.parse_args()
 
 
 def main():
     args = parse()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)                # takes a run in progress along
     for flag in ("K", "n", "steps", "seeds", "size", "marks", "T"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise BadInput(f"--{flag}: found {getattr(args, flag)}, expected at least 1")
