@@ -114,12 +114,12 @@ def gap(Aw, f):
     return 2 * (f - Aw.min()) / f
 
 
-def ugd(G, lam=0.0, tolerance=1e-4, rounds=30):
+def ugd(G, lam=0.0, tolerance=1e-4, rounds=6):
     """w (K,) of eq. 11 by unconstrained gradient descent on beta, w = softmax(beta) (eq. 12, 13).
 
     The descent is L-BFGS on the logarithm of eq. 13, blind to the scale of G, from 1 / |g_t|^2, the solution
     for orthogonal gradients. Where w_t has come close to 0, so has its slope: the weights that would gain are
-    lifted and the descent begins anew, until `gap` is below the tolerance or three rounds have gained less.
+    lifted and the descent begins anew, until `gap` is below the tolerance, for so many rounds at most.
     """
     A, zero = regularised(G, lam)
 
@@ -129,14 +129,13 @@ def ugd(G, lam=0.0, tolerance=1e-4, rounds=30):
         f = max(w @ Aw, 0) + zero
         return math.log(f), 2 * w * (Aw - f) / f
 
-    beta, values, how = -np.log(A.diagonal() + zero), [], dict(maxiter=1000, ftol=1e-10, gtol=1e-9)
+    beta, how = -np.log(A.diagonal() + zero), dict(maxiter=1000, ftol=1e-10, gtol=1e-9)
     start = softmax(beta)
     for _ in range(rounds):
         w = softmax(minimize(log_objective, beta, jac=True, method="L-BFGS-B", options=how).x)
         Aw = A @ w
         f = w @ Aw
-        values.append(f)
-        if f <= 10 * zero or gap(Aw, f) < tolerance or values[-4:-3] and f > (1 - tolerance) * values[-4]:
+        if f <= 10 * zero or gap(Aw, f) < tolerance:
             break
         gain = np.where(Aw < f, start, 0)
         beta = np.log(w + 1e-2 * gain / gain.sum() + 1e-30)

@@ -216,6 +216,10 @@ def test_ugd_table_is_the_solution_at_every_timestep():
     assert coarse.shape == (12,) and coarse.min() >= 0 and abs(coarse.mean() - 1) < 1e-12
     assert coarse[0] == coarse[1] and coarse[10] == coarse[11]               # outside of the first and last centre
     assert torch.allclose(coarse[1:5].diff(), coarse[2] - coarse[1])         # linear in between: 1, 4, 7, 10
+    G = pareto.gram(model, diffusion, data, 5, 2)                            # bins of 2, 2, 3, 2, 3: 1 / width
+    a, b, c = pareto.ugd(G, 0.01 * G.trace() / 5)[:3] / [2, 2, 3]
+    uneven = pareto.ugd_table(model, diffusion, data, K=5, n=2)              # centres .5, 2.5, 5
+    assert uneven[2] / uneven[5] == pytest.approx((0.25 * a + 0.75 * b) / c)
 
 
 def test_ugd_run_stopped_and_resumed_is_the_same_to_the_bit(script, tmp_path):
@@ -293,10 +297,13 @@ def test_figures_of_a_checkpoint(command, runs, tmp_path):
     assert abs(sum(float(row["weight"]) for row in rows) - 4) < 1e-4
 
 
-def test_finetuning_lowers_the_loss_of_its_own_range():
+def test_finetuning_lowers_the_loss_of_its_own_range(monkeypatch):
     model, data = network()
+    seen, loss = set(), pareto.x0_loss
+    monkeypatch.setattr(pareto, "x0_loss", lambda *words: seen.update(words[2][1].tolist()) or loss(*words))
     diffusion = Diffusion("cosine", 40)
     tuned = pareto.finetune(model, diffusion, data, 8, 12, 30, 1e-3, 0)
+    assert seen == {8, 9, 10, 11}
     before, after = (pareto.bin_losses(m, diffusion, data, 10, 64, 0) for m in (model, tuned))
     assert after[2] < 0.9 * before[2] and not np.allclose(before[3:], after[3:])
 
@@ -344,6 +351,7 @@ def test_a_run_of_the_miniature_is_resumed_and_its_divergence_is_logged(tmp_path
     torch.save(state, folder / "ckpt.pt")
     pareto.bring_up(folder, words, [2, 4, 6], 16)
     assert "diverged" in capsys.readouterr().out and "not finite" in (folder / "diverged.txt").read_text()
+    monkeypatch.setattr(pareto.subprocess, "run", None)
     pareto.bring_up(folder, words, [2, 4, 6], 16)                            # and is left alone
     assert table(folder / "quality.csv") == quality
 
