@@ -483,8 +483,9 @@ def measure(ckpt, n=512):
 
 
 def bring_up(folder, words, marks, n=512):
-    """Train one run to its last mark and measure it at each into quality.csv, from wherever it was left; one
-    that is no longer finite gets a diverged.txt and is left alone.
+    """Train one run to its last mark and measure it at each into quality.csv, from wherever it was left. One
+    that is no longer finite gets a diverged.txt and is left alone; so does, at its end, one whose error is
+    twice that of its first log line.
     """
     ckpt, quality = folder / "ckpt.pt", folder / "quality.csv"
     lines = quality.read_text().splitlines() if quality.exists() else ["step,fd_pixels"]
@@ -508,6 +509,11 @@ def bring_up(folder, words, marks, n=512):
             print(f"{folder.name}: diverged; its samples cannot be measured ({error})", flush=True)
             return replace(folder / "diverged.txt", lambda f: f.write(f"samples at step {mark}\n".encode()))
         replace(quality, lambda f: f.write("\n".join([*lines, ""]).encode()))
+    errors = [float(row["mse"]) for row in csv.DictReader((folder / "log.csv").read_text().splitlines())]
+    if errors[-1] > 2 * errors[0]:
+        text = f"mean squared error {errors[0]:.3g} in the first log line, {errors[-1]:.3g} in the last"
+        print(f"{folder.name}: diverged; {text}", flush=True)
+        replace(folder / "diverged.txt", lambda f: f.write(f"{text}\n".encode()))
 
 
 def miniature(args):

@@ -346,6 +346,13 @@ def test_a_run_of_the_miniature_is_resumed_and_its_divergence_is_logged(tmp_path
     (folder / "quality.csv").write_text(f"step,fd_pixels\n2,{quality[0]['fd_pixels']}\n")        # killed in between
     pareto.bring_up(folder, words, [2, 4], 16)
     assert table(folder / "quality.csv") == quality and (folder / "ckpt.pt").stat().st_mtime_ns == before
+    log = (folder / "log.csv").read_text()
+    assert not (folder / "diverged.txt").exists()
+    (folder / "log.csv").write_text(log + "4,9,99\n")                        # an error that has grown
+    pareto.bring_up(folder, words, [2, 4], 16)
+    assert "99 in the last" in (folder / "diverged.txt").read_text()
+    (folder / "diverged.txt").unlink()
+    (folder / "log.csv").write_text(log)
     state = read(folder / "ckpt.pt")
     state["model"]["linear_projection.bias"][0] = float("inf")
     torch.save(state, folder / "ckpt.pt")
