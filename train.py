@@ -69,7 +69,7 @@ RANGES = dict(steps=(1, MANY), batch_size=(1, 1e6), lr=(1e-12, 1e3), warmup=(0, 
               drop=(0, 0.999), betas=(0, BELOW_1), ema=(0, BELOW_1), weight_decay=(0, 1e3),
               gamma=(1e-12, 1e12), T=(1, 1e6), patch=(1, 1e4), size=(1, 1e4), seed=(0, MANY),
               cfg=(0, 1e3), sample_steps=(1, 1e4), interval=(0, MANY), accum=(1, 1e6), log_every=(1, MANY),
-              save_every=(1, MANY), sample_every=(0, MANY))
+              save_every=(1, MANY), sample_every=(0, MANY), ugd_every=(1, MANY))
 
 
 def parse():
@@ -84,7 +84,9 @@ def parse():
     add("--patch", type=int, help="patch side (default: 4 pixels, 2 of latents)")
     # the paper
     add("--target", choices=TARGETS, help="what the network predicts")
-    add("--weighting", choices=WEIGHTINGS, help="of the loss over t, defined on x0 (default: min_snr)")
+    add("--weighting", choices=[*WEIGHTINGS, "ugd"], help="of the loss over t, defined on x0 (default:\n"
+                                                          "min_snr); ugd: solved from gradients, pareto.py")
+    add("--ugd-every", type=int, help="steps between its solutions (default: 500)")
     add("--gamma", type=float, help="clamp of min_snr and max_snr (default: 5)")
     add("--schedule", choices=("cosine", "linear"), help="noise schedule (default: cosine)")
     add("--T", type=int, help="timesteps (default: 1000)")
@@ -163,6 +165,10 @@ def configure(args, device, saved=None):
     config = dict(row, data=f"data/{name}", seed=0, patch=None, flip=None, log_every=100, save_every=1000,
                   sample_every=0, dtype="bfloat16" if device.type == "cuda" else "float32")
     config.pop("classes", None)
+    if (args.weighting or old.get("weighting")) == "ugd":
+        config.update(ugd_every=500)
+    elif args.ugd_every is not None:
+        raise BadInput(f"--ugd-every {args.ugd_every}: needs --weighting ugd")
     given = {key: value for key, value in vars(args).items() if value is not None and key in config}
     if saved is not None:
         if missing := sorted({*config, "size", "classes"} - saved.keys()):
@@ -180,8 +186,6 @@ def configure(args, device, saved=None):
             raise BadInput(f"--{key.replace('_', '-')}: found {value}, expected {low:g} to {high:g}")
     if config["interval"] and not config["interval"][0] <= config["interval"][1] < config["T"]:
         raise BadInput(f"--interval: found {config['interval']}, expected LO <= HI < {config['T']}")
-    if args.gamma is not None and config["weighting"] not in ("min_snr", "max_snr", "soft_min_snr"):
-        raise BadInput(f"--gamma {args.gamma:g}: --weighting {config['weighting']}, {name}'s, has no gamma")
 
     if name == "shapes" and args.data:
         raise BadInput(f"--data {args.data}: shapes are built in; name the data set with --dataset")
@@ -395,8 +399,9 @@ def main():
     torch.manual_seed(config["seed"])
     dtype = torch.float64 if config["dtype"] == "float64" else torch.float32
     try:
-        keys = ("schedule", "T", "target", "weighting", "gamma")
-        diffusion = Diffusion(*(config[key] for key in keys)).to(device)
+        keys, ugd = ("schedule", "T", "target", "weighting", "gamma"), config["weighting"] == "ugd"
+        table = {**config, "weighting": "const"} if ugd else config          # until its first solution
+        diffusion = Diffusion(*(table[key] for key in keys)).to(device)
         model = build_model(config).to(device, dtype)
     except ValueError as error:
         raise BadInput(str(error)) from None
@@ -414,6 +419,8 @@ def main():
                 if not p.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape:
                     raise ValueError("optimizer moments of another shape")
             tally += state["tally"].to(tally) * (rank == 0)              # the sums since the last log line
+            if ugd:
+                diffusion.weight.copy_(state["weight"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             why = " ".join(str(error).split())[:200]
             raise BadInput(f"{ckpt}: weights and config disagree ({why})") from None
@@ -432,7 +439,8 @@ def main():
 
     def save(step, total):
         state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-                     step=step, config=config, tally=total.cpu())
+                     step=step, config=config, tally=total.cpu(),
+                     **({"weight": diffusion.weight.cpu()} if ugd else {}))
         replace(ckpt, lambda f: torch.save(state, f))
 
     def picture(step):
@@ -449,6 +457,8 @@ def main():
         f"{config['weighting']} weighting, gamma {config['gamma']:g}, {config['dtype']} on {device.type}")
     say(f"{config['dataset']}: {len(data):,} images {data.size} x {data.size}, {len(data.classes)} classes; "
         f"global batch {B} = {micro} x {world} processes x {args.accum} accumulation")
+    if args.gamma is not None and config["weighting"] not in ("min_snr", "max_snr", "soft_min_snr"):
+        say(f"warning: --gamma {args.gamma:g} changes nothing, the weighting is {config['weighting']}")
     if 1 / (1 - min(config["ema"], 1 - 1e-9)) > steps:
         say(f"warning: an EMA of {config['ema']} averages over more steps than the run's {steps}")
     if args.dry_run:
@@ -469,8 +479,20 @@ def main():
             raise BadInput(f"--data-on-gpu: {config['data']} does not fit into {device}'s memory") from None
     pin = lambda part: part.pin_memory() if device.type == "cuda" and part.device.type == "cpu" else part
     batches = ahead(lambda step: [pin(part) for part in draw_step(data, config, step, rows)], first, steps)
-    since, waited, mark, done = time.time(), 0.0, first, first
+    since, waited, solving, mark, done = time.time(), 0.0, 0.0, first, first
     for step in range(first, steps):
+        # UGD: the weights of the loss, solved anew from fresh gradients, one table for all processes
+        if ugd and step % config["ugd_every"] == 0:
+            from pareto import ugd_table
+            now = time.time()
+            x0_weight = ugd_table(model, diffusion, data, seed=f"{config['seed']} {step}").to(device)
+            if world > 1:
+                dist.broadcast(x0_weight, 0)
+            diffusion.weight = x0_weight / diffusion.factor
+            took = time.time() - now
+            solving += took
+            say(f"step {step:,}: UGD weights solved in {took:.1f} s, {solving:.1f} s so far", flush=True)
+
         # data: prepared by a thread, already cut to this process
         now = time.time()
         x0, t, noise, y = (part.to(device, non_blocking=True) for part in next(batches))

@@ -158,7 +158,6 @@ def test_another_data_set_network_or_number_of_classes_is_refused(script, tmp_pa
     for words, parts in ((("--dataset", "imagenet64", "--data", "data/other"), ("celeba64", "imagenet64")),
                          (("--dataset", "imagenet128", "--data", "data/imagenet64"), ("imagenet64", "imagenet128")),
                          (("--dataset", "imagenet64", "--classes", 10), ("10", "1000")),
-                         (("--dataset", "cifar10", "--gamma", 5), ("--gamma", "snr")),
                          (("--dataset", "celeba64", "--data", "data/imagenet64"), ("imagenet64", "celeba64")),
                          (("--interval", 5, 2), ("--interval", "[5, 2]")), (("--interval", 0, 1000), ("1000",)),
                          (("--interval", 0, 5, "--cfg", 1), ("--interval", "--cfg 1"))):
