@@ -475,14 +475,14 @@ def real(size):
     return shapes(range(2048), size)[0]
 
 
-def measure(ckpt, n=512):
+def measure(ckpt, n):
     """FD-pixels to 2,048 of the data's images of n samples of the EMA weights: Heun 18 steps, no guidance."""
     model, config = load_checkpoint(ckpt)
     drawn = torch.cat([draw(model, config, range(k, min(k + 64, n)), steps=18) for k in range(0, n, 64)])
     return fd_pixels(drawn, real(config["size"]))
 
 
-def bring_up(folder, words, marks, n=512):
+def bring_up(folder, words, marks, n):
     """Train one run to its last mark and measure it at each into quality.csv, from wherever it was left. One
     that is no longer finite gets a diverged.txt and is left alone; so does, at its end, one whose error is
     twice that of its first log line.
@@ -520,7 +520,7 @@ def miniature(args):
     """Train const, SNR, max-SNR-1 and min-SNR-5 under x0, eps and v, and draw every figure from the runs."""
     canvas()                                                                 # no matplotlib: said at once
     signal.signal(signal.SIGTERM, signal.default_int_handler)                # takes the run in progress along
-    out, steps = Path(args.out), args.steps or 1000
+    out, steps = Path(args.out), args.steps or 600
     marks = sorted({max(1, steps * i // args.marks) for i in range(1, args.marks + 1)})
     settings = dict(steps=steps, size=args.size, marks=marks, lr=args.lr or 2e-3, images=args.images)
     out.mkdir(parents=True, exist_ok=True)
@@ -575,13 +575,13 @@ def parse():
     add("--T", type=int, default=1000, help="timesteps (default: 1000)")
     # training: figures 2, 5, 6
     add("--runs", nargs="+", default=[], metavar="DIR", help="figures 5, 6: run folders of train.py")
-    add("--steps", type=int, help="miniature: of a run (default: 1000); figure2: fine-tuning (default: 200)")
+    add("--steps", type=int, help="miniature: of a run (default: 600); figure2: fine-tuning (default: 200)")
     add("--lr", type=float, help="miniature: constant (default: 2e-3); figure2 (default: 1e-4)")
     add("--seeds", type=int, default=3, help="miniature: runs of each combination (default: 3)")
     add("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="miniature (default: all three)")
     add("--size", type=int, default=16, help="miniature: image side (default: 16)")
-    add("--marks", type=int, default=4, help="miniature: measurements of a run (default: 4)")
-    add("--images", type=int, default=512, help="miniature: samples a measurement (default: 512)")
+    add("--marks", type=int, default=3, help="miniature: measurements of a run (default: 3)")
+    add("--images", type=int, default=256, help="miniature: samples a measurement (default: 256)")
     return parser.parse_args()
 
 
