@@ -330,7 +330,7 @@ class Packed(Images):
 # ------------------------------------------------------------------------------- image files and their crops
 
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz")
-DAMAGE = (OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile, tarfile.TarError)    # of archives
+DAMAGE = (OSError, EOFError, RuntimeError, KeyError, zlib.error, zipfile.BadZipFile, tarfile.TarError)
 
 
 @functools.lru_cache(maxsize=2)
@@ -344,7 +344,11 @@ def opened(path):
     for parent in path.parents:
         if parent.suffix.lower() in ARCHIVES and parent.is_file():
             source, member = archive(parent, os.getpid()), path.relative_to(parent).as_posix()
-            return (source.open if isinstance(source, zipfile.ZipFile) else source.extractfile)(member)
+            get = source.open if isinstance(source, zipfile.ZipFile) else source.extractfile
+            try:
+                return get(member)
+            except KeyError:
+                return get(f"./{member}")
     return open(path, "rb")
 
 
@@ -394,8 +398,10 @@ def celeba_crop(image, size):
     return np.asarray(image.crop((19, 39, 159, 179)).resize((size, size), Image.BILINEAR))
 
 
-class Arrays(pickle.Unpickler):
-    """Builds numbers, strings, lists, dicts and numpy arrays; the name of anything else is refused unmade."""
+class Arrays(pickle._Unpickler):
+    """Builds numbers, strings, lists, dicts and numpy arrays; anything else is refused by name, unmade. The
+    unpickler in Python, as the one in C reserves whatever memory a damaged file asks for.
+    """
 
     def find_class(self, module, name):
         if (name, module.replace("._core.", ".core.")) == ("_reconstruct", "numpy.core.multiarray"):
@@ -414,7 +420,7 @@ def read_batch(path):
             kept = dict(np.load(file)) if path.suffix == ".npz" else Arrays(file, encoding="latin1").load()
         rows, labels = np.asarray(kept["data"]), np.asarray(kept["labels"])
         side = math.isqrt(rows.shape[1] // 3)
-        if rows.dtype != np.uint8 or labels.dtype.kind != "i" or labels.shape != rows.shape[:1]:
+        if rows.dtype != np.uint8 or labels.dtype.kind != "i" or not len(labels) == len(rows) > 0:
             raise TypeError(f"data {rows.dtype} {rows.shape}, labels {labels.dtype}")
         return rows.reshape(-1, 3, side, side), labels.astype(np.int64)
     except Exception as error:                                           # whatever damage makes them raise
@@ -450,19 +456,26 @@ def entries(src):
     def stop(error):
         raise error
     if src.is_dir():
-        names = [os.path.join(top, name)[len(str(src)) + 1:] + end
-                 for top, folders, files in os.walk(src, onerror=stop, followlinks=True)
-                 for group, end in ((folders, "/"), (files, "")) for name in group]
+        names, seen = [], set()
+        for top, folders, files in os.walk(src, onerror=stop, followlinks=True):
+            if (real := os.path.realpath(top)) in seen:
+                raise BadInput(f"--src {src}: {top} links to {real}, which is there already")
+            seen.add(real)
+            below = [*(f"{name}/" for name in folders), *files]
+            names += [os.path.join(top, name)[len(str(src)) + 1:] for name in below]
     elif not src.is_file() or src.suffix.lower() not in ARCHIVES:
         raise BadInput(f"--src {src}: no such folder, .zip or .tar.gz")
     else:
         try:
             kept = archive(src, os.getpid())
             names = kept.namelist() if isinstance(kept, zipfile.ZipFile) else \
-                [member.name + "/" * member.isdir() for member in kept.getmembers()]
+                [member.name + "/" * member.isdir() for member in kept if member.isdir() or member.isfile()]
         except DAMAGE as error:
             raise BadInput(f"--src {src}: cannot be read as an archive ({error})") from None
-    names = [name for name in names if not re.search(r"(^|/)(\.|__MACOSX)", name)]
+        if odd := [name for name in names if re.search(r"^/|//|\\|(^|/)\.\.(/|$)", name)]:
+            raise BadInput(f"--src {src}: holds {odd[0]!r}, expected names relative to its top")
+        names = [name.removeprefix("./") for name in names]                  # of tar czf x.tar.gz .
+    names = [name for name in names if name and not re.search(r"(^|/)(\.|__MACOSX)", name)]
     base = os.path.commonprefix([name.partition("/")[:2] for name in names])      # the only folder at the top
     if src.is_file() and base[1:] == ("/",):
         return src / base[0], [name[len(base[0]) + 1:] for name in names if name != base[0] + "/"]
@@ -518,13 +531,17 @@ def list_celeba(src, split):
     found = {Path(name).stem: base / name for name in names}
     if len(found) != len(names):
         raise BadInput(f"--src {src}: holds several images of one number, expected img_align_celeba alone")
-    if odd := [path for number, path in found.items() if not re.fullmatch(r"\d{6}", number)]:
+    right = lambda number: re.fullmatch("[0-9]{6}", number) and 1 <= int(number) <= 202_599
+    if odd := [path for number, path in found.items() if not right(number)]:
         raise BadInput(f"{odd[0]}: expected CelebA's aligned images, 000001.jpg to 202599.jpg")
     tables = [folder / kit / f"list_eval_partition{end}" for folder in (src, *src.resolve().parents[:2])
               for kit in ("", "Eval") for end in (".txt", ".csv")]
     if table := next((table for table in tables if table.is_file()), None):
-        lines = re.findall(r"^(\d{6})\.\w+[ ,]+([012])\s*$", table.read_text(errors="replace"), re.M)
+        text = table.read_text(encoding="utf-8-sig", errors="replace")
+        lines = re.findall(r"^([0-9]{6})\.\w+[\t ,]+([012])\s*$", text, re.M)
         part = {number: int(k) for number, k in lines}
+        if len(part) != len(set(lines)):
+            raise BadInput(f"{table}: has two lines for one image")
     else:
         part = {number: (int(number) > 162_770) + (int(number) > 182_637) for number in found}
     if lost := sorted(found.keys() - part.keys()):
@@ -551,8 +568,10 @@ def list_batches(src, dataset, split):
     pattern = re.compile(BATCHES[dataset, split] + r"(\.npz)?")
     base, names = entries(Path(src))
     matches = [(pattern.fullmatch(name.split("/")[-1]), name) for name in names]
-    files = sorted((int(match[1] or 0), base / name) for match, name in matches if match)
-    files = [file for _, file in files]
+    files = dict(sorted((int(match[1] or 0), base / name) for match, name in matches if match))
+    if len(files) != sum(bool(match) for match, _ in matches):
+        raise BadInput(f"--src {src}: holds a batch of one number twice")
+    files = list(files.values())
     labels = [read_batch(file)[1] for file in files]
     if not files:
         return ()
@@ -652,6 +671,9 @@ def plan(src, out, size, split="train", classes=None, dataset=None, repeat=1, **
     return paths, labels, meta
 
 
+OURS = {"images.npy", "latents.npy", "done.npy", "labels.npy", "packing.json.0.part", "meta.json.0.part"}
+
+
 def begin(out, kind, row, dtype, meta):
     """-> memory maps of `kind`.npy, (count, *row), and of done.npy, 1 for every CHUNK of rows that is there:
     new ones, or those that a killed pack of the same `meta` left.
@@ -659,6 +681,8 @@ def begin(out, kind, row, dtype, meta):
     file, flags, journal = (out / name for name in (f"{kind}.npy", "done.npy", "packing.json"))
     shape, chunks = (meta["count"], *row), (-(-meta["count"] // CHUNK),)
     if not journal.exists():
+        if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= OURS):
+            raise BadInput(f"--out {out}: holds other things; expected a new folder")
         out.mkdir(parents=True, exist_ok=True)
         for name in ("images.npy", "latents.npy"):                       # of a pack killed before its journal
             (out / name).unlink(missing_ok=True)
@@ -747,7 +771,7 @@ def main():
                       "cifar-10-python.tar.gz, img_align_celeba, ILSVRC's train, train_data_batch_*")
     add("--download", action="store_true", help="fetch cifar10, into data/; the others ask you to register")
     add("--size", type=int, help="side of the packed images in pixels (default: the data set's)")
-    add("--out", help="packed folder to write, such as data/NAME (default: data/DATASET)")
+    add("--out", help="packed folder to write, such as data/NAME (default: data/DATASET, data/DATASET-SPLIT)")
     add("--split", default="train", help="val and test where they are published; recorded in meta.json")
     add("--classes", type=int, help="refuse a source with another number of class folders")
     add("--workers", type=int, help="processes that decode (default: one a core)")
@@ -755,7 +779,7 @@ def main():
     args = parser.parse_args()
     if args.check:
         return check(args.check)
-    out = Path(args.out or f"data/{args.dataset}")
+    out = Path(args.out or f"data/{args.dataset}" + f"-{args.split}" * (args.split != "train"))
     dataset = args.dataset or (out.name if out.name in DATASETS else None)
     side = DATASETS[dataset][0] if dataset else None
     if args.download:

@@ -63,16 +63,17 @@ def load_checkpoint(path, raw=False, target=None, schedule=None, heads=None, hea
         usual = dict(target="eps" if learned_sigma else None, sample_steps=50, cfg=1.0)
         shape = (model.pos_embed.shape[2], len(model.blocks)) if "pos_embed" in state else \
             (model.time_embed[0].in_features, model.img_size)
-        name, usual = RELEASED.get((model.in_channels, model.num_classes, *shape), (None, usual))
-        usual["target"] = target or usual["target"]
-        if usual["target"] is None:
+        known = RELEASED.get((model.in_channels, model.num_classes, *shape), (None, usual))
+        name, usual = known if learned_sigma or "pos_embed" in state else (None, usual)
+        target = target or usual["target"]
+        if target is None:
             raise BadInput(f"{path}: weights alone do not say what they predict; give --target")
         network = dict(img_size=model.img_size, in_channels=model.in_channels, num_classes=model.num_classes)
         null = len(state.get("label_emb.weight", ())) != model.num_classes   # has a row of the null label
         names = list(imagenet())[2] if model.num_classes == 1000 else []
         config = dict(dataset=name or "official", network=network, schedule="linear" if linear else "cosine",
                       T=1000, step=None, ema=None, drop=0.15 * null, classes=list(names)) | usual
-        return model.eval(), config | (dict(schedule=schedule) if schedule else {})
+        return model.eval(), config | dict(target=target, schedule=schedule or config["schedule"])
     if missing := {"model", "ema", "step", "config"} - state.keys():
         raise BadInput(f"{path}: not a checkpoint of this project ({', '.join(sorted(missing))} missing)")
     try:
@@ -87,6 +88,9 @@ def load_checkpoint(path, raw=False, target=None, schedule=None, heads=None, hea
     for key, value in (("target", target), ("schedule", schedule)):
         if value not in (None, config[key]):
             raise BadInput(f"--{key} {value}: {path} was trained with {config[key]}")
+    for key, value in (("heads", heads), ("head-channels", head_channels), ("size", size)):
+        if value is not None:
+            raise BadInput(f"--{key} {value}: {path} is a checkpoint of this project, which says it itself")
     return model.eval(), config
 
 
@@ -214,7 +218,7 @@ def parse_classes(text, config):
     for part in (part.strip() for part in text.split(",")):
         found = [k for k, name in enumerate(names) if part == name] or \
             [k for k, name in enumerate(names) if part.lower() in name.lower().split(", ")] or \
-            [int(part) if part.isdecimal() else -1]
+            [int(part) if part.isdecimal() and len(part) < 10 else -1]
         if len(found) > 1:
             numbers = " and ".join(map(str, found))
             raise BadInput(f"--classes {part}: classes {numbers} have this name; give the number")

@@ -33,12 +33,12 @@ from diffusion import TARGETS, WEIGHTINGS, Diffusion
 from fid import fd_pixels
 from sample import build_model, draw, find_vae, grid
 
-# One row per result of the papers, the default of a data set first. From the paper (section 4.1,
-# appendix C): steps, batch, learning rate, warm-up, betas, EMA, schedule, targets of ImageNet-256, label drop
-# and cfg of table 4, Heun steps of ImageNet. From the official scripts: weight decay, target of vit-l, label
-# drop of ImageNet-256, cfg of vit-xl. Inferred: CelebA's targets and Heun steps, cfg of vit-b and the UNets;
-# vit-b on ImageNet-64 is guided by ADM's classifier instead. The curriculum paper's rows have its settings,
-# its 250 evaluations as 125 Heun steps, and the plain eps loss; "shapes" and "folder" are ours.
+# One row per result of the papers, the default of a data set first. From the paper (section 4.1, appendix C):
+# steps, batch, learning rate, warm-up, betas, EMA, schedule, targets of ImageNet-256, label drop and cfg of
+# vit-l, Heun steps of vit-l and ImageNet-256. From the official scripts: weight decay, target of vit-l, label
+# drop of ImageNet-256, cfg of vit-xl. Inferred: targets and Heun steps of CelebA, other rows' cfg, label
+# drop and Heun steps of ImageNet-64's other rows (figure 8 is DPM-Solver, guided by ADM's classifier). The
+# curriculum paper's rows: its settings, its 250 evaluations as 125 Heun steps; "shapes", "folder": ours.
 DEMO = dict(lr=4e-3, warmup=100, betas=(.90, .99), ema=.99, decay=1.0)
 CLTS = dict(weighting="snr", betas=(.8, .999))                         # plain eps loss, Adam
 PRESETS = [
@@ -191,9 +191,8 @@ def configure(args, device, saved=None):
         raise BadInput(f"--data {args.data}: shapes are built in; name the data set with --dataset")
     if name == "shapes":
         data = built_in(config.get("size", args.size or 16))
-    elif args.dry_run and name in DATASETS and not Path(config["data"]).exists():
+    elif args.dry_run and name in DATASETS and not args.data and not Path(config["data"]).exists():
         data = stand_in(name)
-        config["data"] += " is not here, random numbers stand in"
     else:
         data = Packed(config["data"])
     classes = len(data.classes) if wanted is None else wanted
@@ -306,6 +305,8 @@ def dry_run(config, model, ema, optimizer, diffusion, parts, micro, world, devic
     """
     for key, value in config.items():
         print(f"  {key:<13} {len(value) if key == 'classes' else json.dumps(value)}")
+    if config["dataset"] != "shapes" and not Path(config["data"]).exists():
+        print(f"{config['data']} is not here: random numbers stand in")
     C, S = config["network"]["in_channels"], config["network"]["img_size"]
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         build_model(config)(torch.empty(1, C, S, S), *torch.zeros(2, 1, dtype=torch.long))
@@ -381,7 +382,12 @@ def main():
                        ("tally", torch.Tensor)) if state else ():
         if not isinstance(state.get(part), kind):
             raise BadInput(f"{ckpt}: not a checkpoint to resume from ({part} missing or damaged)")
-    data, config = configure(args, device, state and state["config"])
+    try:
+        data, config = configure(args, device, state and state["config"])
+    except (TypeError, KeyError, AttributeError) as error:
+        if state is None:
+            raise
+        raise BadInput(f"{ckpt}: its config is damaged ({type(error).__name__}: {error})") from None
     if config["dtype"] == "bfloat16":
         torch.set_float32_matmul_precision("high")                       # TF32 where autocast leaves float32
     B, steps = config["batch_size"], config["steps"]
@@ -457,6 +463,8 @@ def main():
         f"{config['weighting']} weighting, gamma {config['gamma']:g}, {config['dtype']} on {device.type}")
     say(f"{config['dataset']}: {len(data):,} images {data.size} x {data.size}, {len(data.classes)} classes; "
         f"global batch {B} = {micro} x {world} processes x {args.accum} accumulation")
+    if data.meta.get("split", "train") != "train":
+        say(f"warning: {config['data']} is the {data.meta['split']} split of {config['dataset']}")
     if args.gamma is not None and config["weighting"] not in ("min_snr", "max_snr", "soft_min_snr"):
         say(f"warning: --gamma {args.gamma:g} changes nothing, the weighting is {config['weighting']}")
     if 1 / (1 - min(config["ema"], 1 - 1e-9)) > steps:

@@ -228,8 +228,10 @@ def main():
                       progress)
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--src", required=True, help="folder of images; its sub-folders are the classes")
+    add("--src", required=True, help="folder or .zip of images; its sub-folders are the classes")
     add("--vae", required=True, help="the autoencoder's weights (.ckpt .pt .bin .safetensors)")
+    add("--dataset", choices=("imagenet64", "imagenet128", "imagenet256"),
+        help="read --src as ImageNet (default: if that is the last part of --out)")
     add("--out", required=True, help="packed folder to write, such as data/imagenet256")
     add("--size", type=int, default=256, help="side of the cropped images, a multiple of 8 (default: 256)")
     add("--mirror", action="store_true", help="every image twice, as it is and mirrored")
@@ -255,8 +257,9 @@ def main():
     digest = hash_file(args.vae)
     known = dict(sha256=digest, name=FILES.get(digest))
     out = Path(args.out)
-    paths, labels, meta = plan(args.src, out, args.size, args.split, args.classes, repeat=1 + args.mirror,
-                               mirror=args.mirror, vae=known, vae_file=os.path.abspath(args.vae), scale=SCALE,
+    kind = args.split, args.classes, args.dataset
+    paths, labels, meta = plan(args.src, out, args.size, *kind, repeat=1 + args.mirror, mirror=args.mirror,
+                               vae=known, vae_file=os.path.abspath(args.vae), scale=SCALE,
                                content="posterior mean, std of images in [-1, 1], unscaled", dtype=dtype)
     if rank == 0:
         names = meta["classes"] or ["no classes"]

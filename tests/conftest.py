@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 from data import run  # noqa: E402
 
-torch.set_num_threads(min(2, os.cpu_count()))
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count()))))
 
 
 def pytest_configure(config):

@@ -356,3 +356,140 @@ def test_download_refuses(script, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/cifar-10-python.tar.gz").write_bytes(b"half")
     assert "SHA-256" in script("data.py", "--dataset", "cifar10", "--download", code=2)
+
+
+# ------------------------------------------------------------------------------------------- odd trees and archives
+
+def pets(folder, names):
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        WIDE.crop((i, 0, 40 + i, 30)).save(folder / name)
+    return folder
+
+
+def test_archives_of_any_making(script, tmp_path):
+    """`tar czf x.tar.gz .`, members in any order, upper-case suffix, four workers on one zip."""
+    names = [f"cat/{i}.png" for i in range(150)] + [f"dog/{i}.png" for i in range(150)]
+    pets(tmp_path / "src", names)
+    with tarfile.open(tmp_path / "dot.tar.gz", "w:gz") as file:
+        file.add(tmp_path / "src", ".")
+    with zipfile.ZipFile(tmp_path / "UPPER.ZIP", "w") as file:
+        for name in reversed(names):
+            file.write(tmp_path / "src" / name, f"./{name}" if name < "d" else name)
+        file.writestr("__MACOSX/x.png", b"")
+    for i, src in enumerate(("src", "dot.tar.gz", "UPPER.ZIP")):
+        script("data.py", "--src", src, "--size", 16, "--out", f"o{i}", "--workers", 4)
+        assert Packed(tmp_path / f"o{i}").classes == ["cat", "dog"]
+        assert (tmp_path / f"o{i}/images.npy").read_bytes() == (tmp_path / "o0/images.npy").read_bytes()
+
+
+def test_odd_archives_are_refused_by_name(script, tmp_path):
+    image, out = pets(tmp_path / "src", ["cat/1.png"]) / "cat/1.png", ("--size", 16, "--workers", 1, "--out", "x")
+    for i, odd in enumerate(("/cat/1.png", "x//cat/1.png", "../cat/1.png", "cat\\1.png")):
+        with zipfile.ZipFile(tmp_path / f"{i}.zip", "w") as file:
+            file.writestr("dog/1.png", image.read_bytes())
+            file.writestr(zipfile.ZipInfo(odd), image.read_bytes())
+        assert "relative to its top" in script("data.py", "--src", f"{i}.zip", *out, code=2), odd
+    with tarfile.open(tmp_path / "links.tar", "w") as file:
+        file.add(image, "cat/1.png")
+        for name, kind in (("dog/1.png", tarfile.SYMTYPE), ("dog/2.png", tarfile.FIFOTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "nowhere/1.png"
+            file.addfile(member)
+    script("data.py", "--src", "links.tar", *out)
+    assert len(Packed(tmp_path / "x")) == 1
+    (tmp_path / "a.txt").write_text("text")
+    assert "no such folder" in script("data.py", "--src", "a.txt", *out, code=2)
+
+
+def test_links_in_a_circle_and_other_peoples_folders_are_refused(script, tmp_path):
+    pets(tmp_path / "src", ["cat/1.png"])
+    os.symlink("..", tmp_path / "src/cat/back")
+    assert "back" in script("data.py", "--src", "src", "--size", 16, "--out", "x", code=2)
+    (tmp_path / "src/cat/back").unlink()
+    pets(tmp_path / "far", ["1.png"])
+    os.symlink(tmp_path / "far", tmp_path / "src/eel")                       # a class that lies elsewhere is fine
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for out in ("mine", "file"):
+        assert "other things" in script("data.py", "--src", "src", "--size", 16, "--out", out, code=2)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    script("data.py", "--src", "src", "--size", 16, "--out", "x")
+    assert Packed(tmp_path / "x").classes == ["cat", "eel"]
+
+
+def test_images_deep_below_their_class_come_by_folder(tmp_path):
+    pets(tmp_path / "src", ["b/z/1.png", "b/a/2.png", "b/a.png", "a/y.png"])
+    paths, labels, names = data.list_images(tmp_path / "src")
+    assert [path.relative_to(tmp_path / "src").as_posix() for path in paths] == ["a/y.png", "b/a/2.png", "b/a.png", "b/z/1.png"]
+    assert labels.tolist() == [0, 1, 1, 1] and names == ["a", "b"]
+    assert data.list_images(pets(tmp_path / "one", ["cat/1.png"]))[2] == ["cat"]        # one class is a class
+
+
+def test_rotated_files_as_the_papers_and_as_people_see_them(script, ilsvrc, tmp_path):
+    exif, turned = Image.Exif(), ilsvrc / WNIDS[0] / f"{WNIDS[0]}_0.JPEG"
+    exif[0x0112] = 3                                                         # upside down
+    WIDE.save(turned, exif=exif)
+    script("data.py", "--src", "train", "--out", "data/imagenet64")
+    script("data.py", "--src", "train", "--out", "data/mine", "--size", 64)
+    official, mine = (Packed(tmp_path / "data" / name).images[0].astype(int) for name in ("imagenet64", "mine"))
+    assert np.abs(official - center_crop(WIDE, 64).transpose(2, 0, 1)).mean() < 3
+    assert np.abs(mine[:, ::-1, ::-1] - official).mean() < 3 < np.abs(mine - official).mean()
+
+
+def test_splits_have_folders_of_their_own_and_are_named(cifar, script, tmp_path):
+    words = ("data.py", "--dataset", "cifar10", "--src", "cifar-10-batches-py")
+    script(*words)
+    text = script(*words, "--split", "test")
+    assert "warning" not in text and len(Packed(tmp_path / "data/cifar10-test")) == 20 and len(Packed(tmp_path / "data/cifar10")) == 100
+    text = script("train.py", "--dataset", "cifar10", "--data", "data/cifar10-test", "--model", "vit-tiny", "--dry-run", "--batch-size", 1)
+    assert "is the test split" in text
+    (tmp_path / "cifar-10-batches-py/more").mkdir()
+    for name in ("more/data_batch_1", "data_batch_1.npz"):
+        os.link(tmp_path / "cifar-10-batches-py/data_batch_1", tmp_path / "cifar-10-batches-py" / name)
+        assert "twice" in script(*words, "--out", "x", code=2)
+        (tmp_path / "cifar-10-batches-py" / name).unlink()
+    for labels in ([10] * 20, [-1] * 20):
+        batch = pickle.dumps(dict(data=cifar[0][:20].reshape(20, -1), labels=labels))
+        (tmp_path / "cifar-10-batches-py/data_batch_5").write_bytes(batch)
+        assert "labels outside" in script(*words, "--out", "x", code=2)
+
+
+def test_validation_batch_of_the_downsampled_imagenet(script, tmp_path):
+    rows = np.random.RandomState(0).randint(0, 256, (5, 12288), np.uint8)
+    (tmp_path / "val_data").write_bytes(pickle.dumps(dict(data=rows, labels=[1, 2, 3, 4, 5])))
+    script("data.py", "--dataset", "imagenet64", "--src", ".", "--split", "val", "--out", "../val")
+    assert len(Packed(tmp_path.parent / "val")) == 5
+    for path in (tmp_path.parent / "val").iterdir():
+        path.unlink()
+    (tmp_path.parent / "val").rmdir()
+
+
+@pytest.mark.parametrize("text", [b"cnumpy\nload\n.", b"cevil\n_reconstruct\n.", b"cbuiltins\neval\n.", b"c_codecs\nlookup\n.",
+                                  b"cnumpy.core.multiarray\nfromfile\n.", b"ccodecs\nencode\n.", b"cx\nndarray\n."])
+def test_no_other_name_is_looked_up(text):
+    with pytest.raises(BadInput, match="foreign object"):
+        data.Arrays(io.BytesIO(text)).load()
+
+
+def test_a_damaged_pickle_does_not_reserve_memory(tmp_path):
+    """LONG_BINPUT of a huge index: the unpickler in C would reserve 64 GB for it."""
+    assert data.Arrays(io.BytesIO(b"\x80\x02]r\xff\xff\xff\xff.")).load() == []
+
+
+def test_partition_tables_as_they_are_found(celeba, script, tmp_path):
+    folder, table = celeba / "img_align_celeba", celeba / "list_eval_partition.txt"
+    names, words = sorted(path.name for path in folder.iterdir()), ("data.py", "--dataset", "celeba64", "--src", folder)
+    for i, text in enumerate(("\r\n".join(f"{name} 0" for name in names), "\ufeff" + "\n".join(f"{name}\t0" for name in names),
+                              "\n".join(f"{name}, 0 " for name in [*names, names[0]]))):
+        table.write_text(text, newline="")
+        script(*words, "--out", f"x{i}")
+        assert len(Packed(tmp_path / f"x{i}")) == 9
+    table.write_text("\n".join(f"{name} 0" for name in names) + f"\n{names[0]} 1\n")
+    assert "two lines" in script(*words, "--out", "y", code=2)
+    table.unlink()
+    for name in ("000000.jpg", "202600.jpg", "\u0661\u0661\u0661\u0661\u0661\u0661.jpg"):
+        FACE.save(folder / name)
+        assert "000001.jpg to 202599.jpg" in script(*words, "--out", "y", code=2)
+        (folder / name).unlink()

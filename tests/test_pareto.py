@@ -366,14 +366,14 @@ def test_a_run_of_the_miniature_is_resumed_and_its_divergence_is_logged(tmp_path
 @pytest.mark.slow
 def test_miniature(command, script, tmp_path):
     words = ("miniature", "--steps", 4, "--size", 8, "--seeds", 1, "--marks", 2, "--images", 16, "--K", 4, "--n", 2,
-             "--samples", 2, 4, "--repeats", 2, "--out", "mini")
+             "--targets", "eps", "--samples", 2, 4, "--repeats", 2, "--out", "mini")
     text = command(*words)
     out = tmp_path / "mini"
-    assert "run 12 / 12" in text and len(list(out.glob("*/quality.csv"))) == 12
+    assert "run 4 / 4" in text and len(list(out.glob("*/quality.csv"))) == 4
     names = ["weights", "figure2", "figure3", "figure4", "figure5", "figure6"]
     assert all((out / f"{name}.{kind}").exists() for name in names for kind in ("png", "csv"))
-    assert len(table(out / "figure5.csv")) == 12 * 2
-    assert "run 12 / 12" in command(*words)                                  # nothing is left to train
+    assert len(table(out / "figure5.csv")) == 4 * 2
+    assert "run 4 / 4" in command(*words)                                  # nothing is left to train
     assert "other flags" in script("pareto.py", *words, "--steps", 6, code=2)
 
 

@@ -89,6 +89,8 @@ def test_networks_and_targets_without_a_row():
     assert preset("imagenet256", target="eps")["model"] == "vit-b"
     assert preset("imagenet256", "vit-xl")["steps"] == 7_000_000 and preset("imagenet256", "vit-xl", "eps")["steps"] == 2_100_000
     assert preset("my photos", "unet-b")["betas"] == [.9, .999] and preset("shapes", "vit-s")["betas"] == [.9, .99]
+    row = preset("my photos")
+    assert (row["steps"], row["batch_size"], row["warmup"], row["drop"], row["cfg"]) == (100_000, 128, 1000, 0.1, 1.5)
     assert preset("celeba64", "unet-b")["warmup"] == 5000 and preset("celeba64", "vit-b")["model"] == "vit-b"
 
 
@@ -191,16 +193,83 @@ def test_another_data_set_network_or_number_of_classes_is_refused(script, tmp_pa
 
 
 def test_dry_run_without_the_data(monkeypatch, capsys, tmp_path):
-    """Configuration, FLOPs and days of a preset whose data are not here; PERF: 46.3 GFLOP for ViT-B on 256 + 2 tokens."""
+    """Configuration, FLOPs and days of a preset whose data are not here, as the first of two processes; FLOPs of a ViT on
+    256 + 2 tokens by hand.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(train.SIZES, "vit-b", dict(dim=768, depth=1, heads=12))
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["train.py", "--dataset", "imagenet256", "--dry-run", "--accum", "2", "--batch-size", "8"])
     train.main()
     text, D, N = capsys.readouterr().out, 768, 258
     flops = 2 * (N * 12 * D * D + 2 * N * N * D + 2 * 256 * 16 * D)          # blocks, attention, patches in and out
     assert f"{flops / 1e9:.1f} GFLOP an image forward, {3 * flops / 1e9:.1f} in training" in text
     assert re.search(r'target +"x0"', text) and re.search(r"batch_size +8", text) and "random numbers stand in" in text
-    rate, step, hours, days = (float(x.replace(",", "")) for x in re.search(
-        r"dry run: ([\d.,]+) images/s, ([\d,]+) ms a step.*\n1,000,000 steps: ([\d.,]+) hours, ([\d.,]+) days", text).groups())
-    assert rate * step / 1e3 == pytest.approx(8, rel=0.02) and hours == pytest.approx(1e6 * step / 3.6e6, rel=0.01)
+    rate, step, update, speed, hours, days = (float(x.replace(",", "")) for x in re.search(
+        r"dry run: ([\d.,]+) images/s, ([\d,]+) ms a step \(([\d,]+) .*, ([\d.,]+) TFLOP/s; measured with 2 images .*"
+        r"\n1,000,000 steps: ([\d.,]+) hours, ([\d.,]+) days", text).groups())
+    assert rate * step / 1e3 == pytest.approx(8, rel=0.03) and hours == pytest.approx(1e6 * step / 3.6e6, rel=0.03)
+    assert speed == pytest.approx(rate * 3 * flops / 1e12, rel=0.2) and 0 < update < step
     assert days == pytest.approx(hours / 24, rel=0.01, abs=0.06) and not list(tmp_path.iterdir())
+
+
+def test_dry_run_adds_up_its_parts(monkeypatch, capsys, tmp_path):
+    """On a clock that every pass moves by 3 s an image and every update by 5 s: 2 parts of 4 images, 2 x 12 + 5 s."""
+    clock = [0.0]
+    monkeypatch.setattr(train.time, "time", lambda: clock[0])
+    config = resolved(["--dataset", "shapes", "--batch-size", "8"], monkeypatch, tmp_path)
+    model, ema = build_model(config), build_model(config)
+
+    class Loss:
+        def loss(self, model, x, *rest):
+            clock[0] += 3 * len(x)
+            return model(x, *rest[:1], rest[2]).mean((1, 2, 3)), None
+
+    class Optimizer:
+        def step(self):
+            clock[0] += 5
+    train.dry_run(config, model, ema, Optimizer(), Loss(), 2, 4, 1, CPU)
+    text = capsys.readouterr().out                                           # the first image already takes seconds
+    assert "dry run: 0.28 images/s, 29,000 ms a step (5,000 of it the update)" in text and "with 1 images" in text
+
+
+def test_stand_ins_are_for_missing_data_alone(script, tmp_path):
+    assert "celba64" in script("train.py", "--dataset", "celeba64", "--data", "data/celba64", "--dry-run", code=2)
+    assert "no packed data set" in script("train.py", "--dataset", "mine", "--dry-run", code=2)
+    assert "data/celeba64 has 64, expected 32" in script("train.py", "--dataset", "celeba64", "--size", 32, "--dry-run", code=2)
+
+
+def test_a_damaged_config_is_refused_on_resume(script, tmp_path):
+    words = ("train.py", "--model", "vit-tiny", "--batch-size", 8, "--sample-steps", 1, "--T", 500, "--interval", 0, 400)
+    script(*words, "--steps", 1, "--out", "run")
+    assert "< 500" in script(*words[:-2], 0, 600, "--out", "other", code=2)
+    state = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)
+    for change in (dict(classes=None), dict(betas=3), dict(interval="x"), dict(cfg="x"), dict(T=None), dict(model="nope")):
+        torch.save({**state, "config": {**state["config"], **change}}, tmp_path / "run/ckpt.pt")
+        script("train.py", "--out", "run", "--resume", code=2)
+    torch.save(state, tmp_path / "run/ckpt.pt")
+    script("train.py", "--out", "run", "--resume", "--steps", 2, "--interval", 0, 300)        # may change
+    assert json.loads((tmp_path / "run/config.json").read_text())["interval"] == [0, 300]
+
+
+def test_packs_of_another_size_or_kind_are_refused(script, tmp_path):
+    pack("imagenet64", tmp_path / "data/imagenet64")
+    file = tmp_path / "data/imagenet64/meta.json"
+    whole = json.loads(file.read_text())
+    names = [name for name in whole["classes"] if name != "crane"]           # 998
+    file.write_text(json.dumps({key: value for key, value in {**whole, "classes": names}.items() if key != "dataset"}))
+    np.save(tmp_path / "data/imagenet64/labels.npy", np.zeros(16, np.int64))
+    text = script("train.py", "--dataset", "imagenet64", code=2)
+    assert "has 998, expected 1000" in text
+    file.write_text(json.dumps({**whole, "dataset": "mine"}))
+    assert "has images, expected latents" in script("train.py", "--dataset", "imagenet256", "--data", "data/imagenet64", code=2)
+
+
+@pytest.mark.parametrize("weighting, has", [("min_snr", 1), ("max_snr", 1), ("soft_min_snr", 1), ("p2", 0), ("const", 0), ("snr", 0)])
+def test_a_gamma_that_changes_nothing_is_said(weighting, has, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "dry_run", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--weighting", weighting, "--gamma", "3", "--dry-run"])
+    train.main()
+    assert ("changes nothing" in capsys.readouterr().out) == (not has)

@@ -14,7 +14,9 @@ from PIL import Image
 
 from data import BadInput
 from diffusion import Diffusion, sampler
-from sample import find_classifier, build_model, draw, grid, load_checkpoint, read, start, to_uint8
+from sample import (RELEASED, find_classifier, build_model, draw, grid, load_checkpoint, parse_classes, read, start,
+                    to_uint8)
+from train import SIZES as NETWORKS, preset
 
 SIZES = dict(img_size=8, patch_size=2, in_channels=3, num_classes=5, dim=48, depth=2, heads=4)
 
@@ -244,3 +246,47 @@ def test_adm_weights_and_classifier(golden, script, tmp_path):
                          (("--ckpt", "adm.pt", "--heads", 2, "--classifier", "none.pt"), "none.pt"), (("--ckpt", "classifier.pt"), "classifier.pt"),
                          (("--ckpt", "adm.pt", "--heads", 2, "--classifier", "seven.pt"), "num_classes is 7, the network's is 10")):
         assert named in script("sample.py", *wrong, code=2)
+
+
+def test_published_files_are_known_by_their_shape(golden, tmp_path, monkeypatch):
+    """RELEASED holds the shapes and settings of the presets; what it says is a default, and stays what it was."""
+    for preset_, words in ((("imagenet256", "vit-xl", "x0"), "xl"), (("imagenet64", "vit-l", "eps"), "large")):
+        row, size = preset(*preset_), NETWORKS[preset_[1]]
+        name, known = RELEASED[4 if words == "xl" else 3, 1000, size["dim"], size["depth"]]
+        assert words in name and known == {key: row[key] for key in ("target", "sample_steps", "cfg")}
+    assert RELEASED[3, 1000, NETWORKS["unet-adm"]["channels"], 64][1] == dict(target="eps", sample_steps=50, cfg=1.0)
+    weights = golden("vit_uncond")[1]
+    torch.save(weights, tmp_path / "released.pt")
+    model, _ = load_checkpoint(tmp_path / "released.pt", target="x0", heads=6)
+    key = model.in_channels, 0, model.pos_embed.shape[2], len(model.blocks)
+    monkeypatch.setitem(RELEASED, key, ("the file", dict(target="v", sample_steps=7, cfg=1.0)))
+    for target, found in ((None, "v"), ("eps", "eps"), (None, "v")):
+        config = load_checkpoint(tmp_path / "released.pt", target=target, heads=6)[1]
+        assert (config["target"], config["sample_steps"], config["dataset"]) == (found, 7, "the file")
+    # a UNet of ADM's width and side that has no learned sigma is someone else's
+    weights = golden("unet_adm")[1]
+    head = {name: torch.cat([weights[name]] * 2) for name in ("out.2.weight", "out.2.bias")}
+    torch.save(weights, tmp_path / "plain.pt")
+    torch.save({**weights, **head}, tmp_path / "adm.pt")
+    model, config = load_checkpoint(tmp_path / "adm.pt", heads=2)
+    monkeypatch.setitem(RELEASED, (3, model.num_classes, 32, 16), ("ADM's", dict(target="eps", sample_steps=9, cfg=1.0)))
+    assert load_checkpoint(tmp_path / "adm.pt", heads=2)[1]["sample_steps"] == 9
+    with pytest.raises(BadInput, match="--target"):
+        load_checkpoint(tmp_path / "plain.pt", heads=2)
+    for size, schedule in ((64, "cosine"), (128, "linear")):
+        assert load_checkpoint(tmp_path / "adm.pt", heads=2, size=size)[1]["schedule"] == schedule
+    assert load_checkpoint(tmp_path / "adm.pt", heads=2, size=128, schedule="cosine")[1]["schedule"] == "cosine"
+
+
+def test_names_of_classes():
+    config = dict(network=dict(num_classes=5), classes=["tench, Tinca tinca", "Ten", "ten", "crane", "crane, bird"])
+    assert parse_classes("tinca TINCA,Ten,ten,3", config) == [0, 1, 2, 3]
+    assert parse_classes("crane,bird", config) == [3, 4]                     # the whole name goes before a part of one
+    for text in ("tenc", "tench tinca", "5", "-1", "", "9" * 5000, "TEN"):
+        with pytest.raises(BadInput):
+            parse_classes(text, config)
+
+
+def test_our_own_checkpoint_says_its_shape_itself(ckpt, script):
+    for words in (("--heads", 3), ("--head-channels", 8), ("--size", 16)):
+        assert words[0] in script("sample.py", "--ckpt", ckpt, *words, "--out", "x.png", code=2)
