@@ -156,15 +156,13 @@ def brief(classes, other):
     return f"{len(classes)}" + (f" (number {part}: {classes[part]!r})" if part < len(classes) else "")
 
 
-def configure(args, device, saved=None):
-    """-> (data, config): the preset's row, or on --resume the saved config, under the flags given."""
-    name = args.dataset or (saved or {}).get("dataset", "shapes")
+def settings(args, device, saved=None):
+    """-> config: the preset's row, or on --resume the saved config, under the flags given."""
     old = saved or {}
+    name = args.dataset or old.get("dataset", "shapes")
     row = preset(name, args.model or old.get("model"), args.target or old.get("target"))
-    wanted = row.pop("classes") if saved is None else len(saved.get("classes", ()))
     config = dict(row, data=f"data/{name}", seed=0, patch=None, flip=None, log_every=100, save_every=1000,
                   sample_every=0, dtype="bfloat16" if device.type == "cuda" else "float32")
-    config.pop("classes", None)
     if (args.weighting or old.get("weighting")) == "ugd":
         config.update(ugd_every=500)
     elif args.ugd_every is not None:
@@ -173,12 +171,14 @@ def configure(args, device, saved=None):
     if saved is not None:
         if missing := sorted({*config, "size", "classes"} - saved.keys()):
             raise BadInput(f"{args.out}/ckpt.pt: its config lacks {', '.join(missing)}")
+        given.setdefault("classes", len(saved["classes"]))
         for key, value in given.items():
-            if key not in FREE and value != saved[key]:
+            before = len(saved[key]) if key == "classes" else saved[key]
+            if key not in FREE and value != before:
                 flag = key.replace("_", "-")
-                raise BadInput(f"--{flag}: found {value}, the run in {args.out} has {saved[key]}")
+                raise BadInput(f"--{flag}: found {value}, the run in {args.out} has {before}")
         config = saved
-    config = {**config, **given}
+    config = {**config, **given}                                             # classes: how many, None: all
     for key, (low, high) in RANGES.items():
         value = config.get(key, getattr(args, key, None))
         parts = value if key in ("betas", "interval") and value else [] if value is None else [value]
@@ -186,7 +186,14 @@ def configure(args, device, saved=None):
             raise BadInput(f"--{key.replace('_', '-')}: found {value}, expected {low:g} to {high:g}")
     if config["interval"] and not config["interval"][0] <= config["interval"][1] < config["T"]:
         raise BadInput(f"--interval: found {config['interval']}, expected LO <= HI < {config['T']}")
+    return config
 
+
+def open_data(args, config, saved):
+    """The data set that the config names, unconditional where it says so. Raises BadInput where the data are
+    not what their name, the flags or the run that is resumed promise.
+    """
+    name, classes = config["dataset"], config["classes"]
     if name == "shapes" and args.data:
         raise BadInput(f"--data {args.data}: shapes are built in; name the data set with --dataset")
     if name == "shapes":
@@ -195,35 +202,39 @@ def configure(args, device, saved=None):
         data = stand_in(name)
     else:
         data = Packed(config["data"])
-    classes = len(data.classes) if wanted is None else wanted
-    classes = classes if args.classes is None else args.classes
-    if classes not in (0, len(data.classes)):
+    if classes not in (None, 0, len(data.classes)):
         raise BadInput(f"--classes: found {classes}, {config['data']} has {len(data.classes)}, or 0")
-    if not classes:
-        data.classes = []
-    pixels, vit = name != "shapes" and not data.latents, config["model"] in model_vit.SIZES
-    config.update(patch=config["patch"] or (2 if data.latents else 4) if vit else None,
-                  flip=pixels if config["flip"] is None else config["flip"])
-    data.flip = config["flip"]
-    if data.latents and data.flip:
-        raise BadInput("--flip: latents cannot be mirrored; vae.py --mirror encodes both")
+    data.classes = data.classes if classes != 0 else []
+    kind, held = ("latents" if x else "images" for x in (name == "imagenet256", data.latents))
+    official, packed = DATASETS.get(name, (0, 0, 0))[1], data.meta.get("dataset")
+    for what, found, expected in (("dataset", packed, name if {packed, name} <= DATASETS.keys() else None),
+                                  ("content", held, kind if name in DATASETS else None),
+                                  ("--size", data.size, args.size), ("size", data.size, saved.get("size")),
+                                  ("number of classes", len(data.meta["classes"]), official or None),
+                                  ("classes", data.classes, saved.get("classes")),
+                                  ("data", facts(data.meta), saved.get("facts"))):
+        if expected is not None and found != expected:
+            if what == "classes":
+                found, expected = brief(found, expected), brief(expected, found)
+            raise BadInput(f"{what}: {config['data']} has {found}, expected {expected}")
     if data.latents:
         probe = data.batch(np.linspace(0, len(data) - 1, 256).astype(int), generator("probe", 0, 0))[0].std()
         if not 0.7 <= probe <= 1.3:
             raise BadInput(f"{config['data']}: scaled latents have a standard deviation of {probe:.3f}, "
                            "expected 0.7 to 1.3: another autoencoder, or a damaged file")
-    kind, held = ("latents" if x else "images" for x in (name == "imagenet256", data.latents))
-    official, packed = DATASETS.get(name, (0, 0, 0))[1], data.meta.get("dataset")
-    for what, found, expected in (("dataset", packed, name if {packed, name} <= DATASETS.keys() else None),
-                                  ("content", held, kind if name in DATASETS else None),
-                                  ("--size", data.size, args.size), ("size", data.size, config.get("size")),
-                                  ("number of classes", len(data.meta["classes"]), official or None),
-                                  ("classes", data.classes, config.get("classes")),
-                                  ("data", facts(data.meta), config.get("facts"))):
-        if expected is not None and found != expected:
-            if what == "classes":
-                found, expected = brief(found, expected), brief(expected, found)
-            raise BadInput(f"{what}: {config['data']} has {found}, expected {expected}")
+    return data
+
+
+def configure(args, device, saved=None):
+    """-> (data, config), which hold together: what a run depends on. Raises BadInput."""
+    config = settings(args, device, saved)
+    data = open_data(args, config, saved or {})
+    pixels, vit = config["dataset"] != "shapes" and not data.latents, config["model"] in model_vit.SIZES
+    config.update(patch=config["patch"] or (2 if data.latents else 4) if vit else None,
+                  flip=pixels if config["flip"] is None else config["flip"])
+    data.flip = config["flip"]
+    if data.latents and data.flip:
+        raise BadInput("--flip: latents cannot be mirrored; vae.py --mirror encodes both")
     if vit and data.size % config["patch"]:
         raise BadInput(f"--patch: found {config['patch']}, expected a divisor of the image side {data.size}")
     if args.patch and not vit:
