@@ -103,6 +103,11 @@ def objective(G, w, lam=0.0):
     return float(w @ G @ w + lam * (w @ w))
 
 
+def typical(G):
+    """|g_t|^2 of a bin in the middle, which lambda is relative to: the mean may be one bin's alone."""
+    return float(np.median(np.diagonal(G)))
+
+
 def regularised(G, lam):
     """A = G + lam I, so that eq. 11 is w^T A w, and the |u|^2 below which a direction u counts as 0."""
     A = np.asarray(G, dtype=np.float64) + lam * np.eye(len(G))
@@ -119,7 +124,8 @@ def ugd(G, lam=0.0, tolerance=1e-4, rounds=6):
 
     The descent is L-BFGS on the logarithm of eq. 13, blind to the scale of G, from 1 / |g_t|^2, the solution
     for orthogonal gradients. Where w_t has come close to 0, so has its slope: the weights that would gain are
-    lifted and the descent begins anew, until `gap` is below the tolerance, for so many rounds at most.
+    lifted and the descent begins anew, until `gap` is below the tolerance, for so many rounds at most: where
+    the squared lengths differ by ten decades and more, the objective may then be some 10 % above the optimum.
     """
     A, zero = regularised(G, lam)
 
@@ -163,41 +169,45 @@ def frank_wolfe(G, lam=0.0, tolerance=1e-3, steps=1_000_000):
 
 def exact(G, lam=0.0):
     """w (K,) of eq. 11, the referee: Lawson & Hanson's active sets for |R w|^2 + (sum w - 1)^2, w >= 0, with
-    R^T R = A, whose solution is that of eq. 11 but for its sum.
+    R^T R = A, whose solution is that of eq. 11 but for its sum. Solved for w_t |g_t|, as lengths differ by
+    many decades.
     """
-    A, _ = regularised(G, lam)
-    values, vectors = np.linalg.eigh(A / (A.diagonal().min() or A.diagonal().max() or 1.0))
+    A, zero = regularised(G, lam)
+    length = np.sqrt(A.diagonal() + zero)
+    values, vectors = np.linalg.eigh(A / np.outer(length, length))
     R = np.sqrt(values.clip(min=0))[:, None] * vectors.T
-    w, _ = nnls(np.vstack([R, np.ones(len(A))]), np.append(np.zeros(len(A)), 1.0), maxiter=30 * len(A))
+    rows, right = np.vstack([R, length.min() / length]), np.append(np.zeros(len(A)), 1.0)
+    w = nnls(rows, right, maxiter=30 * len(A))[0] / length
     return w / w.sum()
 
 
 def common_descent(G, w, tolerance=1e-6):
-    """What -u = -sum_t w_t g_t does (theorem 1): "descent", every <g_t, u> > 0: a small step along it lowers
-    the loss of every timestep; "stationary", u = 0 but for rounding; "conflict", it raises that of some.
+    """What -u = -sum_t w_t g_t does (theorem 1): "descent", every <g_t, u> >= 0: a small step along it raises
+    the loss of no timestep (eq. 8); "stationary", u = 0 but for rounding; "conflict", it raises that of some.
 
     For w that solves eq. 10 it is never the last: <g_t, u> >= |u|^2 for all t (appendix A).
     """
     inner = G @ w                                                            # <g_t, u>
     if w @ inner <= tolerance * (w ** 2 @ G.diagonal()):                     # it cancels
         return "stationary"
-    return "descent" if inner.min() > 0 else "conflict"
+    return "descent" if inner.min() >= -tolerance * (w @ inner) else "conflict"
 
 
 def weights_of(weighting, snr, K, gamma=5.0):
-    """(K,) of section 3.4: a weighting of the table, on the x0 loss, averaged in each bin, with sum 1."""
+    """(K,) of section 3.4: a weighting of the table, on the x0 loss, added up in each bin, with sum 1."""
     w = loss_weight(snr, weighting, "x0", gamma).cpu().numpy()
-    w = np.add.reduceat(w, edges(len(w), K)[:-1]) / np.diff(edges(len(w), K))
-    return w / w.sum()
+    return np.add.reduceat(w, edges(len(w), K)[:-1]) / w.sum()
 
 
 def ugd_table(model, diffusion, data, K=50, n=64, seed=0, lam=0.01):
-    """(T,) weights of the x0 loss with mean 1: UGD's in K bins, linear between their centres."""
+    """(T,) weights of the x0 loss with mean 1: UGD's in K bins, linear between their centres. Under eps they
+    are divided by SNR, as every weighting of the table is, and like `const` large at its end.
+    """
     K = min(K, diffusion.T)
     G = gram(model, diffusion, data, K, n, seed)
     borders = np.array(edges(diffusion.T, K))
     centres = (borders[:-1] + borders[1:] - 1) / 2
-    w = np.interp(np.arange(diffusion.T), centres, ugd(G, lam * G.trace() / K) / np.diff(borders))
+    w = np.interp(np.arange(diffusion.T), centres, ugd(G, lam * typical(G)) / np.diff(borders))
     return torch.from_numpy(w / w.mean())
 
 
@@ -241,14 +251,17 @@ def canvas(rows=1, columns=1):
 def save(figure, out, header, rows):
     """Write the figure, .png or .svg, and its numbers beside it as .csv."""
     out, kind = Path(out), Path(out).suffix[1:]
+    numbers = out.with_suffix(".csv")
+    if numbers.exists() and numbers.read_text(errors="replace").partition("\n")[0] != header:
+        raise BadInput(f"--out {out}: would write over {numbers}, which is another file; choose another name")
     out.parent.mkdir(parents=True, exist_ok=True)
     date = {"Date": None} if kind == "svg" else {}                           # the same bytes every time
     replace(out, lambda f: figure.savefig(f, format=kind, dpi=150, metadata=date))
     sys.modules["matplotlib.pyplot"].close(figure)
     show = lambda x: f"{x:.6g}" if isinstance(x, float) else str(x)
     text = "\n".join([header, *(",".join(map(show, row)) for row in rows), ""])
-    replace(out.with_suffix(".csv"), lambda f: f.write(text.encode()))
-    print(f"{out.resolve()}   numbers: {out.with_suffix('.csv').name}", flush=True)
+    replace(numbers, lambda f: f.write(text.encode()))
+    print(f"{out.resolve()}   numbers: {numbers.name}", flush=True)
 
 
 def spread(values):
@@ -283,7 +296,7 @@ def weights(args):
 def load(path, args):
     """-> (model on the device, diffusion, data) of a checkpoint. Raises BadInput where they do not fit."""
     model, config = load_checkpoint(path, target=args.target)
-    if config["dataset"] == "official" and not args.data:
+    if "data" not in config and not args.data:
         raise BadInput(f"{path}: weights alone do not name their data; give --data DIR")
     own_shapes = config["dataset"] == "shapes" and not args.data
     data = built_in(config["size"]) if own_shapes else Packed(args.data or config["data"])
@@ -302,7 +315,9 @@ def load(path, args):
 def measured(args, loaded, n, seed):
     """The Gram matrix of a loaded checkpoint under the command's flags, and lam of eq. 11."""
     G = gram(*loaded, args.K, n, seed, int(args.budget * 2 ** 30), args.project, quiet=False)
-    return G, args.lam * G.trace() / args.K
+    if not np.isfinite(G).all():
+        raise BadInput("the checkpoint's gradients are not finite; expected a run that has not diverged")
+    return G, args.lam * typical(G)
 
 
 @torch.no_grad()
@@ -355,8 +370,6 @@ def figure2(args):
 
 def figure3(args):
     """UGD's weights in repeats with other samples, their spread against the number of samples (figure 3)."""
-    if args.repeats < 2 or min(args.samples) < 1:
-        raise BadInput(f"--repeats {args.repeats}, --samples {args.samples}: expected at least 2 and 1")
     figure, axes = canvas(1, len(args.samples) + 1)
     loaded, rows, spreads = load(args.ckpt[0], args), [], []
     t = edges(loaded[1].T, args.K)[:-1]
@@ -377,7 +390,7 @@ def figure3(args):
 def figure4(args):
     """Objective of eq. 11 for every weighting and for UGD, over the exact optimum (figure 4)."""
     figure, axes = canvas()
-    rows, over, excess = [], {}, {"UGD": 0.0, "Frank-Wolfe": 0.0}
+    rows, over, excess = [], {}, dict.fromkeys(("UGD", "Frank-Wolfe"), -math.inf)
     for path in args.ckpt:
         loaded = load(path, args)
         G, lam = measured(args, loaded, args.n, args.seed)
@@ -392,7 +405,7 @@ def figure4(args):
             over.setdefault(name, []).append(value / best)
             state = common_descent(G, w)
             rows.append((path, name, objective(G, w), float(w @ w), value, value / best, state))
-    print(f"lam {args.lam:g} x mean |g|^2, {args.K} bins, {args.n} samples, {len(args.ckpt)} checkpoints")
+    print(f"lam {args.lam:g} x median |g|^2, {args.K} bins, {args.n} samples, {len(args.ckpt)} checkpoints")
     print(f"{'weighting':12s} objective / optimum   -u: descent for all t?")
     for name, values in over.items():
         states = [row[-1] for row in rows if row[1] == name]
@@ -443,15 +456,17 @@ def plot_runs(args, file, columns, titles, ylabel):
         text = f"{name} ({lost} of {len(runs)} diverged)" if lost else name
         for j, column in enumerate(columns):
             ax = axes[targets.index(target), j]
-            if steps:
-                band(ax, steps, values[:, :, j], names.index(name), text)
-            else:
+            if not steps:                                                    # lost before anything was logged
                 ax.plot([], [], label=text, **look(names.index(name)))
+                continue
+            band(ax, steps, values[:, :, j], names.index(name), text)
             rows += [(target, name, column, step, *map(float, line), len(runs), lost)
                      for step, *line in zip(steps, *spread(values[:, :, j]))]
+            if (values[:, :, j] > 0).any():
+                ax.set(yscale="log")
     for i, target in enumerate(targets):
         for j, title in enumerate(titles):
-            axes[i, j].set(xlabel="step", ylabel=ylabel, yscale="log", title=f"{target} prediction{title}")
+            axes[i, j].set(xlabel="step", ylabel=ylabel, title=f"{target} prediction{title}")
         axes[i, 0].legend()
     save(figure, args.out, "target,weighting,column,step,mean,low,high,runs,diverged", rows)
 
@@ -524,7 +539,8 @@ def miniature(args):
     marks = sorted({max(1, steps * i // args.marks) for i in range(1, args.marks + 1)})
     settings = dict(steps=steps, size=args.size, marks=marks, lr=args.lr or 2e-3, images=args.images)
     out.mkdir(parents=True, exist_ok=True)
-    if (out / "miniature.json").exists() and read_json(out / "miniature.json") != settings:
+    begun = any(out.glob("*/ckpt.pt"))
+    if begun and (out / "miniature.json").exists() and read_json(out / "miniature.json") != settings:
         raise BadInput(f"--out {out}: holds a miniature of other flags, {read_json(out / 'miniature.json')}")
     replace(out / "miniature.json", lambda f: f.write(json.dumps(settings).encode()))
     jobs = [(seed, target, *row) for seed in range(args.seeds) for target in args.targets for row in FOUR]
@@ -552,6 +568,11 @@ COMMANDS = {command.__name__: command for command in
             (weights, figure2, figure3, figure4, figure5, figure6, miniature)}
 
 
+RANGES = dict(K=(1, 1e6), n=(1, 1e6), steps=(1, 1e9), seeds=(1, 1e3), size=(1, 1e4), marks=(1, 1e4),
+              T=(1, 1e6), lam=(0, 1e9), budget=(1e-9, 1e6), lr=(1e-12, 1e3), project=(0, 2 ** 30),
+              images=(2, 1e6))
+
+
 def parse():
     parser = Parser(__doc__)
     add = parser.add_argument
@@ -565,7 +586,7 @@ def parse():
     add("--target", choices=TARGETS, help="what released weights predict")
     add("--K", type=int, default=50, help="bins of t (default: 50)")
     add("--n", type=int, default=256, help="samples a bin (default: 256)")
-    add("--lam", type=float, default=0.01, help="lambda of eq. 11 / mean |g|^2 (default: 0.01)")
+    add("--lam", type=float, default=0.01, help="lambda of eq. 11 / median |g|^2 (default: 0.01)")
     add("--project", type=int, default=0, help="hash each gradient to so many numbers (default: exact)")
     add("--budget", type=float, default=1.0, help="GiB for K gradients of a chunk of parameters (default: 1)")
     add("--samples", type=int, nargs="+", default=[4, 16, 64, 256], help="figure3: samples a bin")
@@ -587,14 +608,13 @@ def parse():
 
 def main():
     args = parse()
-    for flag in ("K", "n", "steps", "seeds", "size", "marks", "T"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise BadInput(f"--{flag}: found {getattr(args, flag)}, expected at least 1")
-    for flag, low in (("lam", 0), ("budget", 1e-9), ("lr", 1e-12)):
-        if (value := getattr(args, flag)) is not None and not low <= value < math.inf:
-            raise BadInput(f"--{flag}: found {value}, expected a number >= {low:g}")
-    if args.project < 0 or args.images < 2:
-        raise BadInput(f"--project {args.project}, --images {args.images}: expected at least 0 and 2")
+    for flag, (low, high) in RANGES.items():
+        if (value := getattr(args, flag)) is not None and not low <= value <= high:
+            raise BadInput(f"--{flag}: found {value}, expected {low:g} to {high:g}")
+    if args.repeats < 2 or min(args.samples) < 1:
+        raise BadInput(f"--repeats {args.repeats}, --samples {args.samples}: expected at least 2 and 1")
+    if args.command == "miniature" and (args.ckpt or args.runs or args.data or args.target or args.K > 1000):
+        raise BadInput("miniature: no --ckpt, --runs, --data, --target (but --targets), no K above 1000")
     needs = {"figure2": "ckpt", "figure3": "ckpt", "figure4": "ckpt", "figure5": "runs", "figure6": "runs"}
     if args.command in needs and not getattr(args, needs[args.command]):
         raise BadInput(f"{args.command}: needs --{needs[args.command]}")

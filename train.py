@@ -163,7 +163,7 @@ def settings(args, device, saved=None):
     row = preset(name, args.model or old.get("model"), args.target or old.get("target"))
     config = dict(row, data=f"data/{name}", seed=0, patch=None, flip=None, log_every=100, save_every=1000,
                   sample_every=0, dtype="bfloat16" if device.type == "cuda" else "float32")
-    if (args.weighting or old.get("weighting")) == "ugd":
+    if (old or config | vars(args))["weighting"] == "ugd":
         config.update(ugd_every=500)
     elif args.ugd_every is not None:
         raise BadInput(f"--ugd-every {args.ugd_every}: needs --weighting ugd")

@@ -1,4 +1,5 @@
 """Gradients of the timesteps, the Pareto problem's solvers against a referee, UGD in training, and the figures."""
+import argparse
 import csv
 import os
 import subprocess
@@ -142,6 +143,19 @@ def test_solvers_reach_the_referee_on_gradients_of_a_network():
             check_solvers(G, lam * G.trace() / K)
 
 
+@pytest.mark.parametrize("decades, others", [(2, [pareto.ugd, pareto.frank_wolfe]), (3, [pareto.frank_wolfe]), (5, []), (7, [])])
+def test_the_referee_is_exact_for_lengths_over_many_decades(decades, others):
+    rng = np.random.default_rng(decades)
+    g = rng.standard_normal((50, 77)) * 10 ** rng.uniform(-decades, decades, (50, 1))
+    G = g @ g.T
+    w = pareto.exact(G)
+    best, slope = w @ G @ w, G @ w
+    rounding = 1e-14 * np.abs(G) @ w
+    assert w.min() >= 0 and abs(w.sum() - 1) < 1e-12 and (slope >= best * (1 - 1e-6) - rounding).all()
+    for solver in others:
+        assert 1 - 1e-6 < pareto.objective(G, solver(G)) / best < 1.001, solver.__name__
+
+
 def test_two_orthogonal_gradients():
     G = np.diag([4.0, 1.0])
     for solver in (pareto.exact, pareto.ugd, pareto.frank_wolfe):
@@ -162,6 +176,7 @@ def test_theorem_1_by_hand():
     assert pareto.common_descent(g @ g.T, half) == "conflict"                # -u raises the second loss
     assert pareto.common_descent(g @ g.T, pareto.exact(g @ g.T)) == "descent"
     assert pareto.common_descent(np.diag([0.0, 1.0]), np.array([1.0, 0.0])) == "stationary"
+    assert pareto.common_descent(np.diag([0.0, 1.0]), half) == "descent"     # and the first loss stays: eq. 8
 
 
 def test_a_step_along_the_common_direction_lowers_the_loss_of_every_bin():
@@ -200,7 +215,7 @@ def test_weights_of_the_table():
     for name, gamma in pareto.TABLE:
         w = loss_weight(snr, name, "x0", gamma).numpy()
         assert np.allclose(pareto.weights_of(name, snr, 100, gamma), w / w.sum(), rtol=1e-12)
-        bins = np.array([w[:33].mean(), w[33:66].mean(), w[66:].mean()])
+        bins = np.array([w[:33].sum(), w[33:66].sum(), w[66:].sum()])
         assert np.allclose(pareto.weights_of(name, snr, 3, gamma), bins / bins.sum(), rtol=1e-12)
 
 
@@ -210,7 +225,7 @@ def test_ugd_table_is_the_solution_at_every_timestep():
     model, data = network(12)
     diffusion = Diffusion("cosine", 12)
     G = pareto.gram(model, diffusion, data, 12, 2, seed="0 5")
-    expected = 12 * pareto.ugd(G, 0.01 * G.trace() / 12)
+    expected = 12 * pareto.ugd(G, 0.01 * np.median(G.diagonal()))
     assert np.allclose(pareto.ugd_table(model, diffusion, data, K=50, n=2, seed="0 5"), expected)
     coarse = pareto.ugd_table(model, diffusion, data, K=4, n=2)
     assert coarse.shape == (12,) and coarse.min() >= 0 and abs(coarse.mean() - 1) < 1e-12
@@ -297,6 +312,32 @@ def test_figures_of_a_checkpoint(command, runs, tmp_path):
     assert abs(sum(float(row["weight"]) for row in rows) - 4) < 1e-4
 
 
+def test_figures_hold_what_the_functions_give(command, runs, tmp_path):
+    """Columns of the CSV files against the same by hand, under flags that are not the defaults."""
+    command("figure4", "--K", 4, "--n", 3, "--seed", 7, "--lam", 0.2, "--ckpt", runs / "run")
+    args = argparse.Namespace(target=None, data=None, K=4)
+    model, diffusion, data = pareto.load(runs / "run", args)
+    G = pareto.gram(model, diffusion, data, 4, 3, 7)
+    lam = 0.2 * np.median(G.diagonal())
+    best = pareto.objective(G, pareto.exact(G, lam), lam)
+    for row, (name, gamma) in zip(table(tmp_path / "figure4.csv"), pareto.TABLE):
+        w = pareto.weights_of(name, diffusion.snr, 4, gamma)
+        found = [float(row[key]) for key in ("u2", "w2", "objective", "over_optimum")]
+        value = w @ G @ w + lam * w @ w
+        assert found == pytest.approx([w @ G @ w, w @ w, value, value / best], rel=1e-4)
+    command("figure2", "--K", 4, "--n", 3, "--seed", 7, "--steps", 3, "--lr", 1e-3, "--ckpt", runs / "run")
+    rows = table(tmp_path / "figure2.csv")
+    tuned = pareto.finetune(model, diffusion, data, 20, 30, 3, 1e-3, 7)
+    for m, key in ((model, "before"), (tuned, "after")):
+        expected = pareto.bin_losses(m, diffusion, data, 4, 3, 7)
+        assert [float(row[key]) for row in rows[4:8]] == pytest.approx(expected.tolist(), rel=1e-4)
+    command("figure3", "--K", 4, "--samples", 2, "--repeats", 3, "--seed", 7, "--ckpt", runs / "run")
+    weight = np.array([float(row["weight"]) for row in table(tmp_path / "figure3.csv")]).reshape(3, 4)
+    for r in range(3):
+        G = pareto.gram(model, diffusion, data, 4, 2, f"7 2 {r}")
+        assert np.allclose(weight[r], pareto.ugd(G, 0.01 * np.median(G.diagonal())), atol=1e-4)
+
+
 def test_finetuning_lowers_the_loss_of_its_own_range(monkeypatch):
     model, data = network()
     seen, loss = set(), pareto.x0_loss
@@ -325,6 +366,13 @@ def test_curves_of_runs(command, runs, script, tmp_path):
     command("figure5", "--runs", "r0", "r1", "--out", "five.svg")
     assert [(row["step"], row["mean"], row["low"], row["high"], row["diverged"]) for row in table(tmp_path / "five.csv")] == \
         [("0", "4", "3", "5", "1"), ("10", "1", "1", "1", "1")]
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace('"min_snr"', '"const"'))
+    (folder / "quality.csv").unlink()                                        # lost before its first mark
+    command("figure5", "--runs", "r0", "r1", "--out", "lost.svg")
+    assert "const (1 of 1 diverged)" in (tmp_path / "lost.svg").read_text() and len(table(tmp_path / "lost.csv")) == 2
+    (tmp_path / "r0/log.csv").write_bytes((runs / "run/log.csv").read_bytes())
+    for name in ("log", "quality"):                                          # figures do not write over a run's log
+        assert "write over" in script("pareto.py", "figure5", "--runs", "r0", "--out", f"r0/{name}.png", code=2)
     assert "min-SNR-5 (1 of 2 diverged)" in (tmp_path / "five.svg").read_text().replace("&#45;", "-")
 
 
