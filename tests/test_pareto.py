@@ -280,6 +280,8 @@ def runs(tmp_path_factory):
 @pytest.fixture
 def command(monkeypatch, tmp_path, capsys):
     """command("figure4", ...) runs pareto.py in this process, in an empty folder -> what it printed."""
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+
     def call(*words):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["pareto.py", *map(str, words)])
@@ -426,6 +428,7 @@ def test_miniature(command, script, tmp_path):
 
 
 def test_refusals(script, runs, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
     run_ = runs / "run"
     for words, why in (((), "command"), (("figure7",), "figure7"), (("figure4",), "--ckpt"), (("figure5",), "--runs"),
                        (("figure4", "--ckpt", "none"), "no such file"), (("figure4", "--ckpt", run_, "--K", 101), "--K"),
