@@ -45,6 +45,7 @@ def tree(tmp_path):
     return tmp_path / "train"
 
 
+@pytest.mark.slow
 def test_from_jpegs_to_samples(tree, vae_file, script, start_script, tmp_path):
     words = ("vae.py", "--src", "train", "--vae", vae_file, "--size", 16)
     text = script(*words, "--out", "data/imagenet256")

@@ -320,7 +320,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(script, tmp
     assert (tmp_path / "run/ckpt.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("network", ["unet-tiny", "vit-tiny"])
+@pytest.mark.parametrize("network", [pytest.param("unet-tiny", marks=pytest.mark.slow), "vit-tiny"])
 def test_grad_ckpt_changes_nothing(network, script, tmp_path):
     words = (*TINY, "--model", network, "--steps", 3)
     script("train.py", *words, "--out", "plain")
