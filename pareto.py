@@ -354,6 +354,8 @@ def figure2(args):
             low, high = edges(diffusion.T, 10)[j:j + 2]
             tuned = finetune(model, diffusion, data, low, high, args.steps or 200, args.lr or 1e-4, args.seed)
             after = bin_losses(tuned, diffusion, data, args.K, args.n, args.seed)
+            if not np.isfinite([before, after]).all():
+                raise BadInput(f"{path}: its losses are not finite, before or after --lr {args.lr or 1e-4:g}")
             changes.setdefault((low, high), []).append(100 * (after / before - 1))
             rows += [(path, low, high, t, float(x), float(y)) for t, x, y in
                      zip(edges(diffusion.T, args.K), before, after)]

@@ -340,6 +340,15 @@ def test_figures_hold_what_the_functions_give(command, runs, tmp_path):
         assert np.allclose(weight[r], pareto.ugd(G, 0.01 * np.median(G.diagonal())), atol=1e-4)
 
 
+def test_checkpoints_that_are_not_finite_are_refused(runs, script, tmp_path):
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+    state = read(runs / "run/ckpt.pt")
+    next(iter(state["ema"].values())).fill_(float("nan"))
+    torch.save(state, tmp_path / "nan.pt")
+    for figure in ("figure2", "figure3", "figure4"):
+        assert "not finite" in script("pareto.py", figure, "--ckpt", "nan.pt", "--K", 3, "--n", 2, "--steps", 1, code=2)
+
+
 def test_finetuning_lowers_the_loss_of_its_own_range(monkeypatch):
     model, data = network()
     seen, loss = set(), pareto.x0_loss
