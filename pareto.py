@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from scipy.optimize import minimize, nnls
 from scipy.special import softmax
 
@@ -64,8 +65,11 @@ def gram(model, diffusion, data, K, n=64, seed=0, budget=2 ** 30, project=0, qui
 
     Exact: parameters come in chunks, whose K gradients fill at most `budget` bytes; every chunk costs K
     backward passes. project = m: one chunk, each gradient hashed to m numbers, a count sketch (Charikar et
-    al. 2002) drawn from the seed; entry jk is then off by about |g_j| |g_k| / sqrt(m).
+    al. 2002) drawn from the seed; entry jk is then off by about |g_j| |g_k| / sqrt(m). Where processes train
+    together, each takes its share of the bins. A mean of n samples is longer than the mean of all: on average
+    G_kk is too large by a sample's variance / n, and entries off the diagonal, of other samples, are right.
     """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     params = [p for p in model.parameters() if p.requires_grad]
     starts = np.cumsum([0, *(p.numel() for p in params)]).tolist()
     P, weight = starts[-1], params[0]
@@ -80,7 +84,7 @@ def gram(model, diffusion, data, K, n=64, seed=0, budget=2 ** 30, project=0, qui
         last = min(first + width, P)
         inside = [(p, a) for p, a in zip(params, starts) if a < last and a + p.numel() > first]
         rows = weight.new_zeros(K, project or last - first)
-        for k in range(K):
+        for k in range(rank, K, world):
             for part in draw_bin(data, diffusion.T, K, k, n, seed):
                 grads = torch.autograd.grad(x0_loss(model, diffusion, part) / n, [p for p, _ in inside])
                 flat = torch.cat([grad.flatten() for grad in grads])         # from inside[0][1] on
@@ -91,6 +95,8 @@ def gram(model, diffusion, data, K, n=64, seed=0, budget=2 ** 30, project=0, qui
                     rows[k] += flat
             if not quiet:
                 progress("gradients", i * K + k + 1, len(firsts) * K, since)
+        if world > 1:
+            dist.all_reduce(rows)                                            # others are zeros: exact
         for columns in rows.split(8192, 1):                                  # (K,8192): few doubles at a time
             G += columns.double() @ columns.double().T
     return G.cpu().numpy()
@@ -199,7 +205,7 @@ def weights_of(weighting, snr, K, gamma=5.0):
     return np.add.reduceat(w, edges(len(w), K)[:-1]) / w.sum()
 
 
-def ugd_table(model, diffusion, data, K=50, n=64, seed=0, lam=0.01):
+def ugd_table(model, diffusion, data, K, n, lam, seed):
     """(T,) weights of the x0 loss with mean 1: UGD's in K bins, linear between their centres. Under eps they
     are divided by SNR, as every weighting of the table is, and like `const` large at its end.
     """
@@ -218,7 +224,8 @@ LOOKS = [  # colour, line, marker, hatch: told apart in grey too
     ("#009e73", ":", "D", "xxx"), ("#cc79a7", (0, (5, 1)), "v", "---"), ("#777777", (0, (8, 3)), "*", "ooo"),
     ("#e69f00", (0, (3, 1, 1, 1)), "P", "+++"), ("#56b4e9", (0, (1, 1)), "X", "\\\\\\"),
 ]
-NAMES = {"const": "const", "snr": "SNR", "max_snr": "max-SNR-{:g}", "min_snr": "min-SNR-{:g}", "ugd": "UGD"}
+NAMES = {"const": "const", "snr": "SNR", "max_snr": "max-SNR-{:g}", "min_snr": "min-SNR-{:g}", "ugd": "UGD",
+         "soft_min_snr": "soft-min-SNR-{:g}"}
 FOUR = [("const", 1), ("snr", 1), ("max_snr", 1), ("min_snr", 5)]            # of figures 5 and 6
 TABLE = [*FOUR[:3], ("min_snr", 1), FOUR[3], ("min_snr", 10), ("min_snr", 20)]
 
@@ -294,12 +301,14 @@ def weights(args):
 
 
 def load(path, args):
-    """-> (model on the device, diffusion, data) of a checkpoint. Raises BadInput where they do not fit."""
+    """-> (model with its EMA weights, on the device, diffusion, data) of a checkpoint. Raises BadInput where
+    they do not fit.
+    """
     model, config = load_checkpoint(path, target=args.target)
-    if "data" not in config and not args.data:
-        raise BadInput(f"{path}: weights alone do not name their data; give --data DIR")
     own_shapes = config["dataset"] == "shapes" and not args.data
-    data = built_in(config["size"]) if own_shapes else Packed(args.data or config["data"])
+    if not (own_shapes or args.data or isinstance(config.get("data"), str)):
+        raise BadInput(f"{path}: does not name its data; give --data DIR")
+    data = built_in(model.img_size) if own_shapes else Packed(args.data or config["data"])
     data.flip = config.get("flip", False)
     found, expected = (data.channels, data.size), (model.in_channels, model.img_size)
     if found != expected or model.num_classes and len(data.classes) != model.num_classes:
@@ -398,7 +407,8 @@ def figure4(args):
         G, lam = measured(args, loaded, args.n, args.seed)
         best = objective(G, exact(G, lam), lam)
         if best <= 0:
-            raise BadInput(f"{path}: the gradients of some bin are 0; nothing to compare")
+            raise BadInput(f"{path}: the optimum is 0 at --lam {args.lam:g}, --project {args.project}; "
+                           "expected gradients that do not cancel")
         found = {called(*row): weights_of(row[0], loaded[1].snr, args.K, row[1]) for row in TABLE}
         solved = {"UGD": ugd(G, lam), "Frank-Wolfe": frank_wolfe(G, lam)}
         excess = {key: max(excess[key], objective(G, w, lam) / best - 1) for key, w in solved.items()}
@@ -425,13 +435,20 @@ def figure4(args):
 
 # ------------------------------------------------------------------------ curves of train.py's run folders
 
+APART = ("dataset", "size", "model", "patch", "schedule", "T", "batch_size", "lr", "ema")
+
+
 def read_runs(dirs, file, columns):
-    """{(target, weighting): [(curve, diverged) of each run]}, curve a dict: step -> values of the columns."""
-    found = {}
-    for dir in map(Path, dirs):
-        config = read_json(dir / "config.json")
+    """{(target, name): [(curve, diverged) of each run]}, curve a dict: step -> values of the columns; name:
+    the weighting, and what else of APART tells the runs apart.
+    """
+    found, configs = {}, {dir: read_json(Path(dir) / "config.json") for dir in dirs}
+    differ = [key for key in APART if len({str(config.get(key)) for config in configs.values()}) > 1]
+    for dir, config in configs.items():
+        dir = Path(dir)
         try:
-            key = config["target"], called(config["weighting"], config["gamma"])
+            name = called(config["weighting"], config["gamma"])
+            key = config["target"], " ".join([name, *(f"{word} {config.get(word)}" for word in differ)])
             lines = (dir / file).read_text().splitlines() if (dir / file).exists() else []
             rows = csv.DictReader(lines)
             curve = {int(row["step"]): [float(row[name]) for name in columns] for row in rows}
@@ -560,8 +577,8 @@ def miniature(args):
     runs = [folder(*job) for job in jobs]
     base = [str(folder(seed, args.targets[0], "min_snr", 5)) for seed in range(args.seeds)]
     for command in (weights, figure2, figure3, figure4, figure5, figure6):
-        flags = dict(runs=runs, ckpt=base, steps=None, lr=None, out=out / f"{command.__name__}.png")
-        command(argparse.Namespace(**{**vars(args), **flags}))
+        flags = dict(runs=runs, ckpt=base, steps=min(steps, 200), lr=None)
+        command(argparse.Namespace(**{**vars(args), **flags, "out": out / f"{command.__name__}.png"}))
 
 
 # ------------------------------------------------------------------------------------------- command line
@@ -587,7 +604,7 @@ def parse():
     add("--data", help="packed folder (default: the checkpoint's own data)")
     add("--target", choices=TARGETS, help="what released weights predict")
     add("--K", type=int, default=50, help="bins of t (default: 50)")
-    add("--n", type=int, default=256, help="samples a bin (default: 256)")
+    add("--n", type=int, default=256, help="figures 2, 4: samples a bin (default: 256)")
     add("--lam", type=float, default=0.01, help="lambda of eq. 11 / median |g|^2 (default: 0.01)")
     add("--project", type=int, default=0, help="hash each gradient to so many numbers (default: exact)")
     add("--budget", type=float, default=1.0, help="GiB for K gradients of a chunk of parameters (default: 1)")
@@ -615,6 +632,8 @@ def main():
             raise BadInput(f"--{flag}: found {value}, expected {low:g} to {high:g}")
     if args.repeats < 2 or min(args.samples) < 1:
         raise BadInput(f"--repeats {args.repeats}, --samples {args.samples}: expected at least 2 and 1")
+    if args.command == "figure3" and (len(args.ckpt) > 1 or args.K < 2):
+        raise BadInput(f"figure3: found {len(args.ckpt)} --ckpt, --K {args.K}, expected 1 and at least 2")
     if args.command == "miniature" and (args.ckpt or args.runs or args.data or args.target or args.K > 1000):
         raise BadInput("miniature: no --ckpt, --runs, --data, --target (but --targets), no K above 1000")
     needs = {"figure2": "ckpt", "figure3": "ckpt", "figure4": "ckpt", "figure5": "runs", "figure6": "runs"}

@@ -63,13 +63,15 @@ COLUMNS = "dataset model target steps batch_size drop cfg sample_steps other".sp
 DEFAULT = dict(weighting="min_snr", gamma=5.0, schedule="cosine", T=1000, classes=None, lr=1e-4, warmup=0,
                decay=0.0, ema=.9999, interval=None)
 SIZES = {**model_vit.SIZES, **model_unet.SIZES}
+UGD = dict(ugd_every=500, ugd_bins=50, ugd_samples=64, ugd_lambda=.01)      # in the config with it alone
 FREE = "steps cfg sample_steps interval data log_every save_every sample_every".split()   # even on --resume
 MANY, BELOW_1 = 2 ** 62, 1 - 1e-9
 RANGES = dict(steps=(1, MANY), batch_size=(1, 1e6), lr=(1e-12, 1e3), warmup=(0, MANY), decay=(0, 1),
               drop=(0, 0.999), betas=(0, BELOW_1), ema=(0, BELOW_1), weight_decay=(0, 1e3),
               gamma=(1e-12, 1e12), T=(1, 1e6), patch=(1, 1e4), size=(1, 1e4), seed=(0, MANY),
               cfg=(0, 1e3), sample_steps=(1, 1e4), interval=(0, MANY), accum=(1, 1e6), log_every=(1, MANY),
-              save_every=(1, MANY), sample_every=(0, MANY), ugd_every=(1, MANY))
+              save_every=(1, MANY), sample_every=(0, MANY), ugd_every=(1, MANY), ugd_bins=(1, 1e6),
+              ugd_samples=(1, 1e6), ugd_lambda=(0, 1e9))
 
 
 def parse():
@@ -87,6 +89,9 @@ def parse():
     add("--weighting", choices=[*WEIGHTINGS, "ugd"], help="of the loss over t, defined on x0 (default:\n"
                                                           "min_snr); ugd: solved from gradients, pareto.py")
     add("--ugd-every", type=int, help="steps between its solutions (default: 500)")
+    add("--ugd-bins", type=int, help="bins of t, a gradient each (default: 50)")
+    add("--ugd-samples", type=int, help="samples a bin (default: 64)")
+    add("--ugd-lambda", type=float, help="of eq. 11, / median squared gradient (default: 0.01)")
     add("--gamma", type=float, help="clamp of min_snr and max_snr (default: 5)")
     add("--schedule", choices=("cosine", "linear"), help="noise schedule (default: cosine)")
     add("--T", type=int, help="timesteps (default: 1000)")
@@ -164,9 +169,9 @@ def settings(args, device, saved=None):
     config = dict(row, data=f"data/{name}", seed=0, patch=None, flip=None, log_every=100, save_every=1000,
                   sample_every=0, dtype="bfloat16" if device.type == "cuda" else "float32")
     if (old or config | vars(args))["weighting"] == "ugd":
-        config.update(ugd_every=500)
-    elif args.ugd_every is not None:
-        raise BadInput(f"--ugd-every {args.ugd_every}: needs --weighting ugd")
+        config.update(UGD)
+    elif flags := [f"--{key.replace('_', '-')}" for key in UGD if getattr(args, key) is not None]:
+        raise BadInput(f"{flags[0]}: needs --weighting ugd")
     given = {key: value for key, value in vars(args).items() if value is not None and key in config}
     if saved is not None:
         if missing := sorted({*config, "size", "classes"} - saved.keys()):
@@ -354,6 +359,11 @@ def dry_run(config, model, ema, optimizer, diffusion, parts, micro, world, devic
         raise BadInput(f"--dry-run: one image does not fit into the memory of {device}; try --grad-ckpt")
     with torch.no_grad():
         step = parts * micro / n * each + (last := seconds(update))
+    if config["weighting"] == "ugd":
+        bins, P = config["ugd_bins"], sum(p.numel() for p in model.parameters())
+        solving = bins * config["ugd_samples"] * math.ceil(4 * bins * P / 2 ** 30) / n * each / world
+        print(f"UGD: about {solving:,.1f} s a solution, one in {config['ugd_every']} steps, counted below")
+        step += solving / config["ugd_every"]
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_rss()
     rate, hours = parts * micro * world / step, config["steps"] * step / 3600
     print(f"dry run: {rate:,.2f} images/s, {step * 1e3:,.0f} ms a step ({last * 1e3:,.0f} of it the update), "
@@ -504,7 +514,8 @@ def main():
         if ugd and step % config["ugd_every"] == 0:
             from pareto import ugd_table
             now = time.time()
-            x0_weight = ugd_table(model, diffusion, data, seed=f"{config['seed']} {step}").to(device)
+            how = [config[key] for key in ("ugd_bins", "ugd_samples", "ugd_lambda")]
+            x0_weight = ugd_table(model, diffusion, data, *how, seed=f"{config['seed']} {step}").to(device)
             if world > 1:
                 dist.broadcast(x0_weight, 0)
             diffusion.weight = x0_weight / diffusion.factor

@@ -2,6 +2,7 @@
 import argparse
 import csv
 import os
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import torch
 from conftest import ROOT, relative
 
 import pareto
+import train
 from data import built_in
 from diffusion import TARGETS, Diffusion, loss_weight
 from model_vit import ViT
@@ -226,14 +228,15 @@ def test_ugd_table_is_the_solution_at_every_timestep():
     diffusion = Diffusion("cosine", 12)
     G = pareto.gram(model, diffusion, data, 12, 2, seed="0 5")
     expected = 12 * pareto.ugd(G, 0.01 * np.median(G.diagonal()))
-    assert np.allclose(pareto.ugd_table(model, diffusion, data, K=50, n=2, seed="0 5"), expected)
-    coarse = pareto.ugd_table(model, diffusion, data, K=4, n=2)
+    assert np.allclose(pareto.ugd_table(model, diffusion, data, 50, 2, 0.01, "0 5"), expected)
+    assert not np.allclose(pareto.ugd_table(model, diffusion, data, 50, 2, 1.0, "0 5"), expected)
+    coarse = pareto.ugd_table(model, diffusion, data, 4, 2, 0.01, 0)
     assert coarse.shape == (12,) and coarse.min() >= 0 and abs(coarse.mean() - 1) < 1e-12
     assert coarse[0] == coarse[1] and coarse[10] == coarse[11]               # outside of the first and last centre
     assert torch.allclose(coarse[1:5].diff(), coarse[2] - coarse[1])         # linear in between: 1, 4, 7, 10
     G = pareto.gram(model, diffusion, data, 5, 2)                            # bins of 2, 2, 3, 2, 3: 1 / width
-    a, b, c = pareto.ugd(G, 0.01 * G.trace() / 5)[:3] / [2, 2, 3]
-    uneven = pareto.ugd_table(model, diffusion, data, K=5, n=2)              # centres .5, 2.5, 5
+    a, b, c = pareto.ugd(G, 0.01 * np.median(G.diagonal()))[:3] / [2, 2, 3]
+    uneven = pareto.ugd_table(model, diffusion, data, 5, 2, 0.01, 0)         # centres .5, 2.5, 5
     assert uneven[2] / uneven[5] == pytest.approx((0.25 * a + 0.75 * b) / c)
 
 
@@ -249,11 +252,26 @@ def test_ugd_run_stopped_and_resumed_is_the_same_to_the_bit(script, tmp_path):
     factor = Diffusion("cosine", 4, "eps").factor
     assert abs((whole["weight"] * factor).mean() - 1) < 1e-9 and whole["weight"].shape == (4,)
     assert (whole["weight"] * factor).std() > 0.1
-    assert "--ugd-every" in script("train.py", *TINY, "--ugd-every", 6, "--out", "other", code=2)
+    assert [whole["config"][key] for key in train.UGD] == [6, 50, 64, 0.01]
+    for key, value in train.UGD.items():
+        flag = f"--{key.replace('_', '-')}"
+        assert f"{flag}: needs" in script("train.py", *TINY, flag, value, "--out", "other", code=2)
     assert "--ugd-every" in script("train.py", "--ugd-every", 7, "--out", "parts", "--resume", code=2)
     del parts["weight"]
     torch.save(parts, tmp_path / "parts/ckpt.pt")
     assert "disagree" in script("train.py", "--out", "parts", "--resume", "--steps", 20, code=2)
+
+
+def test_settings_of_ugd_reach_its_solution(script, tmp_path):
+    words = (*TINY, "--weighting", "ugd", "--T", 8, "--steps", 1, "--ugd-samples", 4)
+    seen = [script("train.py", *words, "--out", f"run{i}", *other) and read(tmp_path / f"run{i}/ckpt.pt")["weight"] for i, other in
+            enumerate(((), ("--ugd-samples", 5), ("--ugd-bins", 2), ("--ugd-lambda", 5)))]
+    assert not any(torch.equal(seen[0], other) for other in seen[1:])
+    assert len(seen[2].unique()) < len(seen[0].unique()) == 8                # constant outside of two centres
+    text = script("train.py", *words, "--dry-run", "--ugd-every", 3, "--out", "none")
+    solving = float(re.search(r"UGD: about ([\d.]+) s a solution, one in 3 steps", text)[1])
+    step, update = (float(x) / 1e3 for x in re.search(r"([\d,]+) ms a step \(([\d,]+) of it", text).groups())
+    assert solving > 0 and step >= solving / 3
 
 
 @pytest.mark.slow
@@ -361,9 +379,9 @@ def test_finetuning_lowers_the_loss_of_its_own_range(monkeypatch):
 
 
 def test_curves_of_runs(command, runs, script, tmp_path):
-    command("figure6", "--runs", runs / "run", runs / "run")
+    command("figure6", "--runs", runs / "run", runs / "run")                  # one folder is one run
     rows, log = table(tmp_path / "figure6.csv"), table(runs / "run/log.csv")
-    assert len(rows) == 4 * 2 and {row["runs"] for row in rows} == {"2"}
+    assert len(rows) == 4 * 2 and {row["runs"] for row in rows} == {"1"}
     for i in (0, 2, 6, 8):
         row = next(row for row in rows if row["column"] == f"x0_mse_{i}" and row["step"] == "10")
         assert float(row["mean"]) == pytest.approx(float(log[1][f"x0_mse_{i}"]), rel=1e-5)
@@ -377,7 +395,11 @@ def test_curves_of_runs(command, runs, script, tmp_path):
     command("figure5", "--runs", "r0", "r1", "--out", "five.svg")
     assert [(row["step"], row["mean"], row["low"], row["high"], row["diverged"]) for row in table(tmp_path / "five.csv")] == \
         [("0", "4", "3", "5", "1"), ("10", "1", "1", "1", "1")]
-    (folder / "config.json").write_text((folder / "config.json").read_text().replace('"min_snr"', '"const"'))
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"T": 100,', '"T": 50,'))
+    command("figure5", "--runs", "r0", "r1", "--out", "apart.png")           # not two seeds of one thing
+    assert [row["weighting"] for row in table(tmp_path / "apart.csv")] == ["min-SNR-5 T 100"] * 2 + ["min-SNR-5 T 50"]
+    (folder / "config.json").write_text(config.replace('"min_snr"', '"const"'))
     (folder / "quality.csv").unlink()                                        # lost before its first mark
     command("figure5", "--runs", "r0", "r1", "--out", "lost.svg")
     assert "const (1 of 1 diverged)" in (tmp_path / "lost.svg").read_text() and len(table(tmp_path / "lost.csv")) == 2
@@ -444,6 +466,8 @@ def test_refusals(script, runs, tmp_path, monkeypatch):
                        (("figure4", "--ckpt", run_, "--n", 0), "--n"), (("figure4", "--ckpt", run_, "--lam", "nan"), "--lam"),
                        (("figure4", "--ckpt", run_, "--out", "x.jpg"), "--out"), (("figure6", "--runs", "none"), "none"),
                        (("figure3", "--ckpt", run_, "--repeats", 1), "--repeats"), (("weights", "--T", 0), "--T"),
+                       (("figure3", "--ckpt", run_, "--ckpt", run_), "2 --ckpt"), (("figure3", "--ckpt", run_, "--K", 1), "--K 1"),
+                       (("figure4", "--ckpt", run_, "--K", 3, "--n", 2, "--project", 1, "--lam", 0, "--seed", 1), "optimum is 0"),
                        (("figure4", "--ckpt", run_, "--project", -1), "--project"), (("figure4", "--ckpt", run_, "--data", "none"), "none"),
                        (("figure4", "--ckpt", run_, "--budget", 0), "--budget")):
         assert why in script("pareto.py", *words, code=2), words
