@@ -5,6 +5,7 @@ that paper's unless said otherwise. Symbols: x0 clean image, x_t noisy image, t 
 1 .. T), alpha_t and sigma_t with alpha^2 + sigma^2 = 1, alphas_cumprod = alpha^2, SNR = alpha^2 / sigma^2.
 Tables are float64: on the cosine schedule the SNR runs from 2.4e4 down to 2.4e-9.
 """
+import functools
 import math
 
 import torch
@@ -84,31 +85,88 @@ def loss_weight(snr, weighting, target, gamma=5.0):
     return weight
 
 
+# ------------------------------------------------------------------- density of t in training: q(t), eq. 3
+
+DENSITIES = {  # name: q(t) up to a factor; its parameters and their defaults follow the step
+    "uniform":       lambda t, lam, step: torch.ones_like(lam),                                 # the paper
+    "clts":          lambda t, lam, step, mu=.3, target=5e4: curriculum(t, step, mu, target),
+    "laplace":       lambda t, lam, step, mu=0., b=.5: (-(lam - mu).abs() / b).exp() * spacing(lam),
+    "logit_normal":  lambda t, lam, step, m=0., s=1.: (-((lam / 2 + m) / s) ** 2 / 2).exp() * spacing(lam),
+    "cosine_scaled": lambda t, lam, step, s=2.: spacing(lam) / torch.cosh(s * lam / 2),
+}   # The last three are densities of lam = log SNR. laplace: Hang & Gu 2024, and cosine_scaled, which is the
+#     cosine schedule itself for s = 1; logit_normal: Esser et al. 2024, 1 - alpha / (alpha + sigma) there.
+
+
+def curriculum(t, step, mu, target):
+    """(1 - gamma) U(t) + gamma N(t; mu T, T^2), gamma = min(1, step / target): eq. 6 and 7 of the curriculum
+    paper, Wang et al. 2024. The sum is below 1 for gamma > 0, as N is cut at the ends.
+    """
+    T, gamma = len(t), min(1, step / target)
+    normal = (-((t - mu * T) / T) ** 2 / 2).exp() / (T * math.sqrt(2 * math.pi))
+    return (1 - gamma) / T + gamma * normal
+
+
+def spacing(lam):
+    """|d lam| between neighbouring t: turns a density of lam into one of t."""
+    return torch.gradient(lam)[0].abs()
+
+
+def timestep_density(timesteps, snr, step=0):
+    """q(t), float64 (T,), sum 1, in a step of training. timesteps: a name of DENSITIES, or with parameters
+    "clts:0.3:50000", "laplace:0:0.5". Raises ValueError for another name or parameters without a density.
+    """
+    name, *values = timesteps.split(":")
+    if name not in DENSITIES:
+        raise ValueError(f"timesteps: found {timesteps!r}, expected one of {', '.join(DENSITIES)}")
+    try:
+        t, lam = torch.arange(len(snr), dtype=torch.float64), snr.double().clamp(min=1e-300).log()
+        q = DENSITIES[name](t, lam, step, *map(float, values))
+    except (TypeError, ValueError, ZeroDivisionError, RuntimeError):     # too many, not a number, T = 1
+        raise ValueError(f"timesteps: found {timesteps!r}, expected like laplace:0:0.5") from None
+    if not (q.isfinite().all() and q.min() >= 0 and q.sum() > 0):
+        raise ValueError(f"timesteps: found {timesteps!r}, which is no density")
+    return q / q.sum()
+
+
 # ------------------------------------------------------------------------------ forward process and loss
 
 class Diffusion:
     """Schedule, target and weighting as float64 tables `.alphas_cumprod .snr .weight .factor`, each (T,).
 
     schedule: "cosine", "linear" or a (T,) tensor of alphas_cumprod; target: what the network predicts, "x0",
-    "eps" or "v"; weighting and gamma: see `loss_weight`; timesteps: the density of t in training, "uniform".
+    "eps" or "v"; weighting and gamma: see `loss_weight`; timesteps: see `timestep_density`.
     Images are (B,C,H,W), t is (B,) long. Raises ValueError for values that it does not know.
     """
 
     def __init__(self, schedule="cosine", T=1000, target="x0", weighting="min_snr", gamma=5.0,
                  timesteps="uniform"):
-        if timesteps != "uniform":
-            raise ValueError(f"timesteps: found {timesteps!r}, expected 'uniform'")
         table = alphas_cumprod(schedule, T) if isinstance(schedule, str) else schedule.double()
         self.alphas_cumprod, self.T, self.target = table, len(table), target
         self.snr = table / (1 - table)                                       # SNR = alpha^2 / sigma^2
         self.weight = loss_weight(self.snr, weighting, target, gamma)
         self.factor = target_factor(self.snr, target)
+        self.density = functools.partial(timestep_density, timesteps, self.snr.cpu())        # of a step
+        self.density()                                                       # refuses what is no density
 
     def to(self, device):
         """Move the tables once, so that no step waits for a copy."""
         for name in ("alphas_cumprod", "snr", "weight", "factor"):
             setattr(self, name, getattr(self, name).to(device))
         return self
+
+    def draw(self, B, generator, step=0):
+        """t (B,) long with density q, and 1 / (q T) (B,) float64, on the CPU. Stratified: t[i] is where the
+        cumulative sum of q passes a uniform number in [i / B, (i + 1) / B), so that each batch has its share
+        of every range of t; in the official code the t of a batch are independent.
+
+        Times 1 / (q T), the loss is that of uniform t in expectation, whatever q (importance sampling): to be
+        wanted where q is larger where w |gradient| is, whose variance it lowers. Without it q is part of the
+        objective: q T w are the weights under uniform t.
+        """
+        q = self.density(step)
+        u = (torch.arange(B) + torch.rand(B, generator=generator, dtype=torch.float64)) / B
+        t = torch.searchsorted(q.cumsum(0), u, right=True).clamp(max=self.T - 1)
+        return t, 1 / (q[t] * self.T)
 
     def alpha_sigma(self, t, x):
         """alpha_t and sigma_t, each (B,1,1,1) in x's dtype: one a sample, never broadcast over width."""

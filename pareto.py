@@ -435,7 +435,7 @@ def figure4(args):
 
 # ------------------------------------------------------------------------ curves of train.py's run folders
 
-APART = ("dataset", "size", "model", "patch", "schedule", "T", "batch_size", "lr", "ema")
+APART = "dataset size model patch schedule T timesteps importance batch_size lr ema".split()
 
 
 def read_runs(dirs, file, columns):

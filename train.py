@@ -39,8 +39,9 @@ from sample import build_model, draw, find_vae, grid
 # drop of ImageNet-256, cfg of vit-xl. Inferred: targets and Heun steps of CelebA, other rows' cfg, label
 # drop and Heun steps of ImageNet-64's other rows (figure 8 is DPM-Solver, guided by ADM's classifier). The
 # curriculum paper's rows: its settings, its 250 evaluations as 125 Heun steps; "shapes", "folder": ours.
-DEMO = dict(lr=4e-3, warmup=100, betas=(.90, .99), ema=.99, decay=1.0)
+DEMO = dict(lr=4e-3, warmup=100, betas=(.90, .99), ema=.99, decay=1.0, curriculum=240)
 CLTS = dict(weighting="snr", betas=(.8, .999))                         # plain eps loss, Adam
+LINEAR = dict(schedule="linear", curriculum=300_000)                   # of --timesteps clts: its last step
 PRESETS = [
 #    data set       network        target steps    batch  drop  cfg heun  other than DEFAULT     FID
     ("shapes",      "vit-tiny",    "x0",      2_400,   64, .10, 1.5,  18, DEMO),
@@ -55,13 +56,14 @@ PRESETS = [
     ("imagenet256", "vit-xl",      "eps", 2_100_000,  256, .15, 1.5,  50, {}),                 # table 5: 2.08
     ("imagenet256", "unet-b",      "x0",  1_000_000,  256, .15, 1.5,  30, {}),                 # table 1: 4.28
     ("imagenet256", "unet-ldm",    "eps", 1_400_000,  256, .15, 1.5,  50, {}),                 # table 5: 2.81
-    ("imagenet128", "unet-adm128", "eps", 4_000_000,  256, .00, 1.0, 125, CLTS | dict(schedule="linear")),
+    ("imagenet128", "unet-adm128", "eps", 4_000_000,  256, .00, 1.0, 125, CLTS | LINEAR),
     ("cifar10",     "unet-cifar",  "eps",   500_000,  128, .00, 1.0, 125, CLTS | dict(T=4000, classes=0)),
     ("folder",      "vit-s",       "x0",    100_000,  128, .10, 1.5,  30, dict(warmup=1_000)),
 ]
 COLUMNS = "dataset model target steps batch_size drop cfg sample_steps other".split()
-DEFAULT = dict(weighting="min_snr", gamma=5.0, schedule="cosine", T=1000, classes=None, lr=1e-4, warmup=0,
-               decay=0.0, ema=.9999, interval=None)
+DEFAULT = dict(weighting="min_snr", gamma=5.0, timesteps="uniform", importance=False, curriculum=50_000,
+               schedule="cosine", T=1000, classes=None, lr=1e-4, warmup=0, decay=0.0, ema=.9999,
+               interval=None)
 SIZES = {**model_vit.SIZES, **model_unet.SIZES}
 UGD = dict(ugd_every=500, ugd_bins=50, ugd_samples=64, ugd_lambda=.01)      # in the config with it alone
 FREE = "steps cfg sample_steps interval data log_every save_every sample_every".split()   # even on --resume
@@ -92,6 +94,10 @@ def parse():
     add("--ugd-bins", type=int, help="bins of t, a gradient each (default: 50)")
     add("--ugd-samples", type=int, help="samples a bin (default: 64)")
     add("--ugd-lambda", type=float, help="of eq. 11, / median squared gradient (default: 0.01)")
+    add("--timesteps", help="density of t: uniform, clts:MU:STEPS, laplace:MU:B, logit_normal:M:S or\n"
+                            "cosine_scaled:S, numbers where they are not the usual (default: uniform)")
+    add("--importance", action=argparse.BooleanOptionalAction,
+        help="divide the loss by q T: the density serves the objective of uniform t")
     add("--gamma", type=float, help="clamp of min_snr and max_snr (default: 5)")
     add("--schedule", choices=("cosine", "linear"), help="noise schedule (default: cosine)")
     add("--T", type=int, help="timesteps (default: 1000)")
@@ -166,6 +172,7 @@ def settings(args, device, saved=None):
     old = saved or {}
     name = args.dataset or old.get("dataset", "shapes")
     row = preset(name, args.model or old.get("model"), args.target or old.get("target"))
+    curriculum = row.pop("curriculum")
     config = dict(row, data=f"data/{name}", seed=0, patch=None, flip=None, log_every=100, save_every=1000,
                   sample_every=0, dtype="bfloat16" if device.type == "cuda" else "float32")
     if (old or config | vars(args))["weighting"] == "ugd":
@@ -173,6 +180,8 @@ def settings(args, device, saved=None):
     elif flags := [f"--{key.replace('_', '-')}" for key in UGD if getattr(args, key) is not None]:
         raise BadInput(f"{flags[0]}: needs --weighting ugd")
     given = {key: value for key, value in vars(args).items() if value is not None and key in config}
+    if given.get("timesteps") == "clts":
+        given["timesteps"] = f"clts:0.3:{curriculum}"
     if saved is not None:
         if missing := sorted({*config, "size", "classes"} - saved.keys()):
             raise BadInput(f"{args.out}/ckpt.pt: its config lacks {', '.join(missing)}")
@@ -260,7 +269,7 @@ def configure(args, device, saved=None):
                   "facts": facts(data.meta), **{key: data.meta.get(key) for key in ("vae", "vae_file")}}
 
 
-def draw_step(data, config, step, rows):
+def draw_step(data, config, diffusion, step, rows):
     """Everything random in one step, drawn for the whole global batch and cut to this process's rows."""
     B, N, seed = config["batch_size"], len(data), config["seed"]
     g = generator("step", seed, step)
@@ -268,10 +277,11 @@ def draw_step(data, config, step, rows):
     indices = torch.cat([epoch_order(N, seed, epoch)[places[places // N == epoch] % N]
                          for epoch in (places // N).unique().tolist()])
     x0, y = data.batch(indices.numpy(), g, rows)
-    t = torch.randint(config["T"], (B,), generator=g)[rows]
+    t, ratio = (part[rows] for part in diffusion.draw(B, g, step))
     noise = torch.randn(B, *x0.shape[1:], generator=g)[rows]
     dropped = torch.rand(B, generator=g)[rows] < config["drop"]
-    return x0, t, noise, torch.where(dropped, len(data.classes), y)
+    scale = ratio if config["importance"] else torch.ones_like(ratio)
+    return x0, t, noise, torch.where(dropped, len(data.classes), y), scale
 
 
 @functools.lru_cache(maxsize=2)
@@ -426,7 +436,8 @@ def main():
     torch.manual_seed(config["seed"])
     dtype = torch.float64 if config["dtype"] == "float64" else torch.float32
     try:
-        keys, ugd = ("schedule", "T", "target", "weighting", "gamma"), config["weighting"] == "ugd"
+        keys = ("schedule", "T", "target", "weighting", "gamma", "timesteps")
+        ugd = config["weighting"] == "ugd"
         table = {**config, "weighting": "const"} if ugd else config          # until its first solution
         diffusion = Diffusion(*(table[key] for key in keys)).to(device)
         model = build_model(config).to(device, dtype)
@@ -507,7 +518,8 @@ def main():
         except torch.OutOfMemoryError:
             raise BadInput(f"--data-on-gpu: {config['data']} does not fit into {device}'s memory") from None
     pin = lambda part: part.pin_memory() if device.type == "cuda" and part.device.type == "cpu" else part
-    batches = ahead(lambda step: [pin(part) for part in draw_step(data, config, step, rows)], first, steps)
+    parts = lambda step: [pin(part) for part in draw_step(data, config, diffusion, step, rows)]
+    batches = ahead(parts, first, steps)
     since, waited, solving, mark, done = time.time(), 0.0, 0.0, first, first
     for step in range(first, steps):
         # UGD: the weights of the loss, solved anew from fresh gradients, one table for all processes
@@ -525,7 +537,7 @@ def main():
 
         # data: prepared by a thread, already cut to this process
         now = time.time()
-        x0, t, noise, y = (part.to(device, non_blocking=True) for part in next(batches))
+        x0, t, noise, y, scale = (part.to(device, non_blocking=True) for part in next(batches))
         x0, noise = x0.to(dtype), noise.to(dtype)
         waited += time.time() - now
 
@@ -536,6 +548,7 @@ def main():
             with quiet:
                 with torch.autocast(device.type, torch.bfloat16, enabled=config["dtype"] == "bfloat16"):
                     loss, mse = diffusion.loss(net, x0[part], t[part], noise[part], y[part])
+                loss = loss * scale[part].to(loss.dtype)                     # 1, or 1 / (q T)
                 (loss.sum() * (world / B)).backward()                        # DDP divides by world
             with torch.no_grad():
                 x0_mse = mse / diffusion.factor[t[part]]

@@ -163,26 +163,27 @@ def test_plain_compiled_and_ddp_checkpoints_are_alike(script, tmp_path):
 
 def test_everything_random_is_drawn_for_the_global_batch():
     pool = built_in(16, 50, flip=True)
-    config = dict(batch_size=12, seed=5, T=1000, drop=0.3)
-    whole = draw_step(pool, config, 7, slice(0, 12))
-    parts = [draw_step(pool, config, 7, slice(i, i + 4)) for i in (0, 4, 8)]
+    config, d = dict(batch_size=12, seed=5, drop=0.3, importance=True), Diffusion(timesteps="laplace")
+    whole = draw_step(pool, config, d, 7, slice(0, 12))
+    parts = [draw_step(pool, config, d, 7, slice(i, i + 4)) for i in (0, 4, 8)]
     for full, *pieces in zip(whole, *parts):
         assert torch.equal(full, torch.cat(pieces))
-    x0, t, noise, y = whole
-    every = [draw_step(pool, {**config, "T": 4}, step, slice(0, 12)) for step in range(20)]
+    x0, t, noise, y, scale = whole
+    assert torch.allclose(scale, 1 / (d.density() * 1000)[t])
+    every = [draw_step(pool, config, Diffusion(T=4), step, slice(0, 12)) for step in range(20)]
     assert torch.cat([part[1] for part in every]).unique().tolist() == [0, 1, 2, 3]
     many = torch.cat([part[2] for part in every])
     assert abs(many.mean()) < 0.01 and abs(many.std() - 1) < 0.01 and many.max() > 4
     assert x0.shape == noise.shape == (12, 3, 16, 16) and t.min() >= 0 and t.max() < 1000 and t.unique().numel() > 6
-    for other in (draw_step(pool, config, 8, slice(0, 12)), draw_step(pool, {**config, "seed": 6}, 7, slice(0, 12))):
+    for other in (draw_step(pool, config, d, 8, slice(0, 12)), draw_step(pool, {**config, "seed": 6}, d, 7, slice(0, 12))):
         assert not torch.equal(other[1], t) and not torch.equal(other[2], noise)
 
 
 def test_an_epoch_shows_every_image_once_and_the_next_in_another_order():
     pool = built_in(16, 50)
     pool.labels = torch.arange(50).numpy()                                   # labels as numbers of the images
-    config = dict(batch_size=20, seed=0, T=1000, drop=0.0)
-    seen = torch.cat([draw_step(pool, config, step, slice(0, 20))[3] for step in range(5)])
+    config = dict(batch_size=20, seed=0, drop=0.0, importance=False)
+    seen = torch.cat([draw_step(pool, config, Diffusion(), step, slice(0, 20))[3] for step in range(5)])
     assert not torch.equal(epoch_order(50, 0, 0), epoch_order(50, 1, 0))
     assert sorted(seen[:50].tolist()) == sorted(seen[50:].tolist()) == list(range(50)) and not torch.equal(seen[:50], seen[50:])
 
@@ -190,18 +191,20 @@ def test_an_epoch_shows_every_image_once_and_the_next_in_another_order():
 def test_three_steps_by_hand(script, tmp_path):
     """Every number of the configuration reaches the step: weights and log of a run against the same by hand."""
     words = ("--batch-size", 8, "--steps", 3, "--sample-steps", 1, "--seed", 3, "--dtype", "float64", "--target", "v", "--gamma", 2,
-             "--schedule", "linear", "--T", 100, "--warmup", 2, "--betas", 0.8, 0.95, "--weight-decay", 0.5, "--decay", 0.5)
+             "--schedule", "linear", "--T", 100, "--warmup", 2, "--betas", 0.8, 0.95, "--weight-decay", 0.5, "--decay", 0.5,
+             "--timesteps", "clts:0.1:2", "--importance")
     script("train.py", *words, "--out", "run")
     state = read(tmp_path / "run/ckpt.pt")
     config, pool = state["config"], built_in(16)
     torch.manual_seed(3)
     model = build_model(config).double()
-    d = Diffusion("linear", 100, "v", "min_snr", 2.0)
+    d = Diffusion("linear", 100, "v", "min_snr", 2.0, "clts:0.1:2")
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.95), weight_decay=0.5)
     rows = []
     for step in range(3):
-        x0, t, noise, y = draw_step(pool, config, step, slice(0, 8))
+        x0, t, noise, y, _ = draw_step(pool, config, d, step, slice(0, 8))
         loss, mse = d.loss(model, x0.double(), t, noise.double(), y)
+        loss = loss / (100 * d.density(step)[t])
         optimizer.param_groups[0]["lr"] = (0.5, 1, 2 / 3)[step] * config["lr"]
         optimizer.zero_grad()
         loss.mean().backward()
@@ -228,8 +231,8 @@ def test_bfloat16_is_another_run_and_the_grid_is_drawn_from_the_ema(script, tmp_
 
 
 def test_labels_are_dropped_as_often_as_asked():
-    pool, config = built_in(16, 50), dict(batch_size=100, seed=0, T=1000, drop=0.15)
-    dropped = sum((draw_step(pool, config, step, slice(0, 100))[3] == 8).sum().item() for step in range(40))
+    pool, config = built_in(16, 50), dict(batch_size=100, seed=0, drop=0.15, importance=False)
+    dropped = sum((draw_step(pool, config, Diffusion(), step, slice(0, 100))[3] == 8).sum().item() for step in range(40))
     assert 500 < dropped < 700                                               # 600 expected, sd 23
 
 
