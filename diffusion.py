@@ -119,8 +119,11 @@ def timestep_density(timesteps, snr, step=0):
     if name not in DENSITIES:
         raise ValueError(f"timesteps: found {timesteps!r}, expected one of {', '.join(DENSITIES)}")
     try:
+        values = [float(value) for value in values]                          # a place, then a width > 0
+        if not all(map(math.isfinite, values)) or min(values[name != "cosine_scaled":], default=1) <= 0:
+            raise ValueError
         t, lam = torch.arange(len(snr), dtype=torch.float64), snr.double().clamp(min=1e-300).log()
-        q = DENSITIES[name](t, lam, step, *map(float, values))
+        q = DENSITIES[name](t, lam, step, *values)
     except (TypeError, ValueError, ZeroDivisionError, RuntimeError):     # too many, not a number, T = 1
         raise ValueError(f"timesteps: found {timesteps!r}, expected like laplace:0:0.5") from None
     if not (q.isfinite().all() and q.min() >= 0 and q.sum() > 0):

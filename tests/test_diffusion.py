@@ -1,8 +1,10 @@
 """Schedule, weights, loss and sampler against golden values, closed forms and exact denoisers."""
 import math
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 from conftest import relative
 
 from diffusion import SOLVERS, TARGETS, WEIGHTINGS, Diffusion, alphas_cumprod, loss_weight, noise_levels, sampler
@@ -129,11 +131,99 @@ def test_bad_names_and_values_are_refused():
                       (snr, "soft_min_snr", "x0", math.inf), (snr / 0, "snr", "x0"), (snr * float("nan"), "snr", "x0")):
         with pytest.raises(ValueError):
             loss_weight(*arguments)
-    with pytest.raises(ValueError):
-        Diffusion(timesteps="lognormal")
     for how in (dict(solver="ddim"), dict(steps=0), dict(cfg=2.0)):
         with pytest.raises(ValueError):
             sampler(lambda x, t, y: x, Diffusion(), torch.randn(B, C, H, W), **how)
+
+
+# ------------------------------------------------------------------------------------------------ density of t
+
+def clts(T, mu, gamma):
+    """Eq. 6 and 7 of the curriculum paper, a number at a time, made to sum to 1."""
+    normal = [math.exp(-(t - mu) ** 2 / (2 * T ** 2)) / (T * math.sqrt(2 * math.pi)) for t in range(T)]
+    P = np.array([(1 - gamma) / T + gamma * n for n in normal])
+    return P / P.sum()
+
+
+def test_curriculum_at_its_beginning_middle_and_end():
+    for T, target, mu in ((1000, 300_000, 0.3), (4000, 50_000, 0.3), (100, 7, 0.8)):
+        d = Diffusion(T=T, timesteps=f"clts:{mu}:{target}")
+        for step, gamma in ((0, 0), (target // 2, (target // 2) / target), (target, 1), (10 * target, 1)):
+            assert np.allclose(d.density(step), clts(T, mu * T, gamma), rtol=1e-12)
+    assert torch.equal(Diffusion(timesteps="clts").density(9), Diffusion(timesteps="clts:0.3:50000").density(9))
+    assert torch.equal(Diffusion(T=30).density(5), torch.full((30,), 1 / 30, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("timesteps, exact", [
+    ("laplace", stats.laplace(0, 0.5)), ("laplace:-1.5:0.75", stats.laplace(-1.5, 0.75)),
+    ("logit_normal", stats.norm(0, 2)), ("logit_normal:0.5:0.7", stats.norm(-1, 1.4)),
+    ("cosine_scaled", stats.hypsecant(0, 1)), ("cosine_scaled:0.8", stats.hypsecant(0, 2.5))])
+def test_densities_of_log_snr_have_their_distribution_function(timesteps, exact, schedule):
+    d = Diffusion(schedule, T=4000, timesteps=timesteps)
+    q, lam = d.density(), d.snr.log().numpy()                                # falling in t
+    assert abs(q.sum() - 1) < 1e-12 and q.min() >= 0
+    middle = (lam[:-1] + lam[1:]) / 2
+    inside = exact.cdf(lam[0]) - exact.cdf(lam[-1])                          # the linear schedule has finite ends
+    expected = (exact.cdf(lam[0]) - exact.cdf(middle)) / inside
+    assert np.abs(q.cumsum(0)[:-1].numpy() - expected).max() < 2e-3
+
+
+def test_cosine_scaled_by_1_is_the_cosine_schedule():
+    q = Diffusion(T=1000, timesteps="cosine_scaled:1").density() * 1000
+    assert (q[50:950] - 1).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("timesteps, steps", [("clts:0.3:1000", (0, 500, 1000)), ("laplace", (0,)), ("uniform", (7,)), ("logit_normal:1:0.5", (0,))])
+def test_draws_have_the_table_s_frequencies(timesteps, steps):
+    d, N = Diffusion(T=200, timesteps=timesteps), 10 ** 6
+    for step in steps:
+        q = d.density(step)
+        t, ratio = d.draw(N, torch.Generator().manual_seed(step), step)
+        assert t.dtype == torch.long and t.shape == (N,) and torch.allclose(ratio, 1 / (200 * q[t]), rtol=1e-12)
+        assert (torch.bincount(t, minlength=200) - N * q).abs().max() < 2    # one batch: every stratum once
+        g = torch.Generator().manual_seed(step)
+        t = torch.stack([d.draw(100, g, step)[0] for _ in range(N // 100)])  # (10000,100)
+        often = (N * q > 50).numpy()
+        chi2 = lambda t, size: (((torch.bincount(t, minlength=200) - size * q) ** 2 / (size * q)).numpy()[often]).sum()
+        assert chi2(t.flatten(), N) < stats.chi2(often.sum() - 1).ppf(0.999)
+        assert (t.diff(dim=1) >= 0).all() and (t[1:] != t[:-1]).any(1).float().mean() > 0.9
+        rows = torch.arange(len(t))                                          # one of each batch: independent draws
+        one = chi2(t[rows, torch.randint(100, rows.shape, generator=g)], len(t))
+        assert stats.chi2(often.sum()).ppf(1e-4) < one < stats.chi2(often.sum()).ppf(1 - 1e-4)
+
+
+def test_importance_keeps_the_expectation_and_changes_the_variance():
+    """The loss of a network that predicts 0, x0 being +-1 and never 0: w_t exactly, so that its mean is known."""
+    d = {name: Diffusion(timesteps=name) for name in ("uniform", "clts:0.3:10", "laplace", "laplace:1:2", "logit_normal")}
+    x0 = torch.ones(64, 3, 2, 2)
+    found = {}
+    for name, diffusion in d.items():
+        g, values = torch.Generator().manual_seed(0), []
+        for step in range(400):
+            t, ratio = diffusion.draw(64, g, step)
+            loss, _ = diffusion.loss(lambda x, t, y: torch.zeros_like(x), x0, t, torch.randn(x0.shape, generator=g))
+            values.append((loss.double() * ratio).mean())
+        found[name] = torch.stack(values)
+    expected = d["uniform"].weight.mean()
+    for name, values in found.items():
+        q = d[name].density(399)                                             # far tails of "laplace" are never drawn
+        seen = d["uniform"].weight[q * 400 * 64 > 1].sum() / 1000
+        assert abs(values.mean() - (seen if name == "laplace" else expected)) < 5 * values.std() / 20 + 0.02 * expected, name
+    w, q = d["laplace:1:2"].weight, d["laplace:1:2"].density()
+    variance = lambda q: (w ** 2 / (1000 ** 2 * q)).sum() - w.mean() ** 2    # of one draw's w / (q T)
+    assert variance(q) < variance(torch.full_like(q, 1e-3))
+
+
+def test_unknown_densities_are_refused():
+    for name in ("lognormal", "laplace:0:0", "laplace:a", "laplace:0:1:2", "clts:0.3:0", "clts:nan", "logit_normal:0:inf:3",
+                 "cosine_scaled:nan", "laplace:inf", "uniform:1", "", "clts:0.3:-5", "laplace:0:-1", "logit_normal:0:inf",
+                 "clts:0.3:nan", "cosine_scaled:-1", "laplace:100000", "laplace:0:0.5:"):
+        with pytest.raises(ValueError, match="timesteps"):
+            Diffusion(timesteps=name)
+    with pytest.raises(ValueError, match="timesteps"):
+        Diffusion(T=1, timesteps="laplace")
+    assert torch.equal(Diffusion(timesteps="laplace:0").density(), Diffusion(timesteps="laplace:0:0.5").density())
 
 
 def test_weights_ignore_autocast():
