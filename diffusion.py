@@ -85,7 +85,7 @@ def loss_weight(snr, weighting, target, gamma=5.0):
     return weight
 
 
-# ------------------------------------------------------------------- density of t in training: q(t), eq. 3
+# ------------------------------------------------------------------- ----- density of t in training
 
 DENSITIES = {  # name: q(t) up to a factor; its parameters and their defaults follow the step
     "uniform":       lambda t, lam, step: torch.ones_like(lam),                                 # the paper
@@ -93,8 +93,8 @@ DENSITIES = {  # name: q(t) up to a factor; its parameters and their defaults fo
     "laplace":       lambda t, lam, step, mu=0., b=.5: (-(lam - mu).abs() / b).exp() * spacing(lam),
     "logit_normal":  lambda t, lam, step, m=0., s=1.: (-((lam / 2 + m) / s) ** 2 / 2).exp() * spacing(lam),
     "cosine_scaled": lambda t, lam, step, s=2.: spacing(lam) / torch.cosh(s * lam / 2),
-}   # The last three are densities of lam = log SNR. laplace: Hang & Gu 2024, and cosine_scaled, which is the
-#     cosine schedule itself for s = 1; logit_normal: Esser et al. 2024, 1 - alpha / (alpha + sigma) there.
+}   # The last three are densities of lam = log SNR. laplace, cosine_scaled: Hang & Gu 2024, the latter the
+#     cosine schedule itself for s = 1; logit_normal: Esser et al. 2024, whose t is sigma / (alpha + sigma).
 
 
 def curriculum(t, step, mu, target):

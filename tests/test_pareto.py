@@ -16,7 +16,7 @@ import train
 from data import built_in
 from diffusion import TARGETS, Diffusion, loss_weight
 from model_vit import ViT
-from sample import read
+from sample import load_checkpoint, read
 from test_train import distance
 
 TINY = ("--batch-size", 8, "--sample-steps", 1, "--log-every", 5, "--size", 8)
@@ -424,7 +424,10 @@ def test_a_run_of_the_miniature_is_resumed_and_its_divergence_is_logged(tmp_path
     quality = table(folder / "quality.csv")
     assert [row["step"] for row in quality] == ["2", "4"] and read(folder / "ckpt.pt")["step"] == 4
     before = (folder / "ckpt.pt").stat().st_mtime_ns
-    (folder / "quality.csv").write_text(f"step,fd_pixels\n2,{quality[0]['fd_pixels']}\n")        # killed in between
+    model, config = load_checkpoint(folder)                                  # the x0 error is that of the EMA weights
+    losses = pareto.bin_losses(model, Diffusion("cosine", 100), built_in(8), 10, 16, "quality")
+    assert float(quality[1]["x0_mse"]) == pytest.approx(losses.mean(), rel=1e-4)
+    (folder / "quality.csv").write_text("step,fd_pixels,x0_mse\n" + ",".join(quality[0].values()) + "\n")   # killed
     pareto.bring_up(folder, words, [2, 4], 16)
     assert table(folder / "quality.csv") == quality and (folder / "ckpt.pt").stat().st_mtime_ns == before
     log = (folder / "log.csv").read_text()

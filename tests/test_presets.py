@@ -50,6 +50,7 @@ def test_the_readmes_table_is_what_its_commands_resolve_to(row, monkeypatch, tmp
     config = resolved(row["train.py ..."].split(), monkeypatch, tmp_path)
     assert f"{parameters(config) / 1e6:.1f}M" == row["parameters"]
     weighting = config["weighting"] + (f" {config['gamma']:g}" if config["weighting"] == "min_snr" else "")
+    weighting += f", {config['timesteps']}" if config["timesteps"] != "uniform" else ""
     guidance = f", cfg {config['cfg']:g}" if config["cfg"] != 1 else ""
     assert (config["model"], config["target"], weighting) == (row["network"], row["predicts"], row["weighting"])
     assert (f"{config['steps']:,}", f"{config['batch_size']:,}") == (row["steps"], row["batch"])
@@ -74,7 +75,9 @@ def test_what_all_presets_share_and_where_they_differ():
         assert row["schedule"] == ("linear" if name == "imagenet128" else "cosine")
         assert row["T"] == (4000 if name == "cifar10" else 1000) and row["interval"] is None
         assert row["weighting"] == ("snr" if curriculum else "min_snr") and row["gamma"] == 5
-        assert row["classes"] == (0 if name == "cifar10" else None) and len(row) == 20
+        assert row["classes"] == (0 if name == "cifar10" else None) and len(row) == 23
+        assert row["timesteps"] == "uniform" and row["importance"] is False
+        assert row["curriculum"] == {"imagenet128": 300_000, "shapes": 240}.get(name, 50_000)
     assert rows["shapes", "vit-tiny", "x0"]["betas"] == [.9, .99] and rows["shapes", "vit-tiny", "x0"]["lr"] == 4e-3
     assert rows["shapes", "unet-tiny", "x0"]["lr"] == 2e-3 and rows["shapes", "unet-tiny", "x0"]["ema"] == .99
     assert SIZES["unet-celeba"]["head_channels"] == SIZES["unet-adm"]["head_channels"] == 64
@@ -121,6 +124,7 @@ def test_a_reduced_copy_takes_two_steps_and_samples(dataset, network, target, mo
     monkeypatch.chdir(tmp_path)
     pack(dataset, tmp_path / "data" / dataset)
     words = ["--dataset", dataset, "--model", network, "--target", target, "--steps", 2, "--batch-size", 2, "--sample-steps", 1]
+    words += ["--timesteps", "clts"] * (dataset in ("cifar10", "imagenet128"))
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
     train.main()
     model, config = load_checkpoint(tmp_path / "out" / dataset)
