@@ -129,12 +129,12 @@ def test_lanczos_ends_where_nothing_new_comes():
 def exact():
     """A ViT of fewer than 2,000 parameters, its loss over different t, and the exact Hessian (P,P), in doubles."""
     torch.manual_seed(0)
-    model = ViT(8, 4, 3, 8, dim=8, depth=1, heads=2, T=10).double()
+    model = ViT(8, 4, 3, 8, dim=4, depth=2, heads=2, T=10).double()
     with torch.no_grad():
         for p in model.parameters():
             p += 0.1 * torch.randn(p.shape)
     diffusion, g = Diffusion("cosine", 10), torch.Generator().manual_seed(0)
-    x0, y = built_in(8).batch(range(5))                                      # batch 5, width 8, t 9 0 4 4 7
+    x0, y = built_in(8).batch(range(5))                                      # batch 5, width 4
     noise = torch.randn(x0.shape, generator=g, dtype=torch.float64)
     whole = (x0.double(), torch.tensor([9, 0, 4, 4, 7]), noise, y)
     loss = lambda model, part: diffusion.loss(model, *part)[0].mean()
@@ -265,9 +265,9 @@ def test_gan_run_is_its_seeds_and_killed_and_resumed_the_same_to_the_bit(tmp_pat
 
 
 def test_losses_of_a_gan_depend_on_parameters_alone(gans):
-    args = argparse.Namespace(n=70, seed=0, data=None)
+    args = argparse.Namespace(n=70, seed=0, data=None, target=None)
     what, losses = stability.landscape(gans / "g/early.pt", args)
-    model = stability.load_gan("", read(gans / "g/early.pt")).train()
+    model = stability.open_model(gans / "g/early.pt")[0].train()
     for i, (name, (module, loss, parts)) in enumerate(losses.items()):
         assert [len(part[0]) for part in parts] == [64, 6] and name == ["generator", "discriminator"][i]
         first = stability.mean_loss(module, loss, parts)
@@ -328,7 +328,7 @@ def ckpts(*paths):
 def test_consistency_command(command, runs, gans, tmp_path):
     pytest.importorskip("matplotlib")
     text = command("consistency", *ckpts(runs / "a", runs / "eps/ckpt.pt", gans / "g", runs / "a"), "--count", 5)
-    rows, args = table(tmp_path / "consistency.csv"), argparse.Namespace(count=5, seed=0, target=None, sample_steps=None)
+    rows, args = table(tmp_path / "consistency.csv"), argparse.Namespace(count=5, seed=0, target=None, heun=None)
     q = torch.stack([stability.pictures(path, args) for path in (runs / "a", runs / "eps", gans / "g", runs / "a")])
     assert q.shape == (4, 5, 3, 8, 8) and len(rows) == 3 * 5 and (tmp_path / "consistency.png").stat().st_size > 5000
     assert f"consistency {stability.consistency(q):.2f} dB" in text
