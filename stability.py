@@ -333,8 +333,8 @@ def draw_hessian(ax, title, paths, args):
         for name, (module, loss, parts) in landscape(path, args)[1].items():
             memory = args.lanczos * sum(p.numel() for p in module.parameters()) / 2 ** 28
             if memory > args.budget:
-                raise BadInput(f"--budget {args.budget:g}: {args.lanczos} vectors of the parameters of {path} "
-                               f"take {memory:.2f} GiB; give fewer --lanczos")
+                raise BadInput(f"--budget {args.budget:g}: {args.lanczos} vectors of the parameters of "
+                               f"{path} take {memory:.2f} GiB; give fewer --lanczos")
             found = spectrum(module, loss, parts, args.lanczos, args.probes, args.seed)
             pooled.setdefault(name, []).extend(found)
             high, low = (pick((f[0][i], f[2][i]) for f in found) for pick, i in ((max, -1), (min, 0)))

@@ -109,6 +109,7 @@ def test_lanczos_of_a_known_spectrum():
     found, weights, residuals = stability.lanczos(lambda x: H @ x, v, 25)
     assert len(found) == 25 and found[-1] == pytest.approx(30, rel=1e-9) and found[0] == pytest.approx(-7, rel=1e-9)
     assert (np.abs(found[:, None] - values.numpy()).min(1) <= residuals + 1e-9).all() and residuals[5] > 1e-3
+    assert residuals[[0, -1]].max() < 1e-6                                   # the ends have converged
     power = v / v.norm()
     for degree in range(2 * 25):                                             # the quadrature is exact below 2 k
         assert weights @ found ** degree == pytest.approx(float(power @ v / v.norm()), rel=1e-8), degree
@@ -239,7 +240,8 @@ def test_gan_run_is_its_seeds_and_killed_and_resumed_the_same_to_the_bit(tmp_pat
     whole = train_gan(tmp_path / "whole")
     assert whole["step"] == 20 and read(tmp_path / "whole/early.pt")["step"] == 2
     assert distance(whole["model"], read(tmp_path / "whole/early.pt")["model"]) > 1e-3
-    assert distance(whole["model"], train_gan(tmp_path / "other", seed=1)["model"]) > 1e-3
+    train_gan(tmp_path / "other", seed=1)
+    assert distance(*(read(tmp_path / name / "early.pt")["model"] for name in ("whole", "other"))) > 0.02    # not batches alone
     batch, killed = stability.gan_batch, []
 
     def kill(data, purpose, seed, k, *n):
@@ -276,7 +278,8 @@ def test_losses_of_a_gan_depend_on_parameters_alone(gans):
         assert stability.mean_loss(module, loss, parts) == first and torch.equal(stability.hvp(module, loss, parts, v), H_v)
         own = getattr(model, name)
         assert all(torch.equal(a, b) for a, b in zip(own.parameters(), module.parameters()))
-        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), read(gans / "g/early.pt")["model"].values()))
+        saved = read(gans / "g/early.pt")["model"]
+        assert all(torch.equal(b, saved[f"{name}.{key}"]) for key, b in module.state_dict().items() if "running" in key)
     (x, z), (x_, fake) = losses["generator"][2][0], losses["discriminator"][2][0]
     assert torch.equal(x, x_) and torch.allclose(model.generator(z), fake)   # statistics of the batch
     assert not torch.allclose(model.eval().generator(z), fake)
@@ -366,10 +369,15 @@ def test_losses_of_a_diffusion_model_are_those_of_its_training(runs):
     for name, (model, loss, parts) in losses.items():
         assert all(torch.equal(p, raw[key]) for key, p in model.named_parameters())      # not the EMA
         x0, t, noise, y = (torch.cat(part) for part in zip(*parts))
-        assert len(t) == 70 and (t.unique().tolist() == [int(name[4:])] if name != "all t" else len(t.unique()) > 30)
+        assert len(t) == 70 and (t.unique().tolist() == [int(name[4:])] if name != "all t" else len(t.unique()) > 30 and t.max() > 90)
         x_t = Diffusion("cosine", 100).q_sample(x0, t, noise)
         expected = (model(x_t, t, y) - noise).square().mean()                # snr on x0 = plain on eps
         assert stability.mean_loss(model, loss, parts) == pytest.approx(expected.item(), rel=1e-4)
+    model, loss, parts = stability.landscape(runs / "a", args)[1]["all t"]
+    x0, t, noise, y = (torch.cat(part) for part in zip(*parts))
+    diffusion = Diffusion("cosine", 100)
+    mse = (model(diffusion.q_sample(x0, t, noise), t, y) - x0).square().flatten(1).mean(1)
+    assert stability.mean_loss(model, loss, parts) == pytest.approx((diffusion.snr[t].clamp(max=5) * mse).mean().item(), rel=1e-4)
 
 
 def test_hessian_command(command, runs, gans, tmp_path):
