@@ -286,7 +286,7 @@ def draw_consistency(ax, title, paths, args):
     q = torch.stack(images)                                                  # (N,M,3,S,S)
     values, S, shown = psnr(q[:1], q), q.shape[-1], min(args.count, 12)
     other = consistency(torch.cat([q[:1], q[1:].roll(1, 1)]))                # what all images share
-    text = f"{title}: consistency {consistency(q):.2f} dB; with image k + 1 {other:.2f} dB"
+    text = f"{title}: consistency {consistency(q):.2f} dB; with other images {other:.2f} dB"
     print(text, flush=True)
     ax.imshow(tile(q[:, :shown].flatten(0, 1).numpy(), shown))
     ax.set(title=text, xticks=[], yticks=[(j + 0.5) * S for j in range(len(paths))])
@@ -295,7 +295,8 @@ def draw_consistency(ax, title, paths, args):
     pairs = [(j, i) for j in range(1, len(paths)) for i in range(args.count)]
     for j, i in pairs:
         if i < shown:
-            ax.text((i + 0.05) * S, (j + 0.9) * S, f"{values[j, i]:.0f}", size=6, backgroundcolor="white")
+            ax.text((i + 0.05) * S, (j + 0.93) * S, f"{values[j, i]:.0f}", size=6, color="white",
+                    bbox=dict(facecolor="black", pad=0.5, linewidth=0))
     return [(title, paths[j], i, float(values[j, i])) for j, i in pairs]
 
 
@@ -345,8 +346,10 @@ def draw_hessian(ax, title, paths, args):
         low, high = (end([end(values) for values, *_ in found]) for end in (np.min, np.max))
         width = 0.01 * (high - low) or 1e-9
         x = np.linspace(low - 4 * width, high + 4 * width, 2001)
-        ax.plot(x, density(found, x, width), label=name, **look(i))
+        y = density(found, x, width)
+        ax.plot(x, np.where(y > 1e-8 * y.max(), y, np.nan), label=name, **look(i))       # less than one of P
     ax.set(xlabel="eigenvalue", ylabel="density", title=title, yscale="log")
+    ax.set_xscale("symlog")
     ax.legend()
     return rows
 
@@ -362,7 +365,10 @@ FIGURES = {  # one panel of it, fewest checkpoints, columns of the CSV
 def draw_figure(command, groups, out, args):
     """One panel for each of the groups {title: checkpoints}, and all their numbers."""
     panel, _, header = FIGURES[command]
-    figure, axes = canvas(len(groups), 1) if command == "consistency" else canvas(1, len(groups))
+    tall = command == "consistency"
+    figure, axes = canvas(len(groups), 1) if tall else canvas(1, len(groups))
+    if tall:
+        figure.set_size_inches(8.4, sum(0.4 + 0.7 * len(paths) for paths in groups.values()))
     print(header, flush=True)
     rows = [row for ax, group in zip(axes.flat, groups.items()) for row in panel(ax, *group, args)]
     save(figure, out, header, rows)

@@ -412,6 +412,7 @@ def test_miniature(command, script, tmp_path):
     (out / "unet/ckpt.pt").unlink()
     command(*words)
     assert (out / "seed0/ckpt.pt").stat().st_mtime_ns == stamp and table(out / "hessian.csv") == numbers
+    assert [read(out / name / "early.pt")["step"] for name in ("seed1", "unet", "gan1")] == [1, 1, 3]
     assert "other flags" in script("stability.py", *words, "--steps", 20, code=2)
     assert table(out / "hessian.csv") == numbers
 
