@@ -395,7 +395,7 @@ def miniature(args):
     """Train diffusion models and DCGANs without labels, 64 images a step, and draw the three figures."""
     canvas()                                                                 # no matplotlib: said at once
     signal.signal(signal.SIGTERM, signal.default_int_handler)                # takes the run in progress along
-    out, steps, file = Path(args.out), args.steps or 600, Path(args.out) / "miniature.json"
+    out, steps, file = Path(args.out), args.steps or 1000, Path(args.out) / "miniature.json"
     settings = dict(kind="stability", steps=steps, size=args.size, seeds=args.seeds)
     out.mkdir(parents=True, exist_ok=True)
     if any(out.glob("*/ckpt.pt")) and file.exists() and read_json(file) != settings:
@@ -450,7 +450,7 @@ def parse():
     add("--budget", type=float, default=8.0, help="GiB that the vectors may take (default: 8)")
     # training: gan, miniature
     add("--steps", type=int, help="gan (default: 1800); miniature: of a diffusion run, GANs take 3 times as\n"
-                                  "many (default: 600)")
+                                  "many (default: 1000)")
     add("--size", type=int, default=16, help="image side (default: 16)")
     add("--seeds", type=int, default=3, help="miniature: runs of each kind (default: 3)")
     return parser.parse_args()
