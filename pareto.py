@@ -510,8 +510,8 @@ def real(size):
 
 
 def measure(ckpt, n):
-    """FD-pixels to 2,048 of the data's images of n samples of the EMA weights, Heun 18 steps, no guidance; and
-    their x0 error over all t, n samples in each of 10 bins.
+    """FD-pixels to 2,048 of the data's images of n samples of the EMA weights, Heun 18 steps, no guidance;
+    and their x0 error over all t, n samples in each of 10 bins.
     """
     model, config = load_checkpoint(ckpt)
     drawn = torch.cat([draw(model, config, range(k, min(k + 64, n)), steps=18) for k in range(0, n, 64)])
@@ -520,68 +520,88 @@ def measure(ckpt, n):
     return fd_pixels(drawn, real(config["size"])), x0_mse
 
 
-def bring_up(folder, words, marks, n):
+def claim(out, **settings):
+    """Take a folder for a miniature, or go on with it there. Raises BadInput where it holds another."""
+    canvas()                                                                 # no matplotlib: said at once
+    signal.signal(signal.SIGTERM, signal.default_int_handler)                # takes the run in progress along
+    file, out = Path(out) / "miniature.json", Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    if any(out.glob("*/ckpt.pt")) and file.exists() and read_json(file) != settings:
+        raise BadInput(f"--out {out}: holds a miniature of other flags, {read_json(file)}")
+    replace(file, lambda f: f.write(json.dumps(settings).encode()))
+
+
+def short_run(steps, **other):
+    """The flags of train.py for a run of a miniature: constant learning rate, no guidance."""
+    often = f"--log-every {max(1, steps // 20)} --save-every {max(1, steps // 4)}"
+    words = {"lr": 2e-3, "decay": 0, "cfg": 1, "sample-steps": 1, **other}
+    return " ".join(f"--{key} {value}" for key, value in words.items()) + " " + often
+
+
+def timed(runs):
+    """The items of a dict folder: its run; says after each how long the others will take."""
+    since = time.time()
+    for i, (folder, what) in enumerate(runs.items(), 1):
+        yield folder, what
+        each = (time.time() - since) / i
+        print(f"run {i} / {len(runs)}: {folder.name}   {each:.0f} s a run   "
+              f"{each * (len(runs) - i) / 60:.1f} min left", flush=True)
+
+
+def train_to(folder, flags, steps):
+    """Train a run to a step, from wherever it was left. -> "", or why it cannot go on: it has diverged."""
+    done = read(folder / "ckpt.pt")["step"] if (folder / "ckpt.pt").exists() else 0
+    if done >= steps:
+        return ""
+    words = [Path(__file__).with_name("train.py"), *flags.split(), "--steps", steps, "--out", folder]
+    words = [sys.executable, *map(str, words), *["--resume"] * (done > 0)]
+    ended = subprocess.run(words, capture_output=True, text=True)
+    last = " ".join((ended.stdout + ended.stderr).splitlines()[-1:])
+    if ended.returncode not in (0, 3):
+        raise BadInput(f"{folder}: train.py ended with code {ended.returncode}: {last}")
+    return last if ended.returncode else ""
+
+
+def bring_up(folder, flags, marks, n):
     """Train one run to its last mark and measure it at each into quality.csv, from wherever it was left. One
     that is no longer finite gets a diverged.txt and is left alone; so does, at its end, one whose error is
     twice that of its first log line.
     """
-    ckpt, quality = folder / "ckpt.pt", folder / "quality.csv"
+    quality, lost = folder / "quality.csv", folder / "diverged.txt"
     lines = quality.read_text().splitlines() if quality.exists() else ["step,fd_pixels,x0_mse"]
+    why = ""
     for mark in marks[len(lines) - 1:]:
-        done = read(ckpt)["step"] if ckpt.exists() else 0
-        if (folder / "diverged.txt").exists():
-            return
-        if done < mark:
-            flags = [*words, "--steps", str(mark), "--out", str(folder), *(["--resume"] if done else [])]
-            script = str(Path(__file__).with_name("train.py"))
-            ended = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True)
-            last = " ".join((ended.stdout + ended.stderr).splitlines()[-1:])
-            if ended.returncode == 3:
-                print(f"{folder.name}: diverged; {last}", flush=True)
-                return replace(folder / "diverged.txt", lambda f: f.write(f"{last}\n".encode()))
-            if ended.returncode:
-                raise BadInput(f"{folder}: train.py ended with code {ended.returncode}: {last}")
+        if lost.exists() or (why := train_to(folder, flags, mark)):
+            break
         try:
-            lines.append(f"{mark}," + ",".join(f"{value:.6g}" for value in measure(ckpt, n)))
+            values = measure(folder / "ckpt.pt", n)
         except (ValueError, np.linalg.LinAlgError) as error:                 # samples that are not finite
-            print(f"{folder.name}: diverged; its samples cannot be measured ({error})", flush=True)
-            return replace(folder / "diverged.txt", lambda f: f.write(f"samples at step {mark}\n".encode()))
+            why = f"its samples at step {mark} cannot be measured ({error})"
+            break
+        lines.append(f"{mark}," + ",".join(f"{value:.6g}" for value in values))
         replace(quality, lambda f: f.write("\n".join([*lines, ""]).encode()))
-    errors = [float(row["mse"]) for row in csv.DictReader((folder / "log.csv").read_text().splitlines())]
-    if errors[-1] > 2 * errors[0]:
-        text = f"mean squared error {errors[0]:.3g} in the first log line, {errors[-1]:.3g} in the last"
-        print(f"{folder.name}: diverged; {text}", flush=True)
-        replace(folder / "diverged.txt", lambda f: f.write(f"{text}\n".encode()))
+    else:
+        errors = [float(row["mse"]) for row in csv.DictReader((folder / "log.csv").read_text().splitlines())]
+        if errors[-1] > 2 * errors[0]:
+            why = f"mean squared error {errors[0]:.3g} in the first log line, {errors[-1]:.3g} in the last"
+    if why:
+        print(f"{folder.name}: diverged; {why}", flush=True)
+        replace(lost, lambda f: f.write(f"{why}\n".encode()))
 
 
 def miniature(args):
     """Train const, SNR, max-SNR-1 and min-SNR-5 under x0, eps and v, and draw every figure from the runs."""
-    canvas()                                                                 # no matplotlib: said at once
-    signal.signal(signal.SIGTERM, signal.default_int_handler)                # takes the run in progress along
-    out, steps = Path(args.out), args.steps or 600
+    out, steps, lr, size = Path(args.out), args.steps or 600, args.lr or 2e-3, dict(size=args.size)
     marks = sorted({max(1, steps * i // args.marks) for i in range(1, args.marks + 1)})
-    settings = dict(steps=steps, size=args.size, marks=marks, lr=args.lr or 2e-3, images=args.images)
-    out.mkdir(parents=True, exist_ok=True)
-    begun = any(out.glob("*/ckpt.pt"))
-    if begun and (out / "miniature.json").exists() and read_json(out / "miniature.json") != settings:
-        raise BadInput(f"--out {out}: holds a miniature of other flags, {read_json(out / 'miniature.json')}")
-    replace(out / "miniature.json", lambda f: f.write(json.dumps(settings).encode()))
-    jobs = [(seed, target, *row) for seed in range(args.seeds) for target in args.targets for row in FOUR]
-    folder = lambda seed, target, weighting, gamma: out / f"{target}_{weighting}_{gamma}_seed{seed}"
-    since, every = time.time(), str(max(1, steps // 20))
-    for i, (seed, target, weighting, gamma) in enumerate(jobs):
-        words = dict(target=target, weighting=weighting, gamma=gamma, seed=seed, size=args.size, decay=0,
-                     lr=settings["lr"], cfg=1)
-        words["log-every"], words["save-every"], words["sample-steps"] = every, max(1, steps // 4), 1
-        flags = [str(part) for key, value in words.items() for part in (f"--{key}", value)]
-        bring_up(folder(seed, target, weighting, gamma), flags, marks, args.images)
-        left = (time.time() - since) / (i + 1) * (len(jobs) - i - 1) / 60
-        print(f"run {i + 1} / {len(jobs)}: {target}, {called(weighting, gamma)}, seed {seed}   "
-              f"{(time.time() - since) / (i + 1):.0f} s a run   {left:.1f} min left", flush=True)
-    runs = [folder(*job) for job in jobs]
-    base = [str(folder(seed, args.targets[0], "min_snr", 5)) for seed in range(args.seeds)]
+    claim(out, steps=steps, marks=marks, lr=lr, images=args.images, **size)
+    runs = {out / f"{target}_{weighting}_{gamma}_seed{seed}":
+            short_run(steps, target=target, weighting=weighting, gamma=gamma, seed=seed, lr=lr, **size)
+            for seed in range(args.seeds) for target in args.targets for weighting, gamma in FOUR}
+    for folder, flags in timed(runs):
+        bring_up(folder, flags, marks, args.images)
+    base = [str(out / f"{args.targets[0]}_min_snr_5_seed{seed}") for seed in range(args.seeds)]
     for command in (weights, figure2, figure3, figure4, figure5, figure6):
-        flags = dict(runs=runs, ckpt=base, steps=min(steps, 200), lr=None)
+        flags = dict(runs=[*runs], ckpt=base, steps=min(steps, 200), lr=None)
         command(argparse.Namespace(**{**vars(args), **flags, "out": out / f"{command.__name__}.png"}))
 
 

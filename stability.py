@@ -5,6 +5,7 @@
     python stability.py interpolate --ckpt A.pt --ckpt B.pt    # the loss on the line between two checkpoints
     python stability.py hessian --ckpt out/a                   # eigenvalues of the loss's Hessian
     python stability.py gan --out out/gan                      # the DCGAN to compare with; again: goes on
+    python stability.py densities                              # 18 runs: how soon with which density of t
 
 Wang et al., "Analyzing Stability in Diffusion Model Training", 2024; equation numbers are that paper's. Where
 it is silent: images are drawn from the EMA weights; losses are those of training, around the weights that the
@@ -12,11 +13,7 @@ optimizer holds; of a GAN's two networks one moves at a time.
 """
 import argparse
 import copy
-import json
 import math
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -26,9 +23,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from data import BadInput, Packed, Parser, built_in, generator, progress, read, read_json, replace, run, tile
+from data import BadInput, Packed, Parser, built_in, generator, progress, read, replace, run, tile
 from diffusion import TARGETS, Diffusion
-from pareto import band, canvas, draw_bin, load, look, save
+from pareto import (FOUR, band, bring_up, canvas, claim, draw_bin, load, look, plot_runs, read_runs, save,
+                    short_run, timed, train_to)
 from sample import draw, find_vae, load_checkpoint, start, to_uint8
 
 BATCH = 64                               # samples at a time: a GAN's step, a part of the samples of a loss
@@ -376,44 +374,23 @@ def draw_figure(command, groups, out, args):
 
 # ------------------------------------------------------------------------------------------- the miniature
 
-def bring_up(folder, words, marks):
-    """Train a diffusion run to its marks, keep that of the first as early.pt, from wherever it was left."""
-    ckpt, script = folder / "ckpt.pt", [sys.executable, Path(__file__).with_name("train.py"), *words]
-    for mark in marks:
-        done = read(ckpt)["step"] if ckpt.exists() else 0
-        if done < mark:
-            words = [*script, "--steps", mark, "--out", folder, *(["--resume"] if done else [])]
-            ended = subprocess.run(list(map(str, words)), capture_output=True, text=True)
-            if ended.returncode:
-                last = " ".join((ended.stdout + ended.stderr).splitlines()[-1:])
-                raise BadInput(f"{folder}: train.py ended with code {ended.returncode}: {last}")
-        if max(done, mark) == marks[0]:
-            replace(folder / "early.pt", lambda f: f.write(ckpt.read_bytes()))
-
-
 def miniature(args):
     """Train diffusion models and DCGANs without labels, 64 images a step, and draw the three figures."""
-    canvas()                                                                 # no matplotlib: said at once
-    signal.signal(signal.SIGTERM, signal.default_int_handler)                # takes the run in progress along
-    out, steps, file = Path(args.out), args.steps or 1000, Path(args.out) / "miniature.json"
-    settings = dict(kind="stability", steps=steps, size=args.size, seeds=args.seeds)
-    out.mkdir(parents=True, exist_ok=True)
-    if any(out.glob("*/ckpt.pt")) and file.exists() and read_json(file) != settings:
-        raise BadInput(f"--out {out}: holds a miniature of other flags, {read_json(file)}")
-    replace(file, lambda f: f.write(json.dumps(settings).encode()))
+    out, steps = Path(args.out), args.steps or 1000
+    claim(out, kind="stability", steps=steps, size=args.size, seeds=args.seeds)
     runs = {f"seed{seed}": ("vit-tiny", "x0", seed) for seed in range(args.seeds)}
     runs |= {"unet": ("unet-tiny", "x0", 0), "eps": ("vit-tiny", "eps", 0)}
     runs |= {f"gan{seed}": (None, None, seed) for seed in range(args.seeds)}
-    since, fixed = time.time(), f"--size {args.size} --classes 0 --decay 0 --lr 2e-3 --sample-steps 1"
-    for i, (name, (model, target, seed)) in enumerate(runs.items(), 1):
-        if model:
-            often = f"--log-every {max(1, steps // 20)} --save-every {max(1, steps // 4)}"
-            words = f"--model {model} --target {target} --seed {seed} {fixed} {often}"
-            bring_up(out / name, words.split(), [max(1, steps // 10), steps])
-        else:
-            gan(argparse.Namespace(data=None, size=args.size, out=out / name, seed=seed, steps=3 * steps))
-        left = (time.time() - since) / i * (len(runs) - i) / 60
-        print(f"run {i} / {len(runs)}: {name}   {left:.1f} min of training left", flush=True)
+    for folder, (model, target, seed) in timed({out / name: run for name, run in runs.items()}):
+        if not model:
+            gan(argparse.Namespace(data=None, size=args.size, out=folder, seed=seed, steps=3 * steps))
+            continue
+        flags = short_run(steps, model=model, target=target, classes=0, seed=seed, size=args.size)
+        for mark in (max(1, steps // 10), steps):
+            if why := train_to(folder, flags, mark):
+                raise BadInput(f"{folder}: {why}")
+            if read(folder / "ckpt.pt")["step"] == max(1, steps // 10):
+                replace(folder / "early.pt", lambda f: f.write((folder / "ckpt.pt").read_bytes()))
     both = {"diffusion": [*runs][:args.seeds], "DCGAN": [*runs][-args.seeds:]}
     same, args.heun = {**both, "diffusion, other network, target": ["seed0", "unet", "eps"]}, 18
     for command, groups, files in (("consistency", same, ["ckpt.pt"]), ("hessian", both, ["ckpt.pt"]),
@@ -423,8 +400,46 @@ def miniature(args):
         draw_figure(command, found, out / f"{command}.png", args)
 
 
+# --------------------------------------------------------- densities of t (eq. 7, figure 5, tables 2 and 3)
+
+def reached(curve, level):
+    """Step at which a falling curve {step: value} is down at a level, log-linear between; inf: never."""
+    steps = sorted(curve)
+    for a, b in zip(steps, steps[1:]):
+        if curve[b] <= level < curve[a]:
+            return a + (b - a) * math.log(curve[a] / level) / math.log(curve[a] / curve[b])
+    return steps[0] if curve[steps[0]] <= level else math.inf
+
+
+def densities(args):
+    """Train uniform, clts and laplace t under const and min-SNR-5: the steps until the x0 error and FD-pixels
+    are where uniform t under min-SNR-5 ends.
+    """
+    out, steps, columns = Path(args.out), args.steps or 600, ["x0_mse", "fd_pixels"]
+    marks = sorted({max(1, steps * i // 3) for i in (1, 2, 3)})
+    claim(out, kind="densities", steps=steps, size=args.size)
+    curriculum = f"clts:0.3:{max(1, steps // 10)}"                           # the paper's share of its run
+    runs = {out / f"{timesteps.split(':')[0]}_{weighting}_seed{seed}":
+            short_run(steps, timesteps=timesteps, weighting=weighting, gamma=gamma, seed=seed, size=args.size)
+            for seed in range(args.seeds) for timesteps in ("uniform", curriculum, "laplace")
+            for weighting, gamma in (FOUR[0], FOUR[3])}
+    for folder, flags in timed(runs):
+        bring_up(folder, flags, marks, args.count)
+    args.runs, args.out = [*runs], out / "densities.png"
+    plot_runs(args, "quality.csv", columns, [", x0 error over all t", ", FD-pixels"], "")
+    found = read_runs(args.runs, "quality.csv", columns)
+    levels = np.mean([curve[steps] for curve, _ in found["x0", "min-SNR-5 timesteps uniform"]], 0)
+    print(f"steps to an x0 error of {levels[0]:.4f} and FD-pixels of {levels[1]:.3f}, one for each seed")
+    for (_, name), curves in found.items():
+        times = [[reached({step: row[j] for step, row in curve.items()}, levels[j]) for curve, _ in curves]
+                 for j in (0, 1)]
+        print(f"{name:34s}" + "   ".join("".join(f"{x:6.0f}" for x in row) for row in times), flush=True)
+
+
 # ------------------------------------------------------------------------------------------- command line
 
+FOLDERS = {"gan": (gan, "out/gan"), "miniature": (miniature, "out/stability"),
+           "densities": (densities, "out/densities")}
 RANGES = dict(seed=(0, 2 ** 62), count=(1, 1e5), n=(1, 1e6), points=(2, 1e4), lanczos=(2, 1e4),
               probes=(1, 1e4), budget=(1e-9, 1e6), steps=(1, 1e9), size=(8, 1024), seeds=(2, 1e3))
 
@@ -433,14 +448,15 @@ def parse():
     parser = Parser(__doc__)
     parser.set_defaults(K=1, heun=None)                                      # for pareto.load; the run's own
     add = parser.add_argument
-    add("command", choices=[*FIGURES, "gan", "miniature"])
-    add("--out", help=".png or .svg, numbers beside it (default: COMMAND.png); gan, miniature: a folder\n"
-                      "(default: out/gan, out/stability)")
+    add("command", choices=[*FIGURES, *FOLDERS])
+    add("--out", help=".png or .svg, numbers beside it (default: COMMAND.png); gan, miniature, densities: a\n"
+                      "folder (default: out/gan, out/stability, out/densities)")
     add("--seed", type=int, default=0, help="of noise, samples and probes; gan: of the run")
     add("--ckpt", action="append", default=[], help="checkpoint or run folder; again for more")
     add("--data", help="packed folder (default: the checkpoint's own data; gan: the built-in images)")
     add("--target", choices=TARGETS, help="what released weights predict")
-    add("--count", type=int, default=32, help="consistency: images a model (default: 32)")
+    add("--count", type=int, help="consistency: images a model (default: 32); densities: samples measured\n"
+                                  "(default: 256)")
     # losses: interpolate, hessian
     add("--n", type=int, default=64, help="samples of each loss (default: 64)")
     add("--t", type=int, nargs="+", help="timesteps besides all together (default: T/10, T/2, 9T/10)")
@@ -448,9 +464,9 @@ def parse():
     add("--lanczos", type=int, default=30, help="steps, one vector of all parameters each (default: 30)")
     add("--probes", type=int, default=2, help="random vectors to start from (default: 2)")
     add("--budget", type=float, default=8.0, help="GiB that the vectors may take (default: 8)")
-    # training: gan, miniature
-    add("--steps", type=int, help="gan (default: 1800); miniature: of a diffusion run, GANs take 3 times as\n"
-                                  "many (default: 1000)")
+    # training: gan, miniature, densities
+    add("--steps", type=int, help="gan (default: 1800), densities (600), miniature: of a diffusion run,\n"
+                                  "of a GAN 3 times as many (1000)")
     add("--size", type=int, default=16, help="image side (default: 16)")
     add("--seeds", type=int, default=3, help="miniature: runs of each kind (default: 3)")
     return parser.parse_args()
@@ -466,11 +482,14 @@ def main():
     if found < least or found and not least or pairs and found % 2:
         expected = f"{least} or more{', in pairs' if pairs else ''}" if least else "none"
         raise BadInput(f"{command}: found {found} --ckpt, expected {expected}")
-    if args.t and min(args.t) < 0 or command == "miniature" and args.data:
-        raise BadInput(f"--t {args.t}, --data {args.data}: expected t >= 0, and no data for the miniature")
-    args.out = args.out or dict(gan="out/gan", miniature="out/stability").get(command, f"{command}.png")
-    if not least:
-        return dict(gan=gan, miniature=miniature)[command](args)
+    if args.t and min(args.t) < 0 or command in ("miniature", "densities") and args.data:
+        raise BadInput(f"--t {args.t}, --data {args.data}: expected t >= 0, and no data for {command}")
+    args.count = args.count or (256 if command == "densities" else 32)
+    if command in FOLDERS:
+        work, folder = FOLDERS[command]
+        args.out = args.out or folder
+        return work(args)
+    args.out = args.out or f"{command}.png"
     if Path(args.out).suffix not in (".png", ".svg"):
         raise BadInput(f"--out {args.out}: expected a .png or .svg")
     groups = {path: [path] for path in args.ckpt} if command == "hessian" else {"checkpoints": args.ckpt}

@@ -1,4 +1,5 @@
 import importlib
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -33,11 +34,26 @@ def golden():
     return load
 
 
+FORKS = multiprocessing.get_context("forkserver")    # of a process that has only imported: a start costs no imports
+FORKS.set_forkserver_preload(["conftest", "train", "pareto"])
+
+
+def forked(words, folder, env, file):
+    """A script as if started by itself: its folder, environment, arguments, output and exit code."""
+    os.chdir(folder)
+    os.environ.update(env)
+    torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
+    output = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1), os.dup2(output, 2)
+    sys.argv = words
+    run(importlib.import_module(Path(words[0]).stem).main)
+
+
 @pytest.fixture
 def script(tmp_path, monkeypatch, capsys):
     """script("train.py", "--steps", 3, ...) runs one of the project's scripts in an empty folder, on one thread, checks
-    its exit code and returns what it printed. A refusal (code 2) runs in this process, which saves the start-up, and
-    must be one line.
+    its exit code and returns what it printed. A refusal (code 2) runs in this process and must be one line. Under
+    torchrun or another environment it is a process of its own, else a fork.
     """
     def call(*words, code=0, torchrun=0, env=(), timeout=240):
         words = [str(ROOT / words[0]), *map(str, words[1:])]
@@ -49,13 +65,22 @@ def script(tmp_path, monkeypatch, capsys):
             text = capsys.readouterr().err
             assert exit.value.code == 2 and len(text.splitlines()) == 1, text
             return text
-        start = [sys.executable]
-        if torchrun:
-            start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun}"]
-        done = subprocess.run(start + words, cwd=tmp_path, capture_output=True, text=True, timeout=timeout,
-                              env={**os.environ, "OMP_NUM_THREADS": "1", **dict(env)})
-        text = done.stdout + done.stderr
-        assert done.returncode == code, text
+        if torchrun or env:
+            start = [sys.executable]
+            if torchrun:
+                start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun}"]
+            done = subprocess.run(start + words, cwd=tmp_path, capture_output=True, text=True, timeout=timeout,
+                                  env={**os.environ, "OMP_NUM_THREADS": "1", **dict(env)})
+            text, found = done.stdout + done.stderr, done.returncode
+        else:
+            file = tmp_path.parent / f"{tmp_path.name}.txt"
+            process = FORKS.Process(target=forked, args=(words, tmp_path, {**os.environ, "OMP_NUM_THREADS": "1"}, file))
+            process.start()
+            process.join(timeout)
+            process.kill()                                                   # where the time is over
+            process.join()
+            text, found = file.read_text(), process.exitcode
+        assert found == code, text
         return text
     return call
 

@@ -419,7 +419,7 @@ def test_weights_command(command, tmp_path):
 
 def test_a_run_of_the_miniature_is_resumed_and_its_divergence_is_logged(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    words, folder = [str(word) for word in (*TINY, "--T", 100, "--decay", 0, "--cfg", 1)], tmp_path / "run"
+    words, folder = " ".join(map(str, (*TINY, "--T", 100, "--decay", 0, "--cfg", 1))), tmp_path / "run"
     pareto.bring_up(folder, words, [2, 4], 16)
     quality = table(folder / "quality.csv")
     assert [row["step"] for row in quality] == ["2", "4"] and read(folder / "ckpt.pt")["step"] == 4

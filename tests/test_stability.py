@@ -4,6 +4,7 @@ import copy
 import csv
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -415,6 +416,32 @@ def test_miniature(command, script, tmp_path):
     assert [read(out / name / "early.pt")["step"] for name in ("seed1", "unet", "gan1")] == [1, 1, 3]
     assert "other flags" in script("stability.py", *words, "--steps", 20, code=2)
     assert table(out / "hessian.csv") == numbers
+
+
+def test_the_step_at_which_a_level_is_reached():
+    curve = {200: 8.0, 400: 2.0, 600: 1.0}
+    assert stability.reached(curve, 4.0) == pytest.approx(300) and stability.reached(curve, 2.0) == pytest.approx(400)
+    assert stability.reached(curve, 1.0) == pytest.approx(600) and stability.reached(curve, 0.9) == math.inf
+    assert stability.reached(curve, 9.0) == 200 and stability.reached({5: 1.0}, 2.0) == 5
+    assert stability.reached({200: 8.0, 400: 1.0, 600: 3.0}, 2.0) == pytest.approx(200 + 200 * math.log(4) / math.log(8))
+
+
+@pytest.mark.slow
+def test_densities(command, tmp_path):
+    words = ("densities", "--steps", 1, "--size", 8, "--seeds", 2, "--count", 8, "--out", "d")
+    text, out = command(*words), tmp_path / "d"
+    assert "run 12 / 12" in text and (out / "densities.png").exists()
+    found = {(read(path)["config"]["timesteps"], read(path)["config"]["weighting"]) for path in out.glob("*/ckpt.pt")}
+    assert found == {(t, w) for t in ("uniform", "clts:0.3:1", "laplace") for w in ("const", "min_snr")}
+    rows = table(out / "densities.csv")
+    assert len(rows) == 6 * 2 and {row["column"] for row in rows} == {"x0_mse", "fd_pixels"}
+    last = [table(out / f"uniform_min_snr_seed{seed}/quality.csv")[-1] for seed in (0, 1)]
+    for j, key in enumerate(("x0_mse", "fd_pixels")):
+        level = np.mean([float(row[key]) for row in last])
+        assert float(re.search(r"x0 error of (\S+) and FD-pixels of (\S+),", text)[1 + j]) == pytest.approx(level, rel=1e-2)
+    lines = {line.split("timesteps")[1].split()[0]: line.split()[-4:] for line in text.splitlines() if line.startswith("min-SNR-5")}
+    times = [float(x) for x in lines["uniform"]]
+    assert min(times[:2]) == 1 and set(lines) == {"uniform", "clts:0.3:1", "laplace"}
 
 
 def test_gan_command(command, tmp_path):
