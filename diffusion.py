@@ -85,7 +85,7 @@ def loss_weight(snr, weighting, target, gamma=5.0):
     return weight
 
 
-# ------------------------------------------------------------------- ----- density of t in training
+# ----------------------------------------------------------------------------- density of t in training
 
 DENSITIES = {  # name: q(t) up to a factor; its parameters and their defaults follow the step
     "uniform":       lambda t, lam, step: torch.ones_like(lam),                                 # the paper
@@ -99,8 +99,11 @@ DENSITIES = {  # name: q(t) up to a factor; its parameters and their defaults fo
 
 def curriculum(t, step, mu, target):
     """(1 - gamma) U(t) + gamma N(t; mu T, T^2), gamma = min(1, step / target): eq. 6 and 7 of the curriculum
-    paper, Wang et al. 2024. The sum is below 1 for gamma > 0, as N is cut at the ends.
+    paper, Wang et al. 2024, whose mu is in timesteps. N is cut at the ends: for mu = 0.3 its sum is 0.376,
+    and at the end of the curriculum q T is between 0.83 (t = T - 1) and 1.06 (t = mu T).
     """
+    if not 0 <= mu <= 1:
+        raise ValueError
     T, gamma = len(t), min(1, step / target)
     normal = (-((t - mu * T) / T) ** 2 / 2).exp() / (T * math.sqrt(2 * math.pi))
     return (1 - gamma) / T + gamma * normal
@@ -115,7 +118,7 @@ def timestep_density(timesteps, snr, step=0):
     """q(t), float64 (T,), sum 1, in a step of training. timesteps: a name of DENSITIES, or with parameters
     "clts:0.3:50000", "laplace:0:0.5". Raises ValueError for another name or parameters without a density.
     """
-    name, *values = timesteps.split(":")
+    name, *values = str(timesteps).split(":")
     if name not in DENSITIES:
         raise ValueError(f"timesteps: found {timesteps!r}, expected one of {', '.join(DENSITIES)}")
     try:
@@ -125,7 +128,8 @@ def timestep_density(timesteps, snr, step=0):
         t, lam = torch.arange(len(snr), dtype=torch.float64), snr.double().clamp(min=1e-300).log()
         q = DENSITIES[name](t, lam, step, *values)
     except (TypeError, ValueError, ZeroDivisionError, RuntimeError):     # too many, not a number, T = 1
-        raise ValueError(f"timesteps: found {timesteps!r}, expected like laplace:0:0.5") from None
+        raise ValueError(f"timesteps: found {timesteps!r}, expected like laplace:0:0.5, or clts:0.3:50000, a "
+                         "share of T and a step") from None
     if not (q.isfinite().all() and q.min() >= 0 and q.sum() > 0):
         raise ValueError(f"timesteps: found {timesteps!r}, which is no density")
     return q / q.sum()
@@ -162,9 +166,9 @@ class Diffusion:
         cumulative sum of q passes a uniform number in [i / B, (i + 1) / B), so that each batch has its share
         of every range of t; in the official code the t of a batch are independent.
 
-        Times 1 / (q T), the loss is that of uniform t in expectation, whatever q (importance sampling): to be
-        wanted where q is larger where w |gradient| is, whose variance it lowers. Without it q is part of the
-        objective: q T w are the weights under uniform t.
+        Times 1 / (q T), the loss is that of uniform t in expectation (importance sampling): to be wanted
+        where q is larger where w |gradient| is, whose variance it lowers; t too rare to be drawn drop out of
+        the objective. Without it q is part of the objective: q T w are the weights under uniform t.
         """
         q = self.density(step)
         u = (torch.arange(B) + torch.rand(B, generator=generator, dtype=torch.float64)) / B

@@ -279,8 +279,9 @@ def spread(values):
 
 
 def band(ax, x, values, i, name):
-    """Mean of values (R,N) over x as line i, with the range of the R around it."""
-    mean, low, high = spread(values)
+    """Mean of values (R,N) over x as line i, with the range of the R around it, where not all are nan."""
+    seen = ~np.isnan(values).all(0)
+    x, (mean, low, high) = np.array(x)[seen], spread(values[:, seen])
     ax.plot(x, mean, label=name, **look(i))
     ax.fill_between(x, low, high, color=LOOKS[i % len(LOOKS)][0], alpha=0.15, linewidth=0)
 
@@ -435,20 +436,22 @@ def figure4(args):
 
 # ------------------------------------------------------------------------ curves of train.py's run folders
 
-APART = "dataset size model patch schedule T timesteps importance batch_size lr ema".split()
+APART = """dataset size model patch schedule T timesteps importance batch_size lr warmup decay betas ema
+           weight_decay drop ugd_every ugd_bins ugd_samples ugd_lambda""".split()
 
 
 def read_runs(dirs, file, columns):
     """{(target, name): [(curve, diverged) of each run]}, curve a dict: step -> values of the columns; name:
     the weighting, and what else of APART tells the runs apart.
     """
-    found, configs = {}, {dir: read_json(Path(dir) / "config.json") for dir in dirs}
-    differ = [key for key in APART if len({str(config.get(key)) for config in configs.values()}) > 1]
+    found, dirs = {}, dict.fromkeys(Path(dir).resolve() for dir in dirs)     # one folder is one run
+    configs = {dir: read_json(dir / "config.json") for dir in dirs}
+    differ = [key for key in APART if len({str(c[key]) for c in configs.values() if key in c}) > 1]
     for dir, config in configs.items():
-        dir = Path(dir)
         try:
             name = called(config["weighting"], config["gamma"])
-            key = config["target"], " ".join([name, *(f"{word} {config.get(word)}" for word in differ)])
+            others = [f"{word} {config[word]}" for word in differ if word in config]
+            key = config["target"], " ".join([name, *others])
             lines = (dir / file).read_text().splitlines() if (dir / file).exists() else []
             rows = csv.DictReader(lines)
             curve = {int(row["step"]): [float(row[name]) for name in columns] for row in rows}
@@ -496,7 +499,9 @@ def figure5(args):
 
 
 def figure6(args):
-    """x0 error in the paper's four ranges of t against steps, from log.csv of each run (figure 6)."""
+    """x0 error in the paper's four ranges of t against steps, from log.csv of each run (figure 6): means over
+    the t that were drawn, so that runs with other densities of t are compared within a range only roughly.
+    """
     bins = (0, 2, 6, 8)
     titles = [f", t in [{i}T/10, {i + 1}T/10)" for i in bins]
     plot_runs(args, "log.csv", [f"x0_mse_{i}" for i in bins], titles, "mean squared error of x0")
@@ -582,7 +587,7 @@ def bring_up(folder, flags, marks, n):
         replace(quality, lambda f: f.write("\n".join([*lines, ""]).encode()))
     else:
         errors = [float(row["mse"]) for row in csv.DictReader((folder / "log.csv").read_text().splitlines())]
-        if errors[-1] > 2 * errors[0]:
+        if errors and errors[-1] > 2 * errors[0]:
             why = f"mean squared error {errors[0]:.3g} in the first log line, {errors[-1]:.3g} in the last"
     if why:
         print(f"{folder.name}: diverged; {why}", flush=True)

@@ -8,8 +8,9 @@
     python stability.py densities                              # 18 runs: how soon with which density of t
 
 Wang et al., "Analyzing Stability in Diffusion Model Training", 2024; equation numbers are that paper's. Where
-it is silent: images are drawn from the EMA weights; losses are those of training, around the weights that the
-optimizer holds; of a GAN's two networks one moves at a time.
+it is silent: images are drawn from the EMA weights; losses are those of training, with all labels and under
+uniform t, around the weights that the optimizer holds; of a GAN's two networks one moves at a time, and the
+kinks of its ReLUs have no part in the Hessian.
 """
 import argparse
 import copy
@@ -188,14 +189,21 @@ def gan(args):
     torch.manual_seed(args.seed)
     state = read(out / "ckpt.pt") if (out / "ckpt.pt").exists() else dict(config=config, step=0)
     if state.get("config") != config:
-        raise BadInput(f"--out {out}: holds a run of {state.get('config')}, expected {config}")
-    model = open_model(out)[0] if state["step"] else DCGAN(args.size).to(DEVICE)
+        old = state["config"] if isinstance(state.get("config"), dict) else {}
+        raise BadInput(f"--out {out}: holds another run, " + ", ".join(
+            f"{key} {old.get(key)} for {value}" for key, value in config.items() if old.get(key) != value))
+    first, since, every = state.get("step"), time.time(), max(1, steps // 10)
+    model = open_model(out)[0] if first else DCGAN(args.size).to(DEVICE)
     adam = [torch.optim.Adam(network.parameters(), 2e-4, (0.5, 0.999))
             for network in (model.train().discriminator, model.generator)]
-    for optimizer, saved in zip(adam, state.get("optimizer", [])):
-        optimizer.load_state_dict(saved)
+    try:
+        for optimizer, saved in zip(adam, state["optimizer"] if first != 0 else [], strict=first != 0):
+            optimizer.load_state_dict(saved)
+        if not 0 <= first <= steps:
+            raise ValueError(f"step {first}")
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise BadInput(f"{out / 'ckpt.pt'}: damaged ({' '.join(str(error).split())[:200]})") from None
     out.mkdir(parents=True, exist_ok=True)
-    first, since, every = state["step"], time.time(), max(1, steps // 10)
     for step in range(first, steps):
         x, z = gan_batch(data, "gan", args.seed, step)
         fake = model.generator(z)
@@ -233,12 +241,14 @@ def open_model(path, target=None, raw=False):
 
 @torch.no_grad()
 def pictures(path, args):
-    """uint8 (count,3,S,S): image k begins with the same noise wherever the noise has the same shape."""
+    """uint8 (count,3,S,S), without guidance: image k begins with the same noise wherever that has the same
+    shape, and has the same label wherever the classes are as many.
+    """
     (model, config), ks = open_model(path, args.target), range(args.count)
     if isinstance(model, DCGAN):
         z = [start(args.seed, k, [0], dict(num_classes=0, in_channels=100, img_size=1))[1] for k in ks]
         return to_uint8(model.generator(torch.stack(z).to(DEVICE))).cpu()
-    how = dict(seed=args.seed, vae=find_vae(config, DEVICE), steps=args.heun or config["sample_steps"])
+    how = dict(seed=args.seed, vae=find_vae(config, DEVICE, args.vae), steps=args.heun)
     return torch.cat([draw(model, config, ks[i:i + BATCH], **how) for i in range(0, len(ks), BATCH)])
 
 
@@ -261,8 +271,13 @@ def landscape(path, args):
                          "discriminator": (D, lambda D, part: discriminator_loss(D, *part), pairs)}
     _, diffusion, data = load(path, args)                                    # checks what belongs together
     T, what = diffusion.T, [config.get("weighting", "min_snr"), config.get("gamma", 5.0)]
-    diffusion.weight = config["weight"] if what[0] == "ugd" else \
-        Diffusion(config["schedule"], T, config["target"], *what).weight
+    try:
+        diffusion.weight = config["weight"] if what[0] == "ugd" else \
+            Diffusion(config["schedule"], T, config["target"], *what).weight
+        if diffusion.weight.shape != (T,) or not diffusion.weight.isfinite().all():
+            raise ValueError("weights of the loss")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise BadInput(f"{path}: damaged ({error})") from None
     if args.t and max(args.t) >= T:
         raise BadInput(f"--t: found {args.t}, {path} has t = 0 .. {T - 1}")
     bins = {f"t = {t}": (T, t) for t in args.t or sorted({T // 10, T // 2, 9 * T // 10})} | {"all t": (1, 0)}
@@ -330,6 +345,8 @@ def draw_hessian(ax, title, paths, args):
     pooled, rows = {}, []
     for path in paths:
         for name, (module, loss, parts) in landscape(path, args)[1].items():
+            if not math.isfinite(value := mean_loss(module, loss, parts)):
+                raise BadInput(f"{path}: its loss is {value}; expected a finite one")
             memory = args.lanczos * sum(p.numel() for p in module.parameters()) / 2 ** 28
             if memory > args.budget:
                 raise BadInput(f"--budget {args.budget:g}: {args.lanczos} vectors of the parameters of "
@@ -338,7 +355,7 @@ def draw_hessian(ax, title, paths, args):
             pooled.setdefault(name, []).extend(found)
             high, low = (pick((f[0][i], f[2][i]) for f in found) for pick, i in ((max, -1), (min, 0)))
             numbers = *high, *low, *moments(found), np.mean([values.var() for values, *_ in found])
-            rows.append((title, path, name, mean_loss(module, loss, parts), *map(float, numbers)))
+            rows.append((title, path, name, value, *map(float, numbers)))
             print(f"{path} {name:14s}" + "".join(f"{x:11.3g}" for x in rows[-1][3:]), flush=True)
     for i, (name, found) in enumerate(pooled.items()):
         low, high = (end([end(values) for values, *_ in found]) for end in (np.min, np.max))
@@ -377,6 +394,9 @@ def draw_figure(command, groups, out, args):
 def miniature(args):
     """Train diffusion models and DCGANs without labels, 64 images a step, and draw the three figures."""
     out, steps = Path(args.out), args.steps or 1000
+    DCGAN(args.size)                                                         # refusals first, training then
+    if args.t and max(args.t) >= 1000:
+        raise BadInput(f"--t: found {args.t}, expected below 1000")
     claim(out, kind="stability", steps=steps, size=args.size, seeds=args.seeds)
     runs = {f"seed{seed}": ("vit-tiny", "x0", seed) for seed in range(args.seeds)}
     runs |= {"unet": ("unet-tiny", "x0", 0), "eps": ("vit-tiny", "eps", 0)}
@@ -392,7 +412,7 @@ def miniature(args):
             if read(folder / "ckpt.pt")["step"] == max(1, steps // 10):
                 replace(folder / "early.pt", lambda f: f.write((folder / "ckpt.pt").read_bytes()))
     both = {"diffusion": [*runs][:args.seeds], "DCGAN": [*runs][-args.seeds:]}
-    same, args.heun = {**both, "diffusion, other network, target": ["seed0", "unet", "eps"]}, 18
+    same = {**both, "diffusion, other network, target": ["seed0", "unet", "eps"]}
     for command, groups, files in (("consistency", same, ["ckpt.pt"]), ("hessian", both, ["ckpt.pt"]),
                                    ("interpolate", both, ["early.pt", "ckpt.pt"])):
         found = {title: [str(out / name / file) for name in names for file in files]
@@ -408,16 +428,16 @@ def reached(curve, level):
     for a, b in zip(steps, steps[1:]):
         if curve[b] <= level < curve[a]:
             return a + (b - a) * math.log(curve[a] / level) / math.log(curve[a] / curve[b])
-    return steps[0] if curve[steps[0]] <= level else math.inf
+    return steps[0] if steps and curve[steps[0]] <= level else math.inf
 
 
 def densities(args):
     """Train uniform, clts and laplace t under const and min-SNR-5: the steps until the x0 error and FD-pixels
-    are where uniform t under min-SNR-5 ends.
+    are where uniform t under min-SNR-5 ends, on the mean of its seeds; measured three times a run.
     """
     out, steps, columns = Path(args.out), args.steps or 600, ["x0_mse", "fd_pixels"]
     marks = sorted({max(1, steps * i // 3) for i in (1, 2, 3)})
-    claim(out, kind="densities", steps=steps, size=args.size)
+    claim(out, kind="densities", steps=steps, size=args.size, count=args.count)
     curriculum = f"clts:0.3:{max(1, steps // 10)}"                           # the paper's share of its run
     runs = {out / f"{timesteps.split(':')[0]}_{weighting}_seed{seed}":
             short_run(steps, timesteps=timesteps, weighting=weighting, gamma=gamma, seed=seed, size=args.size)
@@ -428,7 +448,10 @@ def densities(args):
     args.runs, args.out = [*runs], out / "densities.png"
     plot_runs(args, "quality.csv", columns, [", x0 error over all t", ", FD-pixels"], "")
     found = read_runs(args.runs, "quality.csv", columns)
-    levels = np.mean([curve[steps] for curve, _ in found["x0", "min-SNR-5 timesteps uniform"]], 0)
+    ends = [curve[steps] for curve, _ in found["x0", "min-SNR-5 timesteps uniform"] if steps in curve]
+    if not ends:
+        raise BadInput(f"--out {out}: uniform t under min-SNR-5 diverged; expected a run to compare with")
+    levels = np.mean(ends, 0)
     print(f"steps to an x0 error of {levels[0]:.4f} and FD-pixels of {levels[1]:.3f}, one for each seed")
     for (_, name), curves in found.items():
         times = [[reached({step: row[j] for step, row in curve.items()}, levels[j]) for curve, _ in curves]
@@ -440,13 +463,13 @@ def densities(args):
 
 FOLDERS = {"gan": (gan, "out/gan"), "miniature": (miniature, "out/stability"),
            "densities": (densities, "out/densities")}
-RANGES = dict(seed=(0, 2 ** 62), count=(1, 1e5), n=(1, 1e6), points=(2, 1e4), lanczos=(2, 1e4),
+RANGES = dict(seed=(0, 2 ** 62), count=(2, 1e5), heun=(1, 1e4), n=(1, 1e6), points=(2, 1e4), lanczos=(2, 1e4),
               probes=(1, 1e4), budget=(1e-9, 1e6), steps=(1, 1e9), size=(8, 1024), seeds=(2, 1e3))
 
 
 def parse():
     parser = Parser(__doc__)
-    parser.set_defaults(K=1, heun=None)                                      # for pareto.load; the run's own
+    parser.set_defaults(K=1)                                                 # for pareto.load
     add = parser.add_argument
     add("command", choices=[*FIGURES, *FOLDERS])
     add("--out", help=".png or .svg, numbers beside it (default: COMMAND.png); gan, miniature, densities: a\n"
@@ -457,6 +480,8 @@ def parse():
     add("--target", choices=TARGETS, help="what released weights predict")
     add("--count", type=int, help="consistency: images a model (default: 32); densities: samples measured\n"
                                   "(default: 256)")
+    add("--heun", type=int, default=18, help="consistency: Heun steps of the images (default: 18)")
+    add("--vae", help="consistency: autoencoder of latents (default: the one that the data name)")
     # losses: interpolate, hessian
     add("--n", type=int, default=64, help="samples of each loss (default: 64)")
     add("--t", type=int, nargs="+", help="timesteps besides all together (default: T/10, T/2, 9T/10)")

@@ -94,8 +94,8 @@ def parse():
     add("--ugd-bins", type=int, help="bins of t, a gradient each (default: 50)")
     add("--ugd-samples", type=int, help="samples a bin (default: 64)")
     add("--ugd-lambda", type=float, help="of eq. 11, / median squared gradient (default: 0.01)")
-    add("--timesteps", help="density of t: uniform, clts:MU:STEPS, laplace:MU:B, logit_normal:M:S or\n"
-                            "cosine_scaled:S, numbers where they are not the usual (default: uniform)")
+    add("--timesteps", help="density of t: uniform (default), clts:MU:STEP (share of T, last step of the\n"
+                            "curriculum), laplace:MU:B, logit_normal:M:S, cosine_scaled:S, or the name alone")
     add("--importance", action=argparse.BooleanOptionalAction,
         help="divide the loss by q T: the density serves the objective of uniform t")
     add("--gamma", type=float, help="clamp of min_snr and max_snr (default: 5)")
@@ -180,8 +180,9 @@ def settings(args, device, saved=None):
     elif flags := [f"--{key.replace('_', '-')}" for key in UGD if getattr(args, key) is not None]:
         raise BadInput(f"{flags[0]}: needs --weighting ugd")
     given = {key: value for key, value in vars(args).items() if value is not None and key in config}
-    if given.get("timesteps") == "clts":
-        given["timesteps"] = f"clts:0.3:{curriculum}"
+    name, *values = given.get("timesteps", "").split(":")
+    if name == "clts":
+        given["timesteps"] = ":".join([name, *values, *["0.3", str(curriculum)][len(values):]])
     if saved is not None:
         if missing := sorted({*config, "size", "classes"} - saved.keys()):
             raise BadInput(f"{args.out}/ckpt.pt: its config lacks {', '.join(missing)}")
@@ -492,13 +493,18 @@ def main():
 
     params = sum(p.numel() for p in model.parameters())
     say(f"{config['model']}: {params / 1e6:.1f}M parameters, {config['target']} prediction, "
-        f"{config['weighting']} weighting, gamma {config['gamma']:g}, {config['dtype']} on {device.type}")
+        f"{config['weighting']} weighting, gamma {config['gamma']:g}, {config['timesteps']} t, "
+        f"{config['dtype']} on {device.type}")
     say(f"{config['dataset']}: {len(data):,} images {data.size} x {data.size}, {len(data.classes)} classes; "
         f"global batch {B} = {micro} x {world} processes x {args.accum} accumulation")
     if data.meta.get("split", "train") != "train":
         say(f"warning: {config['data']} is the {data.meta['split']} split of {config['dataset']}")
     if args.gamma is not None and config["weighting"] not in ("min_snr", "max_snr", "soft_min_snr"):
         say(f"warning: --gamma {args.gamma:g} changes nothing, the weighting is {config['weighting']}")
+    rarest = 1 / (diffusion.density(steps).min() * diffusion.T)
+    if args.importance and (config["timesteps"] == "uniform" or rarest > 1e4):
+        what = "changes nothing" if rarest < 1.01 else f"multiplies the loss of the rarest t by {rarest:.0e}"
+        say(f"warning: --importance {what}")
     if 1 / (1 - min(config["ema"], 1 - 1e-9)) > steps:
         say(f"warning: an EMA of {config['ema']} averages over more steps than the run's {steps}")
     if args.dry_run:

@@ -447,6 +447,27 @@ def test_a_run_of_the_miniature_is_resumed_and_its_divergence_is_logged(tmp_path
     assert table(folder / "quality.csv") == quality
 
 
+def test_a_folder_belongs_to_one_miniature(tmp_path):
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+    pareto.claim(tmp_path / "m", steps=3)
+    pareto.claim(tmp_path / "m", steps=4)                                    # nothing was trained yet
+    (tmp_path / "m/run").mkdir()
+    (tmp_path / "m/run/ckpt.pt").touch()
+    pareto.claim(tmp_path / "m", steps=4)
+    with pytest.raises(pareto.BadInput, match="other flags"):
+        pareto.claim(tmp_path / "m", steps=5)
+
+
+def test_a_line_without_points_is_drawn_empty(command, tmp_path):
+    figure, axes = pareto.canvas()
+    values = np.array([[1.0, np.nan, 3.0], [2.0, np.nan, np.nan]])
+    pareto.band(axes[0, 0], [0, 10, 20], values, 0, "holes")
+    pareto.band(axes[0, 0], [0, 10, 20], values * np.nan, 1, "none")
+    x, y = axes[0, 0].lines[0].get_data()
+    assert x.tolist() == [0, 20] and y.tolist() == [1.5, 3.0] and len(axes[0, 0].lines[1].get_data()[0]) == 0
+    pareto.save(figure, tmp_path / "f.png", "x", [])
+
+
 @pytest.mark.slow
 def test_miniature(command, script, tmp_path):
     words = ("miniature", "--steps", 4, "--size", 8, "--seeds", 1, "--marks", 2, "--images", 16, "--K", 4, "--n", 2,

@@ -263,7 +263,7 @@ def test_gan_run_is_its_seeds_and_killed_and_resumed_the_same_to_the_bit(tmp_pat
     train_gan(tmp_path / "parts")                                            # done: nothing is left to do
     assert (tmp_path / "parts/ckpt.pt").stat().st_mtime_ns == before
     for other in (dict(seed=1), dict(steps=30), dict(size=16)):
-        with pytest.raises(ValueError, match="holds a run"):
+        with pytest.raises(ValueError, match="holds another run"):
             train_gan(tmp_path / "parts", **other)
 
 
@@ -331,11 +331,16 @@ def ckpts(*paths):
 
 def test_consistency_command(command, runs, gans, tmp_path):
     pytest.importorskip("matplotlib")
-    text = command("consistency", *ckpts(runs / "a", runs / "eps/ckpt.pt", gans / "g", runs / "a"), "--count", 5)
-    rows, args = table(tmp_path / "consistency.csv"), argparse.Namespace(count=5, seed=0, target=None, heun=None)
+    text = command("consistency", *ckpts(runs / "a", runs / "eps/ckpt.pt", gans / "g", runs / "a"), "--count", 5, "--heun", 3)
+    rows, args = table(tmp_path / "consistency.csv"), argparse.Namespace(count=5, seed=0, target=None, heun=3, vae=None)
     q = torch.stack([stability.pictures(path, args) for path in (runs / "a", runs / "eps", gans / "g", runs / "a")])
     assert q.shape == (4, 5, 3, 8, 8) and len(rows) == 3 * 5 and (tmp_path / "consistency.png").stat().st_size > 5000
     assert f"consistency {stability.consistency(q):.2f} dB" in text
+    other = stability.psnr(q[:1], q[1:, [4, 0, 1, 2, 3]]).mean()             # each beside the one before it
+    assert f"with other images {other:.2f} dB" in text
+    args.heun = 2
+    assert not torch.equal(stability.pictures(runs / "a", args), q[0])
+    args.heun = 3
     for row, expected in zip(rows, stability.psnr(q[:1], q[1:]).flatten().tolist()):
         assert float(row["psnr_to_first"]) == pytest.approx(expected, rel=1e-5)
     assert float(rows[-1]["psnr_to_first"]) == pytest.approx(10 * math.log10(255 ** 2 * 192), rel=1e-5)
@@ -391,7 +396,8 @@ def test_hessian_command(command, runs, gans, tmp_path):
     found = stability.spectrum(module, loss, parts, 4, 2)
     (mean, variance), row = stability.moments(found), rows[1]
     expected = dict(lambda_1=max(f[0][-1] for f in found), lambda_P=min(f[0][0] for f in found), mean=mean,
-                    variance=variance, value=stability.mean_loss(module, loss, parts))
+                    variance=variance, value=stability.mean_loss(module, loss, parts),
+                    ritz_variance=np.mean([((f[0] - f[0].mean()) ** 2).mean() for f in found]))
     assert {key: float(row[key]) for key in expected} == pytest.approx(expected, rel=1e-4)
     best = max(found, key=lambda f: f[0][-1])
     assert float(row["error_1"]) == pytest.approx(best[2][-1], rel=1e-3) and f"{mean:.3g}" in text
@@ -423,6 +429,7 @@ def test_the_step_at_which_a_level_is_reached():
     assert stability.reached(curve, 4.0) == pytest.approx(300) and stability.reached(curve, 2.0) == pytest.approx(400)
     assert stability.reached(curve, 1.0) == pytest.approx(600) and stability.reached(curve, 0.9) == math.inf
     assert stability.reached(curve, 9.0) == 200 and stability.reached({5: 1.0}, 2.0) == 5
+    assert stability.reached({}, 1.0) == math.inf
     assert stability.reached({200: 8.0, 400: 1.0, 600: 3.0}, 2.0) == pytest.approx(200 + 200 * math.log(4) / math.log(8))
 
 
@@ -444,6 +451,33 @@ def test_densities(command, tmp_path):
     assert min(times[:2]) == 1 and set(lines) == {"uniform", "clts:0.3:1", "laplace"}
 
 
+def test_a_damaged_gan_is_refused(script, gans, tmp_path):
+    for key, value in (("step", "x"), ("step", -4), ("step", 10 ** 9), ("optimizer", 5), ("optimizer", []), ("optimizer", None)):
+        state = read(gans / "g")
+        (tmp_path / "bad").mkdir(exist_ok=True)
+        torch.save({**state, key: value}, tmp_path / "bad/ckpt.pt")
+        words = [word for name in ("size", "seed", "steps") for word in (f"--{name}", state["config"][name])]
+        assert "damaged" in script("stability.py", "gan", "--out", "bad", *words, code=2), (key, value)
+    assert "seed 0 for 7" in script("stability.py", "gan", "--out", gans / "g", *words[:2], "--seed", 7, *words[4:], code=2)
+
+
+def test_the_landscape_of_a_ugd_run_has_its_weights(runs, tmp_path):
+    state = read(runs / "a")
+    state["config"]["weighting"], state["weight"] = "ugd", torch.linspace(0, 2, 100, dtype=torch.float64)
+    torch.save(state, tmp_path / "ugd.pt")
+    args = argparse.Namespace(n=4, seed=0, t=[50], data=None, target=None, K=1)
+    values = []
+    for path in (runs / "a", tmp_path / "ugd.pt"):
+        model, loss, parts = stability.landscape(path, args)[1]["t = 50"]
+        values.append(stability.mean_loss(model, loss, parts))
+    weight = Diffusion("cosine", 100).weight[50]
+    assert values[1] / values[0] == pytest.approx(float(state["weight"][50] / weight), rel=1e-5)
+    for weight in (None, torch.ones(7), torch.full((100,), float("nan"))):
+        torch.save({**state, "weight": weight}, tmp_path / "ugd.pt")
+        with pytest.raises(stability.BadInput, match="damaged"):
+            stability.landscape(tmp_path / "ugd.pt", args)
+
+
 def test_gan_command(command, tmp_path):
     text = command("gan", "--size", 8, "--steps", 2, "--out", "g", "--seed", 3)
     state = torch.load(tmp_path / "g/ckpt.pt", weights_only=True)
@@ -460,10 +494,11 @@ def test_refusals(script, runs, gans, tmp_path, monkeypatch):
                        (("interpolate", *a, *ckpts(runs / "large")), "other shapes"), (("hessian", *a, "--t", 100), "--t"),
                        (("hessian", *a, "--t", -1), "--t"), (("hessian", *a, "--budget", 0.01), "--budget"),
                        (("hessian", *a, "--lanczos", 1), "--lanczos"), (("hessian", *a, "--n", 0), "--n"), (("hessian", *a, "--probes", 0), "--probes"),
-                       (("interpolate", *a, *a, "--points", 1), "--points"), (("consistency", *a, *a, "--count", 0), "--count"),
+                       (("interpolate", *a, *a, "--points", 1), "--points"), (("consistency", *a, *a, "--count", 1), "--count"),
                        (("hessian", *a, "--budget", "nan"), "--budget"), (("miniature", "--seeds", 1), "--seeds"), (("gan", "--steps", 0), "--steps"),
+                       (("miniature", "--size", 12), "size"), (("miniature", "--t", 1000), "--t"), (("consistency", *a, *a, "--heun", 0), "--heun"),
                        (("miniature", "--data", "none"), "--data"), (("hessian", *a, "--out", "x.jpg"), "--out"), (("gan", "--size", 12), "size"),
-                       (("gan", "--data", "none"), "none"), (("hessian", *g, "--data", "none"), "none"), (("gan", "--out", runs / "a"), "holds a run")):
+                       (("gan", "--data", "none"), "none"), (("hessian", *g, "--data", "none"), "none"), (("gan", "--out", runs / "a"), "holds another run")):
         assert why in script("stability.py", *words, code=2), words
     for source, part in ((runs / "a", "model"), (runs / "a", "ema"), (gans / "g", "model")):
         state = read(source)

@@ -236,6 +236,20 @@ def test_labels_are_dropped_as_often_as_asked():
     assert 500 < dropped < 700                                               # 600 expected, sd 23
 
 
+def test_densities_on_the_command_line(script, tmp_path):
+    text = script("train.py", *TINY, "--steps", 3, "--timesteps", "clts:0.2", "--importance", "--out", "run")
+    assert "clts:0.2:240 t" in text and "warning: --importance" not in text
+    config = read(tmp_path / "run/ckpt.pt")["config"]
+    assert config["timesteps"] == "clts:0.2:240" and config["importance"] is True and "curriculum" not in config
+    for flag in ("clts:0.2:9", "laplace", "clts"):
+        assert "--timesteps" in script("train.py", "--resume", "--out", "run", "--timesteps", flag, code=2)
+    assert "--importance" in script("train.py", "--resume", "--out", "run", "--no-importance", code=2)
+    for flag in ("clts:300:9", "lognormal", "laplace:0:0", "clts:x"):
+        assert f"timesteps: found '{flag}" in script("train.py", *TINY, "--timesteps", flag, "--out", "none", code=2)
+    for flag, why in (("uniform", "changes nothing"), ("laplace", "rarest t by")):
+        assert why in script("train.py", *TINY, "--timesteps", flag, "--importance", "--dry-run")
+
+
 def test_learning_rate():
     config = dict(lr=2.0, warmup=4, decay=0.5, steps=20)
     rates = [learning_rate(config, step) for step in range(20)]
