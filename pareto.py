@@ -251,6 +251,7 @@ def canvas(rows=1, columns=1):
         raise BadInput("figures need a package: pip install matplotlib") from None
     style = {"font.size": 9, "legend.fontsize": 7, "axes.grid": True, "grid.alpha": 0.3, "svg.hashsalt": "0"}
     matplotlib.rcParams.update(style)
+    pyplot.close("all")                                                      # what a refusal left open
     size = (4.2 * columns, 3.2 * rows)
     return pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
 
