@@ -237,6 +237,25 @@ def train_gan(out, steps=20, seed=0, **other):
     return read(out)
 
 
+def test_two_steps_of_a_gan_by_hand(tmp_path):
+    """Radford et al.: Adam 2e-4, (0.5, 0.999); the discriminator first, and the generator against the new one."""
+    found = train_gan(tmp_path / "run", steps=2, seed=3)["model"]
+    torch.manual_seed(3)
+    model = stability.DCGAN(8)
+    G, D = model.generator, model.discriminator
+    adam = [torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.999)) for network in (D, G)]
+    for step in range(2):
+        x, z = stability.gan_batch(built_in(8), "gan", 3, step)
+        fake = G(z)
+        model.zero_grad()
+        (-D(x).sigmoid().log().mean() - (1 - D(fake.detach()).sigmoid()).log().mean()).backward()
+        adam[0].step()
+        model.zero_grad()
+        (-D(fake).sigmoid().log().mean()).backward()
+        adam[1].step()
+    assert distance(model.state_dict(), found) < 1e-4
+
+
 def test_gan_run_is_its_seeds_and_killed_and_resumed_the_same_to_the_bit(tmp_path, monkeypatch):
     whole = train_gan(tmp_path / "whole")
     assert whole["step"] == 20 and read(tmp_path / "whole/early.pt")["step"] == 2
