@@ -464,7 +464,7 @@ def densities(args):
 FOLDERS = {"gan": (gan, "out/gan"), "miniature": (miniature, "out/stability"),
            "densities": (densities, "out/densities")}
 RANGES = dict(seed=(0, 2 ** 62), count=(2, 1e5), heun=(1, 1e4), n=(1, 1e6), points=(2, 1e4), lanczos=(2, 1e4),
-              probes=(1, 1e4), budget=(1e-9, 1e6), steps=(1, 1e9), size=(8, 1024), seeds=(2, 1e3))
+              probes=(1, 1e4), budget=(1e-9, 1e6), steps=(1, 1e9), size=(8, 1024), seeds=(1, 1e3))
 
 
 def parse():
@@ -507,6 +507,8 @@ def main():
     if found < least or found and not least or pairs and found % 2:
         expected = f"{least} or more{', in pairs' if pairs else ''}" if least else "none"
         raise BadInput(f"{command}: found {found} --ckpt, expected {expected}")
+    if command == "miniature" and args.seeds < 2:
+        raise BadInput("--seeds 1: found nothing to compare, expected at least 2")
     if args.t and min(args.t) < 0 or command in ("miniature", "densities") and args.data:
         raise BadInput(f"--t {args.t}, --data {args.data}: expected t >= 0, and no data for {command}")
     args.count = args.count or (256 if command == "densities" else 32)
