@@ -5,7 +5,6 @@ that paper's unless said otherwise. Symbols: x0 clean image, x_t noisy image, t 
 1 .. T), alpha_t and sigma_t with alpha^2 + sigma^2 = 1, alphas_cumprod = alpha^2, SNR = alpha^2 / sigma^2.
 Tables are float64: on the cosine schedule the SNR runs from 2.4e4 down to 2.4e-9.
 """
-import functools
 import math
 
 import torch
@@ -152,7 +151,7 @@ class Diffusion:
         self.snr = table / (1 - table)                                       # SNR = alpha^2 / sigma^2
         self.weight = loss_weight(self.snr, weighting, target, gamma)
         self.factor = target_factor(self.snr, target)
-        self.density = functools.partial(timestep_density, timesteps, self.snr.cpu())        # of a step
+        self.timesteps, self.cpu_snr = timesteps, self.snr.cpu()             # t is drawn where the data are
         self.density()                                                       # refuses what is no density
 
     def to(self, device):
@@ -160,6 +159,10 @@ class Diffusion:
         for name in ("alphas_cumprod", "snr", "weight", "factor"):
             setattr(self, name, getattr(self, name).to(device))
         return self
+
+    def density(self, step=0):
+        """q(t) of a step of training, float64 (T,), on the CPU."""
+        return timestep_density(self.timesteps, self.cpu_snr, step)
 
     def draw(self, B, generator, step=0):
         """t (B,) long with density q, and 1 / (q T) (B,) float64, on the CPU. Stratified: t[i] is where the
