@@ -34,8 +34,9 @@ def judge():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words, least", [((), 95), (("--model", "unet-tiny", "--steps", 500, "--out", "out/shapes"), 90)])
-def test_train_and_sample(words, least, script, tmp_path):
+@pytest.mark.parametrize("words, least, floors", [
+    ((), 95, 3), (("--model", "unet-tiny", "--steps", 350, "--out", "out/shapes"), 75, 12)])           # a quarter of its run
+def test_train_and_sample(words, least, floors, script, tmp_path):
     began = time.time()
     text = script("train.py", *words, env=dict(OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "2")), timeout=1200)
     minutes = (time.time() - began) / 60
@@ -50,4 +51,4 @@ def test_train_and_sample(words, least, script, tmp_path):
     score, floor = map(float, re.search(r"FD-pixels (\S+) of .*: (\S+)\)", text).groups())
     print(f"\n{words}: {minutes:.1f} minutes, {memory:.2f} GiB, {right} of 100 samples recognised, "
           f"FD-pixels {score} (real images {floor})")
-    assert right >= least and spread == 100 and score < 3 * floor
+    assert right >= least and spread == 100 and score < floors * floor
