@@ -622,6 +622,13 @@ RANGES = dict(K=(1, 1e6), n=(1, 1e6), steps=(1, 1e9), seeds=(1, 1e3), size=(1, 1
               images=(2, 1e6))
 
 
+def check(args, ranges):
+    """Raise BadInput for a number that is outside of its range."""
+    for flag, (low, high) in ranges.items():
+        if (value := getattr(args, flag)) is not None and not low <= value <= high:
+            raise BadInput(f"--{flag}: found {value}, expected {low:g} to {high:g}")
+
+
 def parse():
     parser = Parser(__doc__)
     add = parser.add_argument
@@ -657,9 +664,7 @@ def parse():
 
 def main():
     args = parse()
-    for flag, (low, high) in RANGES.items():
-        if (value := getattr(args, flag)) is not None and not low <= value <= high:
-            raise BadInput(f"--{flag}: found {value}, expected {low:g} to {high:g}")
+    check(args, RANGES)
     if args.repeats < 2 or min(args.samples) < 1:
         raise BadInput(f"--repeats {args.repeats}, --samples {args.samples}: expected at least 2 and 1")
     if args.command == "figure3" and (len(args.ckpt) > 1 or args.K < 2):

@@ -26,8 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data import BadInput, Packed, Parser, built_in, generator, progress, read, replace, run, tile
 from diffusion import TARGETS, Diffusion
-from pareto import (FOUR, band, bring_up, canvas, claim, draw_bin, load, look, plot_runs, read_runs, save,
-                    short_run, timed, train_to)
+from pareto import (FOUR, band, bring_up, canvas, check, claim, draw_bin, load, look, plot_runs, read_runs,
+                    save, short_run, timed, train_to)
 from sample import draw, find_vae, load_checkpoint, start, to_uint8
 
 BATCH = 64                               # samples at a time: a GAN's step, a part of the samples of a loss
@@ -499,9 +499,7 @@ def parse():
 
 def main():
     args = parse()
-    for flag, (low, high) in RANGES.items():
-        if (value := getattr(args, flag)) is not None and not low <= value <= high:
-            raise BadInput(f"--{flag}: found {value}, expected {low:g} to {high:g}")
+    check(args, RANGES)
     command, found, pairs = args.command, len(args.ckpt), args.command == "interpolate"
     least = FIGURES[command][1] if command in FIGURES else 0
     if found < least or found and not least or pairs and found % 2:
