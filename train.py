@@ -301,6 +301,33 @@ def ahead(make, first, last):
             yield jobs.pop(0).result()
 
 
+def backward(net, diffusion, batch, tally, config, accum=1, world=1):
+    """Loss and gradients of this process's rows (x0, t, noise, y, scale), micro-batch by micro-batch; DDP
+    exchanges gradients in the last one only. Adds the sums of a log line to tally (10,4), by range of t.
+    """
+    tens = torch.arange(10, device=tally.device)[:, None]
+    for i, (x0, t, noise, y, scale) in enumerate(zip(*(part.chunk(accum) for part in batch))):
+        nothing = contextlib.nullcontext()
+        with net.no_sync() if world > 1 and i + 1 < accum else nothing:
+            with torch.autocast(x0.device.type, torch.bfloat16) if config["dtype"] == "bfloat16" else nothing:
+                loss, mse = diffusion.loss(net, x0, t, noise, y)
+            loss = loss * scale.to(loss.dtype)                               # 1, or 1 / (q T)
+            (loss.sum() * (world / config["batch_size"])).backward()         # DDP divides by world
+        with torch.no_grad():
+            sums = torch.stack([loss, mse, mse / diffusion.factor[t], torch.ones_like(mse)], 1).double()
+            tally += (t * 10 // config["T"] == tens).double() @ sums         # (10,B) @ (B,4)
+
+
+@torch.no_grad()
+def update(model, ema, optimizer, config, step):
+    """One step of AdamW, and of the moving average of the weights."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, step)
+    optimizer.step()
+    optimizer.zero_grad()
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - config["ema"])
+
+
 def learning_rate(config, step):
     """Linear warm-up, constant, and over the last `decay` of the run linearly to 0."""
     rise = min(1, (step + 1) / max(config["warmup"], 1))
@@ -349,14 +376,13 @@ def dry_run(config, model, ema, optimizer, diffusion, parts, micro, world, devic
         return (time.time() - since) / count
 
     def passes():
-        with torch.autocast(device.type, torch.bfloat16, enabled=config["dtype"] == "bfloat16"):
-            loss, _ = diffusion.loss(model, x, t, x, t)
-        loss.sum().backward()
+        backward(model, diffusion, (x, t, x, t, torch.ones_like(t)), tally, config)
 
-    def update():
+    def update():                                                            # may be repeated: zeroes nothing
         optimizer.step()
         torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - config["ema"])
 
+    tally = torch.zeros(10, 4, dtype=torch.float64, device=device)
     n, each = 0, 0.0
     while n < micro and each < 2:
         B = min(max(2 * n, 1), micro)
@@ -515,7 +541,7 @@ def main():
         print(f"writing to {args.out}", flush=True)
 
     # -------------------------------------------------------------------------------------- training loop
-    stop, signals, finite, tens = 0, [], True, torch.arange(10, device=device)[:, None]
+    stop, signals, finite = 0, [], True
     for name in (signal.SIGINT, signal.SIGTERM):                         # a second Ctrl-C interrupts at once
         signal.signal(name, lambda number, _: (signals.append(number), signal.signal(number, signal.SIG_DFL)))
     if args.data_on_gpu:
@@ -544,30 +570,12 @@ def main():
         # data: prepared by a thread, already cut to this process
         now = time.time()
         x0, t, noise, y, scale = (part.to(device, non_blocking=True) for part in next(batches))
-        x0, noise = x0.to(dtype), noise.to(dtype)
         waited += time.time() - now
 
-        # loss and gradients, micro-batch by micro-batch; DDP exchanges gradients in the last one only
-        for i in range(args.accum):
-            part = slice(i * micro, (i + 1) * micro)
-            quiet = net.no_sync() if world > 1 and i + 1 < args.accum else contextlib.nullcontext()
-            with quiet:
-                with torch.autocast(device.type, torch.bfloat16, enabled=config["dtype"] == "bfloat16"):
-                    loss, mse = diffusion.loss(net, x0[part], t[part], noise[part], y[part])
-                loss = loss * scale[part].to(loss.dtype)                     # 1, or 1 / (q T)
-                (loss.sum() * (world / B)).backward()                        # DDP divides by world
-            with torch.no_grad():
-                x0_mse = mse / diffusion.factor[t[part]]
-                sums = torch.stack([loss, mse, x0_mse, torch.ones_like(mse)], 1).double()
-                tally += (t[part] * 10 // config["T"] == tens).double() @ sums       # (10,B) @ (B,4)
-
-        # update of weights and EMA
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - config["ema"])
+        # loss and gradients, then update of weights and EMA
+        batch = x0.to(dtype), t, noise.to(dtype), y, scale
+        backward(net, diffusion, batch, tally, config, args.accum, world)
+        update(model, ema, optimizer, config, step)
 
         # stop signal, agreed on by all processes
         done, stop = step + 1, max(signals, default=0)
