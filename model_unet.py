@@ -295,11 +295,10 @@ class UNet(Encoder):
                 width_in = width
         self.out = nn.Sequential(nn.GroupNorm(32, width), nn.SiLU(),
                                  zero(nn.Conv2d(width, in_channels, 3, padding=1)))
-        self.to(memory_format=torch.channels_last)                           # faster convolutions
+        self.to(memory_format=torch.channels_last)                  # faster; the weights' layout is passed on
 
     def forward(self, x, t, y=None):
         emb, skips = self.embed(x, t), []                                    # (B,E)
-        x = x.contiguous(memory_format=torch.channels_last)
         label = emb.new_zeros(len(x), self.context_dim or 1)                 # without classes
         if self.num_classes:
             label = self.label_emb(torch.full_like(t, self.num_classes) if y is None else y)

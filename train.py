@@ -291,13 +291,13 @@ def epoch_order(N, seed, epoch):
     return torch.randperm(N, generator=generator("epoch", seed, epoch))
 
 
-def ahead(make, first, last):
-    """make(first), ..., make(last - 1), each prepared in a thread while the step before it runs."""
-    with ThreadPoolExecutor(1) as pool:
-        jobs = [pool.submit(make, first)]
+def ahead(make, first, last, threads=1):
+    """make(first), ..., make(last - 1), each prepared in a thread while as many steps before it run."""
+    with ThreadPoolExecutor(threads) as pool:
+        jobs = [pool.submit(make, step) for step in range(first, min(first + threads, last))]
         for step in range(first, last):
-            if step + 1 < last:
-                jobs.append(pool.submit(make, step + 1))
+            if step + threads < last:
+                jobs.append(pool.submit(make, step + threads))
             yield jobs.pop(0).result()
 
 
@@ -551,7 +551,8 @@ def main():
             raise BadInput(f"--data-on-gpu: {config['data']} does not fit into {device}'s memory") from None
     pin = lambda part: part.pin_memory() if device.type == "cuda" and part.device.type == "cpu" else part
     parts = lambda step: [pin(part) for part in draw_step(data, config, diffusion, step, rows)]
-    batches = ahead(parts, first, steps)
+    share = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))     # a CPU's cores train
+    batches = ahead(parts, first, steps, max(1, min(4, share)) if device.type == "cuda" else 1)
     since, waited, solving, mark, done = time.time(), 0.0, 0.0, first, first
     for step in range(first, steps):
         # UGD: the weights of the loss, solved anew from fresh gradients, one table for all processes

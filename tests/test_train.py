@@ -14,7 +14,7 @@ import torch
 from data import built_in
 from diffusion import Diffusion
 from sample import build_model, grid, load_checkpoint, read
-from train import HEADER, draw_step, epoch_order, learning_rate, log_row
+from train import HEADER, ahead, draw_step, epoch_order, learning_rate, log_row
 
 TINY = ("--batch-size", 8, "--sample-steps", 1, "--log-every", 5)
 
@@ -177,6 +177,21 @@ def test_everything_random_is_drawn_for_the_global_batch():
     assert x0.shape == noise.shape == (12, 3, 16, 16) and t.min() >= 0 and t.max() < 1000 and t.unique().numel() > 6
     for other in (draw_step(pool, config, d, 8, slice(0, 12)), draw_step(pool, {**config, "seed": 6}, d, 7, slice(0, 12))):
         assert not torch.equal(other[1], t) and not torch.equal(other[2], noise)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_steps_come_in_order_however_many_threads_prepare_them(threads):
+    begun = []
+
+    def make(step):
+        begun.append(step)
+        time.sleep(0.03 * (step % 3 == 0))                                   # the later ones are ready sooner
+        return step
+    found = []
+    for step in ahead(make, 2, 9, threads):
+        found.append(step)
+        assert max(begun) <= step + threads                                  # memory: no more than these are held
+    assert found == list(range(2, 9)) and sorted(begun) == found
 
 
 def test_an_epoch_shows_every_image_once_and_the_next_in_another_order():
