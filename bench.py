@@ -131,13 +131,14 @@ def stepper(model, data, config, plain=False):
     pin = lambda part: part.pin_memory() if GPU else part
     draw = lambda step: [pin(part) for part in train.draw_step(data, config, diffusion, step, slice(None))]
     batches, tally = train.ahead(draw, 0, 10 ** 9), torch.zeros(10, 4, dtype=torch.float64, device=DEVICE)
+    skips = torch.zeros(3, dtype=torch.long, device=DEVICE)
     batch = [part.to(DEVICE) for part in next(batches)]
 
     def whole():
         batch[:] = [part.to(DEVICE, non_blocking=True) for part in next(batches)]
         train.backward(model, diffusion, batch, tally, config)
         if not plain:
-            return train.update(model, ema, optimizer, config, 0)
+            return train.update(model, ema, optimizer, config, 0, skips)
         optimizer.step()
         optimizer.zero_grad()
         for average, p in zip(ema.parameters(), model.parameters()):

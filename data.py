@@ -81,12 +81,18 @@ def generator(purpose, seed, k):
     return torch.Generator().manual_seed((int.from_bytes(digest[:4], "little") + k) % 2 ** 32)
 
 
-def replace(path, write):
-    """write(file) to a neighbour of path, then rename: path is the old file or the new one, never half."""
+def replace(path, write, previous=None):
+    """write(file) to a neighbour of path, then rename: path is the old file or the new one, never half, even
+    where the power fails. The old file is kept under the name `previous`.
+    """
     part = Path(f"{path}.{os.environ.get('RANK', 0)}.part")              # a killed run's is written over
     try:
         with open(part, "wb") as file:
             write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:     # torch.save turns a full disk into RuntimeError
         raise BadInput(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
@@ -161,7 +167,7 @@ def facts(meta):
 
 def progress(what, done, total, since, start=0):
     """One line with rate and time left; `start` of the `done` were there before `since`."""
-    rate = (done - start) / max(time.time() - since, 1e-9)
+    rate = (done - start) / max(time.monotonic() - since, 1e-9)
     left = f"{(total - done) / rate / 60:.1f} min left" if rate else ""
     end = "\n" if done == total else ""
     print(f"\r{what} {done:,} / {total:,}   {rate:,.0f}/s   {left}   ", end=end, flush=True)
@@ -724,7 +730,7 @@ def pack(src, size, out, split="train", classes=None, dataset=None, workers=None
     if (out / "meta.json").exists():
         return print(f"{out}: already packed, {len(paths):,} images")
     _, done = begin(out, "images", (3, size, size), np.uint8, meta)
-    todo, since, start = np.flatnonzero(done == 0), time.time(), int(done.sum()) * CHUNK
+    todo, since, start = np.flatnonzero(done == 0), time.monotonic(), int(done.sum()) * CHUNK
     jobs = [(paths[i * CHUNK:(i + 1) * CHUNK], size, meta["dataset"], out / "images.npy", i * CHUNK)
             for i in todo]
     for _, i in zip(in_workers(pack_chunk, jobs, workers), todo):

@@ -381,7 +381,7 @@ def measure(source, n, extract, batch, device):
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if n < world:
         raise BadInput(f"{source.path}: {n} images are too few for {world} processes")
-    start, stop, since, done = rank * n // world, (rank + 1) * n // world, time.time(), 0
+    start, stop, since, done = rank * n // world, (rank + 1) * n // world, time.monotonic(), 0
     streams, kept = [], []
     for images in source.batches(start, stop, batch):
         parts = extract(images.to(device))                                   # features, spatial features

@@ -79,7 +79,7 @@ def gram(model, diffusion, data, K, n=64, seed=0, budget=2 ** 30, project=0, qui
         bucket = torch.randint(project, (P,), generator=g, dtype=torch.int32).to(weight.device)
         sign = torch.randint(2, (P,), generator=g, dtype=torch.int8).mul_(2).sub_(1).to(weight.device)
     G = torch.zeros(K, K, dtype=torch.float64, device=weight.device)
-    since, firsts = time.time(), range(0, P, width)
+    since, firsts = time.monotonic(), range(0, P, width)
     for i, first in enumerate(firsts):
         last = min(first + width, P)
         inside = [(p, a) for p, a in zip(params, starts) if a < last and a + p.numel() > first]
@@ -355,7 +355,7 @@ def finetune(model, diffusion, data, low, high, steps, lr, seed):
 def figure2(args):
     """Change of every bin's loss when [100, 200), [200, 300) or [300, 400) is trained alone (figure 2)."""
     figure, axes = canvas()
-    rows, changes, since = [], {}, time.time()
+    rows, changes, since = [], {}, time.monotonic()
     for i, path in enumerate(args.ckpt):
         model, diffusion, data = load(path, args)
         if diffusion.T < 10:
@@ -546,10 +546,10 @@ def short_run(steps, **other):
 
 def timed(runs):
     """The items of a dict folder: its run; says after each how long the others will take."""
-    since = time.time()
+    since = time.monotonic()
     for i, (folder, what) in enumerate(runs.items(), 1):
         yield folder, what
-        each = (time.time() - since) / i
+        each = (time.monotonic() - since) / i
         print(f"run {i} / {len(runs)}: {folder.name}   {each:.0f} s a run   "
               f"{each * (len(runs) - i) / 60:.1f} min left", flush=True)
 

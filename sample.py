@@ -324,7 +324,7 @@ def main():
                     **how, **guide, target=config["target"], dataset=config["dataset"], size=size)
     claim(folder, protocol)
     path = lambda k: folder / f"{k:06d}.png"
-    todo, since = [k for k in range(rank, n, world) if not path(k).exists()], time.time()
+    todo, since = [k for k in range(rank, n, world) if not path(k).exists()], time.monotonic()
     for i in range(0, len(todo), args.batch_size):
         ks = todo[i:i + args.batch_size]
         for k, image in zip(ks, draw(model, config, ks, **tools, **how).permute(0, 2, 3, 1).numpy()):

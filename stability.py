@@ -192,7 +192,7 @@ def gan(args):
         old = state["config"] if isinstance(state.get("config"), dict) else {}
         raise BadInput(f"--out {out}: holds another run, " + ", ".join(
             f"{key} {old.get(key)} for {value}" for key, value in config.items() if old.get(key) != value))
-    first, since, every = state.get("step"), time.time(), max(1, steps // 10)
+    first, since, every = state.get("step"), time.monotonic(), max(1, steps // 10)
     model = open_model(out)[0] if first else DCGAN(args.size).to(DEVICE)
     adam = [torch.optim.Adam(network.parameters(), 2e-4, (0.5, 0.999))
             for network in (model.train().discriminator, model.generator)]

@@ -9,6 +9,7 @@ A run depends on its flags and --seed alone: not on the number of processes, --a
 import argparse
 import contextlib
 import copy
+import fcntl
 import functools
 import json
 import math
@@ -65,6 +66,7 @@ DEFAULT = dict(weighting="min_snr", gamma=5.0, timesteps="uniform", importance=F
                schedule="cosine", T=1000, classes=None, lr=1e-4, warmup=0, decay=0.0, ema=.9999,
                interval=None)
 SIZES = {**model_vit.SIZES, **model_unet.SIZES}
+SKIPS = 10                                             # updates left out in a row, that end a run
 UGD = dict(ugd_every=500, ugd_bins=50, ugd_samples=64, ugd_lambda=.01)      # in the config with it alone
 FREE = "steps cfg sample_steps interval data log_every save_every sample_every".split()   # even on --resume
 MANY, BELOW_1 = 2 ** 62, 1 - 1e-9
@@ -270,6 +272,39 @@ def configure(args, device, saved=None):
                   "facts": facts(data.meta), **{key: data.meta.get(key) for key in ("vae", "vae_file")}}
 
 
+def claim(folder):
+    """Lock the folder of a run against others; the system unlocks it, however this process ends."""
+    try:
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BadInput(f"--out {folder}: another run is writing there") from None
+    except OSError:                                                      # a file system without locks
+        pass
+
+
+def checkpoint(path, previous):
+    """-> the state of the run to resume; from `previous` where a kill between two renames left that alone.
+    Raises BadInput for a damaged one, which says whether the one before it is whole.
+    """
+    def whole(path):
+        state = read(path)
+        for part, kind in (*((part, dict) for part in ("model", "ema", "optimizer", "config")),
+                           ("step", int), ("tally", torch.Tensor)):
+            if not isinstance(state.get(part), kind):
+                raise BadInput(f"{path}: not a checkpoint to resume from ({part} missing or damaged)")
+        return state
+    if not path.exists() and previous.exists():
+        return whole(previous)
+    try:
+        return whole(path)
+    except BadInput as error:
+        try:
+            step = whole(previous)["step"]
+        except BadInput:
+            raise error from None
+        raise BadInput(f"{error}; delete it to go on from {previous.name}, whole, of step {step:,}") from None
+
+
 def draw_step(data, config, diffusion, step, rows):
     """Everything random in one step, drawn for the whole global batch and cut to this process's rows."""
     B, N, seed = config["batch_size"], len(data), config["seed"]
@@ -315,12 +350,21 @@ def backward(net, diffusion, batch, tally, config, accum=1, world=1):
             (loss.sum() * (world / config["batch_size"])).backward()         # DDP divides by world
         with torch.no_grad():
             sums = torch.stack([loss, mse, mse / diffusion.factor[t], torch.ones_like(mse)], 1).double()
+            sums = torch.where(sums.isfinite().all(1, keepdim=True), sums, 0)
             tally += (t * 10 // config["T"] == tens).double() @ sums         # (10,B) @ (B,4)
 
 
 @torch.no_grad()
-def update(model, ema, optimizer, config, step):
-    """One step of AdamW, and of the moving average of the weights."""
+def update(model, ema, optimizer, config, step, skips):
+    """One step of AdamW, and of the moving average of the weights; left out where a gradient is not finite,
+    which the host learns with the next log line. skips (3,) long: how many were left out in a row, since the
+    last line, and the first of these. After SKIPS in a row all are.
+    """
+    norms = torch._foreach_norm([p.grad for p in model.parameters() if p.grad is not None])
+    row, count, first = skips
+    bad = ~torch.stack(norms).sum().isfinite() | (row >= SKIPS)
+    skips.copy_(torch.stack([(row + 1) * bad, count + bad, torch.where(bad & (count == 0), step, first)]))
+    optimizer.found_inf = bad.float()                                    # a fused AdamW then changes nothing
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
     optimizer.step()
@@ -340,9 +384,9 @@ HEADER = "step,loss,mse," + ",".join(f"x0_mse_{i}" for i in range(10))    # bin 
 
 def log_row(step, tally):
     """tally (10,4), sums of loss, mse, x0-space mse and 1 in ten bins of t -> one line of log.csv."""
-    loss, mse, _, count = tally.sum(0).tolist()
+    loss, mse, *_ = (tally.sum(0) / tally.sum(0)[3]).tolist()
     bins = (tally[:, 2] / tally[:, 3]).tolist()                              # nan where no t fell into a bin
-    return f"{step},{loss / count:.9g},{mse / count:.9g}," + ",".join(f"{value:.9g}" for value in bins)
+    return f"{step},{loss:.9g},{mse:.9g}," + ",".join(f"{value:.9g}" for value in bins)
 
 
 def sanity(model, config, data, n=256):
@@ -369,11 +413,11 @@ def dry_run(config, model, ema, optimizer, diffusion, parts, micro, world, devic
 
     def seconds(work):                                                       # of a call, the first left out
         work(), wait(device)
-        count, since = 0, time.time()
-        while count == 0 or time.time() - since < 0.5:
+        count, since = 0, time.monotonic()
+        while count == 0 or time.monotonic() - since < 0.5:
             work(), wait(device)
             count += 1
-        return (time.time() - since) / count
+        return (time.monotonic() - since) / count
 
     def passes():
         backward(model, diffusion, (x, t, x, t, torch.ones_like(t)), tally, config)
@@ -432,14 +476,10 @@ def main():
 
     # ----------------------------------------------------------------------------- configuration and data
     args.out = Path(args.out or f"out/{args.dataset or 'shapes'}").resolve()
-    ckpt, log_file = args.out / "ckpt.pt", args.out / "log.csv"
-    if ckpt.exists() and not (args.resume or args.dry_run):
+    ckpt, previous, log_file = (args.out / name for name in ("ckpt.pt", "ckpt_previous.pt", "log.csv"))
+    if (ckpt.exists() or previous.exists()) and not (args.resume or args.dry_run):
         raise BadInput(f"--out {args.out}: holds a run already; go on with --resume or choose another folder")
-    state = read(ckpt) if args.resume else None
-    for part, kind in (("model", dict), ("ema", dict), ("optimizer", dict), ("config", dict), ("step", int),
-                       ("tally", torch.Tensor)) if state else ():
-        if not isinstance(state.get(part), kind):
-            raise BadInput(f"{ckpt}: not a checkpoint to resume from ({part} missing or damaged)")
+    state = checkpoint(ckpt, previous) if args.resume else None
     try:
         data, config = configure(args, device, state and state["config"])
     except (TypeError, KeyError, AttributeError) as error:
@@ -506,7 +546,7 @@ def main():
         state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
                      step=step, config=config, tally=total.cpu(),
                      **({"weight": diffusion.weight.cpu()} if ugd else {}))
-        replace(ckpt, lambda f: torch.save(state, f))
+        replace(ckpt, lambda f: torch.save(state, f), previous)
 
     def picture(step):
         path = args.out / f"samples_{step:06d}.png"
@@ -537,11 +577,13 @@ def main():
         return rank or dry_run(config, model, ema, optimizer, diffusion, args.accum, micro, world, device)
     if rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
+        claim(args.out)
         replace(args.out / "config.json", lambda f: f.write(json.dumps(config, indent=1).encode()))
         print(f"writing to {args.out}", flush=True)
 
     # -------------------------------------------------------------------------------------- training loop
-    stop, signals, finite = 0, [], True
+    stop, signals, lost = 0, [], ""
+    skips = torch.zeros(3, dtype=torch.long, device=device)
     for name in (signal.SIGINT, signal.SIGTERM):                         # a second Ctrl-C interrupts at once
         signal.signal(name, lambda number, _: (signals.append(number), signal.signal(number, signal.SIG_DFL)))
     if args.data_on_gpu:
@@ -553,30 +595,30 @@ def main():
     parts = lambda step: [pin(part) for part in draw_step(data, config, diffusion, step, rows)]
     share = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))     # a CPU's cores train
     batches = ahead(parts, first, steps, max(1, min(4, share)) if device.type == "cuda" else 1)
-    since, waited, solving, mark, done = time.time(), 0.0, 0.0, first, first
+    since, waited, solving, mark, done = time.monotonic(), 0.0, 0.0, first, first
     for step in range(first, steps):
         # UGD: the weights of the loss, solved anew from fresh gradients, one table for all processes
         if ugd and step % config["ugd_every"] == 0:
             from pareto import ugd_table
-            now = time.time()
+            now = time.monotonic()
             how = [config[key] for key in ("ugd_bins", "ugd_samples", "ugd_lambda")]
             x0_weight = ugd_table(model, diffusion, data, *how, seed=f"{config['seed']} {step}").to(device)
             if world > 1:
                 dist.broadcast(x0_weight, 0)
             diffusion.weight = x0_weight / diffusion.factor
-            took = time.time() - now
+            took = time.monotonic() - now
             solving += took
             say(f"step {step:,}: UGD weights solved in {took:.1f} s, {solving:.1f} s so far", flush=True)
 
         # data: prepared by a thread, already cut to this process
-        now = time.time()
+        now = time.monotonic()
         x0, t, noise, y, scale = (part.to(device, non_blocking=True) for part in next(batches))
-        waited += time.time() - now
+        waited += time.monotonic() - now
 
         # loss and gradients, then update of weights and EMA
         batch = x0.to(dtype), t, noise.to(dtype), y, scale
         backward(net, diffusion, batch, tally, config, args.accum, world)
-        update(model, ema, optimizer, config, step)
+        update(model, ema, optimizer, config, step, skips)
 
         # stop signal, agreed on by all processes
         done, stop = step + 1, max(signals, default=0)
@@ -592,15 +634,23 @@ def main():
             total = tally.clone()
             if world > 1:
                 dist.all_reduce(total)
-            finite = math.isfinite(total[:, 0].sum()) and all(p.isfinite().all() for p in model.parameters())
-            if not finite:
+            row, count, at = skips.tolist()
+            if count:
+                say(f"warning: from step {at + 1:,} on, gradients were not finite in {count:,} steps; their "
+                    "updates were left out", flush=True)
+                skips[1] = 0
+            if row >= SKIPS:
+                lost = f"gradients of {SKIPS} steps in a row, from step {done - row + 1:,} on,"
+            elif not torch.stack(torch._foreach_norm(list(model.parameters()))).sum().isfinite():
+                lost = f"weights at step {done:,}"
+            if lost:
                 break
         if logs:
             log.append(log_row(done, total))
-            seconds, since = time.time() - since, time.time()
-            loss, mse, _, count = total.sum(0).tolist()
-            say(f"step {done:,} / {steps:,}   loss {loss / count:.4f}   {config['target']} mse "
-                f"{mse / count:.4f}   {(done - mark) * B / seconds:,.0f} images/s   "
+            seconds, since = time.monotonic() - since, time.monotonic()
+            loss, mse, *_ = (total.sum(0) / total.sum(0)[3]).tolist()
+            say(f"step {done:,} / {steps:,}   loss {loss:.4f}   {config['target']} mse {mse:.4f}   "
+                f"{(done - mark) * B / seconds:,.0f} images/s   "
                 f"data {waited / seconds:.1%}   {(steps - done) * seconds / (done - mark) / 60:.1f} min left",
                 flush=True)
             mark, waited = done, 0.0
@@ -621,8 +671,8 @@ def main():
         dist.destroy_process_group()         # joined with the GIL held: without the pause 1 exit in 6 hung
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if not finite:
-        say(f"step {done}: loss or weights are not finite; an earlier checkpoint was left as it is: {ckpt}")
+    if lost:
+        say(f"{lost} are not finite; an earlier checkpoint was left as it is: {ckpt}")
         sys.exit(3)
     elif stop:
         say(f"stopped; checkpoint of step {done}: {ckpt}; go on with --resume")

@@ -278,7 +278,7 @@ def main():
         if world > 1:
             dist.barrier()
     todo = [i for i in range(rank, len(done), world) if not done[i]]
-    since, start = time.time(), int(done.sum()) * CHUNK
+    since, start = time.monotonic(), int(done.sum()) * CHUNK
     jobs = [(paths[i * CHUNK:(i + 1) * CHUNK], args.size, meta["dataset"], args.mirror) for i in todo]
 
     def encode(images):                                                  # uint8 (n,3,S,S) -> (n,8,S/8,S/8)

@@ -50,7 +50,8 @@ def test_stopped_by_sigkill_and_resumed_is_the_same_to_the_bit(script, start_scr
     assert (tmp_path / "whole/log.csv").read_bytes() == (tmp_path / "parts/log.csv").read_bytes()
     rows = list(csv.DictReader((tmp_path / "whole/log.csv").open()))
     assert [row["step"] for row in rows] == ["5", "10", "15", "20"] and list(rows[0]) == HEADER.split(",")
-    assert {p.name for p in (tmp_path / "parts").iterdir()} == {"ckpt.pt", "log.csv", "config.json", "samples_000020.png"}
+    assert {p.name for p in (tmp_path / "parts").iterdir()} == {"ckpt.pt", "ckpt_previous.pt", "log.csv",
+                                                              "config.json", "samples_000020.png"}
     assert (tmp_path / "whole/samples_000020.png").read_bytes() == (tmp_path / "parts/samples_000020.png").read_bytes()
 
 
