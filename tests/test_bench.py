@@ -109,5 +109,5 @@ def test_every_other_part_once_small(capsys):
     bench.packing(args, 16, 16)
     bench.starting(args)
     rows = table(capsys.readouterr().out)
-    assert len(rows) == 10 and all(row[1] > 0 for row in rows.values()), rows
+    assert len(rows) == 11 and all(row[1] > 0 for row in rows.values()), rows
     assert 0.5 < rows["train.py: start to first step"][2] / 1e3 < 60
