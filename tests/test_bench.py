@@ -99,15 +99,12 @@ def test_a_training_line(script):
 
 
 @pytest.mark.slow
-def test_every_other_part_once_small(capsys):
+def test_other_parts_once_small(capsys):
     args = Namespace(rounds=1)
-    bench.sampling(args, "shapes", "vit-tiny", 2)
     bench.autoencoder(args, 32, 1)
     bench.features(args, 32, 2)
     bench.distance(args, 64)
     bench.reading(args, 64, 8)
     bench.packing(args, 16, 16)
-    bench.starting(args)
     rows = table(capsys.readouterr().out)
-    assert len(rows) == 11 and all(row[1] > 0 for row in rows.values()), rows
-    assert 0.5 < rows["train.py: start to first step"][2] / 1e3 < 60
+    assert len(rows) == 7 and all(row[1] > 0 for row in rows.values()), rows
