@@ -92,7 +92,11 @@ def replace(path, write, previous=None):
             file.flush()
             os.fsync(file.fileno())
         if previous and path.exists():
-            os.replace(path, previous)
+            previous.unlink(missing_ok=True)
+            try:
+                os.link(path, previous)                                  # a second name: path is never gone
+            except OSError:                                              # a file system without them
+                os.replace(path, previous)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:     # torch.save turns a full disk into RuntimeError
         raise BadInput(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
