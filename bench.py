@@ -51,22 +51,17 @@ LINE = "{:<40} {:>6} {:>10} {:>10} {:>6} {:>6}   {}"
 # --------------------------------------------------------------------------------------------- measuring
 
 def turns(rounds, *calls):
-    """Seconds of each call in each round, (rounds, calls); a call under 0.1 s is repeated to fill that."""
-    repeats = []
-    for call in calls:
-        call(), train.wait(DEVICE)                                           # warm
+    """Seconds of each call in each round, (rounds, calls); short ones are repeated until they are no noise."""
+    def seconds(call, repeats=1):
         since = time.perf_counter()
-        call(), train.wait(DEVICE)
-        repeats.append(1 + int(0.1 / (time.perf_counter() - since)))
-    seconds = np.empty((rounds, len(calls)))
-    for i in range(rounds):
-        for k, call in enumerate(calls):
-            since = time.perf_counter()
-            for _ in range(repeats[k]):
-                call()
-            train.wait(DEVICE)
-            seconds[i, k] = (time.perf_counter() - since) / repeats[k]
-    return seconds
+        for _ in range(repeats):
+            call()
+        train.wait(DEVICE)
+        return (time.perf_counter() - since) / repeats
+
+    once = [seconds(call) and seconds(call) for call in calls]               # the first warms it
+    repeats = [1 + int(max(0.1, max(once) / 5) / each) for each in once]
+    return np.array([[*map(seconds, calls, repeats)] for _ in range(rounds)])
 
 
 def product():
