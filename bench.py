@@ -170,15 +170,15 @@ def official(folder, B):
     return lambda: loop.run_step(x, {"y": y})
 
 
-def configured(dataset, model):
+def configured(dataset, model, *flags):
     """-> data, config of a preset of train.py; random numbers where the data are not here."""
-    sys.argv = ["train.py", "--dry-run", "--dataset", dataset, "--model", model]
+    sys.argv = ["train.py", "--dry-run", "--dataset", dataset, "--model", model, *map(str, flags)]
     return train.configure(train.parse(), DEVICE)
 
 
-def training(args, dataset, model, name="", B=None, network={}):
+def training(args, dataset, model, name="", B=None, network={}, flags=()):
     """A line of one network: a step of train.py beside one of the plain network; `network`: changes to it."""
-    data, config = configured(dataset, model)
+    data, config = configured(dataset, model, *flags)
     shape, vit = config["network"], "depth" in config["network"]
     with torch.device("meta"):
         large = sum(p.numel() for p in build_model(config).parameters()) > 150e6
@@ -269,7 +269,7 @@ def distance(args, D):
 
 # ---------------------------------------------------------------------------------------- data and processes
 
-def packing(args, S, n=512):
+def packing(args, S, n=768):
     """n JPEGs of 500 x 375, packed; and beside it opened and cropped one after the other, not stored."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         source = Path(folder) / "source" / "class"
@@ -354,7 +354,7 @@ PARTS = {
     "fid": [(features, 256, 256) if GPU else (features, 64, 16), (distance, 2048 if GPU else 768)],
     "data": [(packing, 64), (reading,), (starting,)],
     "growth": [*[(training, "shapes", "vit-tiny", "", B) for B in (1, 4, 16, 64, 256)],
-               *[(training, "shapes", "vit-tiny", f" {(side // 4) ** 2 + 2} tokens", 16, dict(img_size=side))
+               *[(training, "shapes", "vit-tiny", f" {(side // 4) ** 2 + 2} tokens", 16, {}, ("--size", side))
                  for side in (8, 16, 32, 64)],
                *[(training, "shapes", "vit-tiny", f" width {dim}", 16, dict(dim=dim))
                  for dim in (96, 192, 384, 768)],

@@ -373,9 +373,10 @@ def load_image(path, plain=False):
             image.load()
             if max(image.size) > 400 * min(image.size):
                 raise BadInput(f"{image.width} x {image.height} pixels are too narrow to crop a square from")
+            rgb = lambda image: image if image.mode == "RGB" else image.convert("RGB")     # spare a copy
             if plain:
-                return image.convert("RGB")
-            image = ImageOps.exif_transpose(image)
+                return rgb(image)
+            ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):                                   # 16 bits; convert() would clip
                 grey = np.asarray(image).astype(np.int64).clip(0, 65535)
                 image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
@@ -384,7 +385,7 @@ def load_image(path, plain=False):
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
+            return rgb(image)
     except (*DAMAGE, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
         raise BadInput(f"{path}: cannot be read as an image ({error})") from None
 
