@@ -121,8 +121,9 @@ def stepper(model, data, config, plain=False):
     """
     diffusion = Diffusion(config["schedule"], config["T"], config["target"], config["weighting"]).to(DEVICE)
     ema = copy.deepcopy(model).requires_grad_(False)
+    moments = train.zero_moments(model)
     optimizer = torch.optim.AdamW(model.parameters(), config["lr"], config["betas"],
-                                  weight_decay=config["weight_decay"], fused=None if plain else True)
+                                  weight_decay=config["weight_decay"]) if plain else None
     pin = lambda part: part.pin_memory() if GPU else part
     draw = lambda step: [pin(part) for part in train.draw_step(data, config, diffusion, step, slice(None))]
     batches, tally = train.ahead(draw, 0, 10 ** 9), torch.zeros(10, 4, dtype=torch.float64, device=DEVICE)
@@ -133,7 +134,7 @@ def stepper(model, data, config, plain=False):
         batch[:] = [part.to(DEVICE, non_blocking=True) for part in next(batches)]
         train.backward(model, diffusion, batch, tally, config)
         if not plain:
-            return train.update(model, ema, optimizer, config, 0, skips)
+            return train.update(model, ema, moments, config, 0, skips)
         optimizer.step()
         optimizer.zero_grad()
         for average, p in zip(ema.parameters(), model.parameters()):

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.optim.adamw import adamw
 from torch.utils.flop_counter import FlopCounterMode
 
 import model_unet
@@ -354,21 +355,29 @@ def backward(net, diffusion, batch, tally, config, accum=1, world=1):
             tally += (t * 10 // config["T"] == tens).double() @ sums         # (10,B) @ (B,4)
 
 
+def zero_moments(model):
+    """AdamW's state at the beginning, under the names that torch.optim gives it."""
+    return {i: dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
+                    exp_avg_sq=torch.zeros_like(p)) for i, p in enumerate(model.parameters())}
+
+
 @torch.no_grad()
-def update(model, ema, optimizer, config, step, skips):
+def update(model, ema, moments, config, step, skips):
     """One step of AdamW, and of the moving average of the weights; left out where a gradient is not finite,
     which the host learns with the next log line. skips (3,) long: how many were left out in a row, since the
     last line, and the first of these. After SKIPS in a row all are.
     """
-    norms = torch._foreach_norm([p.grad for p in model.parameters() if p.grad is not None])
+    used = [(p, p.grad, m) for p, m in zip(model.parameters(), moments.values()) if p.grad is not None]
+    params, grads, states = map(list, zip(*used))
     row, count, first = skips
-    bad = ~torch.stack(norms).sum().isfinite() | (row >= SKIPS)
+    bad = ~torch.stack(torch._foreach_norm(grads)).sum().isfinite() | (row >= SKIPS)
     skips.copy_(torch.stack([(row + 1) * bad, count + bad, torch.where(bad & (count == 0), step, first)]))
-    optimizer.found_inf = bad.float()                                    # a fused AdamW then changes nothing
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, step)
-    optimizer.step()
-    optimizer.zero_grad()
+    # AdamW as a function: the class would import the compiler first, which takes as long as all of PyTorch
+    means, squares, steps = ([m[key] for m in states] for key in ("exp_avg", "exp_avg_sq", "step"))
+    adamw(params, grads, means, squares, [], steps, fused=True, found_inf=bad.float(), amsgrad=False,
+          beta1=config["betas"][0], beta2=config["betas"][1], lr=learning_rate(config, step),
+          weight_decay=config["weight_decay"], eps=1e-8, maximize=False)       # found_inf: nothing is changed
+    model.zero_grad()
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - config["ema"])
 
 
@@ -397,7 +406,7 @@ def sanity(model, config, data, n=256):
     return fd_pixels(drawn, real), fd_pixels(unseen, real)
 
 
-def dry_run(config, model, ema, optimizer, diffusion, parts, micro, world, device):
+def dry_run(config, model, ema, diffusion, parts, micro, world, device):
     """Print the configuration, FLOPs, and what a step of `parts` times `micro` images takes here: measured on
     random numbers, 1, 2, 4, ... images at a time until that takes seconds, fills `micro` or the memory.
     """
@@ -422,11 +431,13 @@ def dry_run(config, model, ema, optimizer, diffusion, parts, micro, world, devic
     def passes():
         backward(model, diffusion, (x, t, x, t, torch.ones_like(t)), tally, config)
 
-    def update():                                                            # may be repeated: zeroes nothing
-        optimizer.step()
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - config["ema"])
+    def repeated():                                                          # an update, with the same gradients
+        for p, grad in zip(model.parameters(), grads):
+            p.grad = grad
+        update(model, ema, moments, config, 0, skips)
 
     tally = torch.zeros(10, 4, dtype=torch.float64, device=device)
+    moments, skips = zero_moments(model), torch.zeros(3, dtype=torch.long, device=device)
     n, each = 0, 0.0
     while n < micro and each < 2:
         B = min(max(2 * n, 1), micro)
@@ -438,8 +449,8 @@ def dry_run(config, model, ema, optimizer, diffusion, parts, micro, world, devic
             break
     if not n:
         raise BadInput(f"--dry-run: one image does not fit into the memory of {device}; try --grad-ckpt")
-    with torch.no_grad():
-        step = parts * micro / n * each + (last := seconds(update))
+    grads = [p.grad for p in model.parameters()]
+    step = parts * micro / n * each + (last := seconds(repeated))
     if config["weighting"] == "ugd":
         bins, P = config["ugd_bins"], sum(p.numel() for p in model.parameters())
         solving = bins * config["ugd_samples"] * math.ceil(4 * bins * P / 2 ** 30) / n * each / world
@@ -512,17 +523,17 @@ def main():
         raise BadInput(str(error)) from None
     model.grad_ckpt = args.grad_ckpt
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), config["lr"], config["betas"],
-                                  weight_decay=config["weight_decay"], fused=True)
+    moments = zero_moments(model)
     first, tally, log = 0, torch.zeros(10, 4, dtype=torch.float64, device=device), []
     if state:
         try:
             model.load_state_dict(state["model"])
             ema.load_state_dict(state["ema"])
-            optimizer.load_state_dict(state["optimizer"])
-            for p, moments in optimizer.state.items():
-                if not p.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape:
-                    raise ValueError("optimizer moments of another shape")
+            for i, moment in moments.items():
+                for key, value in moment.items():
+                    if (found := state["optimizer"]["state"][i][key]).shape != value.shape:
+                        raise ValueError("optimizer moments of another shape")
+                    value.copy_(found)
             tally += state["tally"].to(tally) * (rank == 0)              # the sums since the last log line
             if ugd:
                 diffusion.weight.copy_(state["weight"])
@@ -543,7 +554,7 @@ def main():
         net = torch.nn.parallel.DistributedDataParallel(model, [local] if device.type == "cuda" else None)
 
     def save(step, total):
-        state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
+        state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=dict(state=moments),
                      step=step, config=config, tally=total.cpu(),
                      **({"weight": diffusion.weight.cpu()} if ugd else {}))
         replace(ckpt, lambda f: torch.save(state, f), previous)
@@ -574,7 +585,7 @@ def main():
     if 1 / (1 - min(config["ema"], 1 - 1e-9)) > steps:
         say(f"warning: an EMA of {config['ema']} averages over more steps than the run's {steps}")
     if args.dry_run:
-        return rank or dry_run(config, model, ema, optimizer, diffusion, args.accum, micro, world, device)
+        return rank or dry_run(config, model, ema, diffusion, args.accum, micro, world, device)
     if rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         claim(args.out)
@@ -618,7 +629,7 @@ def main():
         # loss and gradients, then update of weights and EMA
         batch = x0.to(dtype), t, noise.to(dtype), y, scale
         backward(net, diffusion, batch, tally, config, args.accum, world)
-        update(model, ema, optimizer, config, step, skips)
+        update(model, ema, moments, config, step, skips)
 
         # stop signal, agreed on by all processes
         done, stop = step + 1, max(signals, default=0)
