@@ -1,0 +1,152 @@
+"""Killed at any moment and started again: the same bytes as a run left alone, and nothing beside them."""
+import os
+import random
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import FORKS, ROOT, forked, formula
+from PIL import Image
+
+from data import CHUNK, shapes
+
+WRITES = ("os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir")
+
+
+def dying(words, folder, env, log, moment, share, count):
+    """forked(), with a network of 3,000 weights, that dies by SIGKILL at a moment of a given number: before a file is
+    opened for writing, renamed, linked or removed, before a folder is made or removed, between two chunks of a pack, or
+    in the middle of a write, whose file has `share` of its bytes then. Leaves the number of moments in file `count`.
+    """
+    import data
+    import train
+    train.SIZES["vit-tiny"] = dict(dim=16, depth=1, heads=1)
+    train.sanity = lambda *a: (0, 0)                                         # 2,560 images drawn for one printed line
+    pid, seen, fsync, progress = os.getpid(), [], os.fsync, data.progress
+
+    def here(what, fd=None):
+        if os.getpid() == pid:                                               # not in its workers
+            seen.append(what)
+            if len(seen) == moment:
+                if fd is not None:
+                    os.ftruncate(fd, int(share * os.fstat(fd).st_size))
+                os.kill(pid, signal.SIGKILL)
+
+    def hook(event, args):
+        if event == "open" and isinstance(args[0], (str, os.PathLike)) and args[2] & (os.O_WRONLY | os.O_RDWR) or event in WRITES:
+            if (folder / os.fspath(args[0])).is_relative_to(folder):
+                here(f"{event} {os.path.basename(os.fspath(args[0]))}")
+    os.chdir(folder)
+    sys.addaudithook(hook)
+    os.fsync = lambda fd: (here("write", fd), fsync(fd))
+    data.progress = lambda *a, **k: (here("chunk"), progress(*a, **k))
+    try:
+        forked(words, folder, env, log)
+    finally:
+        count.write_text("\n".join(seen))
+
+
+def left(folder):
+    """Processes that still run in a folder."""
+    def where(pid):
+        try:
+            return os.readlink(f"/proc/{pid}/cwd")
+        except OSError:
+            return ""
+    return [pid for pid in os.listdir("/proc") if pid.isdecimal() and where(pid) == str(folder)]
+
+
+@pytest.fixture
+def survive(tmp_path):
+    """survive(words, again, out, kills, timed) runs a script in folder "0" left alone, then in one folder after the other
+    killed, at `kills` moments spread over all there are and at `timed` random times, and started once more; asks for
+    equal bytes of everything in `out`. again(folder) -> the words of the second start. Returns the number of kills.
+    """
+    def run(words, folder, moment=0, share=0.0, seconds=None):
+        words = [str(ROOT / words[0]), *map(str, words[1:])]
+        env, log, count = {**os.environ, "OMP_NUM_THREADS": "1"}, tmp_path / "log.txt", tmp_path / "count.txt"
+        process = FORKS.Process(target=dying, args=(words, folder, env, log, moment, share, count))
+        since = time.monotonic()
+        process.start()
+        process.join(120 if seconds is None else seconds)
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL), log.read_text()
+        return process.exitcode, time.monotonic() - since
+
+    def contents(folder):
+        return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+    def call(words, again, out, kills, timed, seed=0):
+        rng, killed = random.Random(seed), 0
+        (tmp_path / "0").mkdir()
+        code, took = run(words, tmp_path / "0")
+        assert code == 0
+        whole, moments = contents(tmp_path / "0" / out), (tmp_path / "count.txt").read_text().splitlines()
+        assert len(moments) >= kills and whole and not any(name.endswith(".part") for name in whole)
+        for i in range(1, kills + timed + 1):
+            folder, moment = tmp_path / str(i), 0
+            folder.mkdir()
+            if i <= kills:
+                moment = 1 + int((i - 1 + rng.random()) * len(moments) / kills)
+                code, _ = run(words, folder, moment, rng.random())
+                assert code == -signal.SIGKILL
+            else:
+                code, _ = run(words, folder, seconds=rng.random() * took)
+            killed += code != 0
+            where = f"{i}: {moments[moment - 1] if moment else 'at some time'} ({moment})"
+            assert code == 0 or run(again(folder), folder)[0] == 0, where
+            until = time.monotonic() + 5
+            while sys.platform == "linux" and left(folder):
+                assert time.monotonic() < until, f"{where}: workers are left"
+                time.sleep(0.05)
+            found = contents(folder / out)
+            assert found.keys() == whole.keys(), where
+            assert [name for name in whole if whole[name] != found[name]] == [], where
+        return killed
+    return call
+
+
+def pictures(folder, count, side=16):
+    folder.mkdir()
+    for i, image in enumerate(shapes(range(count), side)[0].transpose(0, 2, 3, 1)):
+        Image.fromarray(image).save(folder / f"{i:03d}.png")
+    return folder
+
+
+TRAIN = ("train.py", "--steps", 8, "--batch-size", 4, "--log-every", 2, "--save-every", 3, "--sample-every", 2,
+         "--sample-steps", 1, "--ema", 0.5, "--out", "run")
+
+
+@pytest.mark.slow
+def test_train_py_killed_twenty_times(survive):
+    def again(folder):
+        started = any((folder / "run" / name).exists() for name in ("ckpt.pt", "ckpt_previous.pt"))
+        return ("train.py", "--resume", "--out", "run") if started else TRAIN
+    assert survive(TRAIN, again, "run", 17, 3) >= 18
+
+
+@pytest.mark.slow
+def test_data_py_killed_twenty_times(survive, tmp_path):
+    words = ("data.py", "--src", pictures(tmp_path / "src", 5 * CHUNK), "--size", 8, "--workers", 2, "--out", "pack")
+    assert survive(words, lambda folder: words, "pack", 16, 4) >= 17
+
+
+@pytest.mark.slow
+def test_vae_py_killed_twenty_times(survive, tmp_path):
+    golden = np.load(ROOT / "tests/golden/vae.npz")
+    torch.save(formula(golden["compvis_keys"], golden["compvis_shapes"]), tmp_path / "vae.pt")
+    words = ("vae.py", "--src", pictures(tmp_path / "src", 2 * CHUNK + 2), "--vae", tmp_path / "vae.pt", "--size", 8,
+             "--workers", 1, "--out", "pack")
+    assert survive(words, lambda folder: words, "pack", 18, 2) >= 18
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("out, kills", [("drawn.npz", 16), ("drawn", 4)])
+def test_sample_py_killed_twenty_times(survive, script, tmp_path, out, kills):
+    script("train.py", "--steps", 1, "--batch-size", 4, "--sample-steps", 1, "--model", "vit-tiny", "--out", "run")
+    words = ("sample.py", "--ckpt", tmp_path / "run", "--n", 10, "--batch-size", 4, "--steps", 2, "--out", f"all/{out}")
+    assert survive(words, lambda folder: words, "all", kills, 1) >= kills
