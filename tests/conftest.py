@@ -35,7 +35,7 @@ def golden():
 
 
 FORKS = multiprocessing.get_context("forkserver")    # of a process that has only imported: a start costs no imports
-FORKS.set_forkserver_preload(["conftest", "train", "pareto"])
+FORKS.set_forkserver_preload(["conftest", "train", "pareto", "torch._dynamo"])    # the last: every optimizer, 3 s
 
 
 def forked(words, folder, env, file):
