@@ -135,6 +135,7 @@ def replace(path, write, previous=None):
                 os.replace(path, previous)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:     # torch.save turns a full disk into RuntimeError
+        error = error.__context__ if isinstance(error.__context__, OSError) else error
         raise BadInput(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
     finally:
         part.unlink(missing_ok=True)
@@ -734,11 +735,14 @@ def begin(out, kind, row, dtype, meta):
     if not journal.exists():
         for name in ("images.npy", "latents.npy"):                       # of a pack killed before its journal
             (out / name).unlink(missing_ok=True)
-        np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape).flush()
-        if hasattr(os, "posix_fallocate"):                               # a full disk shows now
-            with open(file, "rb+") as f:
-                os.posix_fallocate(f.fileno(), 0, file.stat().st_size)
-        np.save(flags, np.zeros(chunks, dtype=np.uint8))
+        try:
+            np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape).flush()
+            if hasattr(os, "posix_fallocate"):                           # a full disk shows now
+                with open(file, "rb+") as f:
+                    os.posix_fallocate(f.fileno(), 0, file.stat().st_size)
+            np.save(flags, np.zeros(chunks, dtype=np.uint8))
+        except OSError as error:
+            raise BadInput(f"{file}: cannot be written ({error.strerror or error})") from None
         replace(journal, lambda f: f.write(json.dumps(meta).encode()))
     try:
         before = read_json(journal)

@@ -26,6 +26,21 @@ TINY = ("--steps", 12, "--batch-size", 8, "--log-every", 2, "--save-every", 4, "
 LATENTS = ("--dataset", "bad", "--model", "vit-tiny", "--drop", 0, "--cfg", 1)
 
 
+def small():
+    """A network of 3,000 weights, and a final line that costs nothing; for forks."""
+    import train
+    train.SIZES["vit-tiny"] = dict(dim=16, depth=1, heads=1)
+    train.sanity = lambda *a: (0, 0)
+
+
+def until(what, process=None, seconds=60):
+    since = time.monotonic()
+    while not what():
+        assert time.monotonic() - since < seconds and (process is None or process.is_alive())
+        time.sleep(0.01)
+    return time.monotonic() - since
+
+
 def test_an_update_that_is_not_finite_changes_nothing():
     """Weights, both moments, their step counts and the average; and after ten in a row nothing moves any more."""
     torch.manual_seed(0)
@@ -83,8 +98,8 @@ def test_ten_such_steps_in_a_row_end_the_run(script, tmp_path):
 
 
 def test_the_checkpoint_before_the_last_is_kept_and_offered(script, tmp_path):
-    script("train.py", *TINY, "--out", "whole")
-    script("train.py", *TINY, "--out", "run")
+    script("train.py", *TINY, "--out", "whole", change=small)
+    script("train.py", *TINY, "--out", "run", change=small)
     last, before = tmp_path / "run/ckpt.pt", tmp_path / "run/ckpt_previous.pt"
     assert read(last)["step"] == 12 and read(before)["step"] == 8
     data = last.read_bytes()
@@ -93,7 +108,7 @@ def test_the_checkpoint_before_the_last_is_kept_and_offered(script, tmp_path):
     assert "ckpt.pt" in text and "delete it to go on from ckpt_previous.pt, whole, of step 8" in text
     assert "holds a run already" in script("train.py", *TINY, "--out", "run", code=2)
     last.unlink()
-    script("train.py", "--out", "run", "--resume")
+    script("train.py", "--out", "run", "--resume", change=small)
     whole, found = read(tmp_path / "whole/ckpt.pt"), read(last)
     assert found["step"] == whole["step"] == 12
     for part in ("model", "ema"):
@@ -103,25 +118,17 @@ def test_the_checkpoint_before_the_last_is_kept_and_offered(script, tmp_path):
     assert "delete it" not in script("train.py", "--out", "run", "--resume", code=2)
 
 
-def test_one_folder_is_one_runs(script, start_script, tmp_path):
-    process = start_script("train.py", *TINY, "--steps", 100_000, "--out", "run")
-    while not (tmp_path / "run/ckpt.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    assert "another run is writing there" in script("train.py", "--out", "run", "--resume", code=2)
+def test_one_folder_is_one_runs(script, start_fork, tmp_path):
+    process, _ = start_fork("train.py", *TINY, "--steps", 100_000, "--out", "run", change=small)
+    until((tmp_path / "run/ckpt.pt").exists, process)
+    one_line(script("train.py", "--out", "run", "--resume", code=2, change=small), "another run is writing there")
     process.kill()
-    process.wait()
-    script("train.py", "--out", "run", "--resume", "--steps", read(tmp_path / "run/ckpt.pt")["step"] + 1)
+    process.join()
+    step = read(tmp_path / "run/ckpt.pt")["step"] + 1
+    script("train.py", "--out", "run", "--resume", "--steps", step, change=small)
 
 
 # --------------------------------------------------------------------- signals, clocks, two runs in one folder
-
-def small():
-    """A network of 3,000 weights, and a final line that costs nothing; for forks."""
-    import train
-    train.SIZES["vit-tiny"] = dict(dim=16, depth=1, heads=1)
-    train.sanity = lambda *a: (0, 0)
-
 
 def slow():
     """A step takes half a second, an image to pack 10 ms."""
@@ -144,14 +151,6 @@ def pictures(folder, count, side=16):
     folder.mkdir()
     for i, image in enumerate(shapes(range(count), side)[0].transpose(0, 2, 3, 1)):
         Image.fromarray(image).save(folder / f"{i:04d}.png")
-
-
-def until(what, process=None, seconds=60):
-    since = time.monotonic()
-    while not what():
-        assert time.monotonic() - since < seconds and (process is None or process.is_alive())
-        time.sleep(0.01)
-    return time.monotonic() - since
 
 
 def contents(folder):
@@ -190,7 +189,7 @@ def test_sigterm_at_any_time(name, script, start_fork, tmp_path):
     pictures(tmp_path / "src", 300)
     words, change = dict(train=(("train.py", *TINY, "--out", "all"), slow),
                          data=(("data.py", "--src", "src", "--size", 8, "--workers", 2, "--out", "all"), slow),
-                         sample=(("sample.py", "--ckpt", "model", "--n", 2000, "--out", "all.npz"), small))[name]
+                         sample=(("sample.py", "--ckpt", "model", "--n", 1000, "--out", "all.npz"), small))[name]
     again = lambda: ("--resume",) if (tmp_path / "all/ckpt.pt").exists() else ()
     for seconds in (0, 0.1, 0.3, 0.6):
         process, file = start_fork(*words, *again(), change=change)
@@ -202,13 +201,12 @@ def test_sigterm_at_any_time(name, script, start_fork, tmp_path):
     assert not list(tmp_path.rglob("*.part*"))
 
 
-@pytest.mark.parametrize("name", ["train", "data", "sample"])
+@pytest.mark.parametrize("name", ["data", "sample"])
 def test_a_folder_that_another_run_writes_to_is_refused(name, script, tmp_path):
     pictures(tmp_path / "src", 3)
     script("train.py", *TINY, "--steps", 1, "--out", "model", change=small)
     (tmp_path / "out").mkdir()
-    words = dict(train=("train.py", *TINY, "--out", "out"),
-                 data=("data.py", "--src", "src", "--size", 8, "--out", "out"),
+    words = dict(data=("data.py", "--src", "src", "--size", 8, "--out", "out"),
                  sample=("sample.py", "--ckpt", "model", "--n", 3, "--steps", 2, "--out", "out"))[name]
     other = os.open(tmp_path / "out", os.O_RDONLY)
     fcntl.flock(other, fcntl.LOCK_EX)
