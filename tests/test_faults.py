@@ -2,6 +2,7 @@
 disks, folders that vanish, processes that die, counters past 32 bits, long runs.
 """
 import fcntl
+import functools
 import itertools
 import json
 import os
@@ -305,42 +306,59 @@ def rank_of(pid, folder):
         return None
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("start", ["by hand", "torchrun"])
-@pytest.mark.parametrize("dies", [0, 1])
-def test_a_process_of_two_dies(dies, start, script, start_script, tmp_path):
-    """The other one ends within a minute with one line; one process goes on to what one process alone arrives at."""
-    if start == "torchrun" and sys.platform != "linux":
-        pytest.skip("finds the processes in /proc")
-    words = ("train.py", *TINY, "--dtype", "float64", "--lr", 1e-3, "--decay", 0, "--warmup", 1)
-    run = (*words, "--steps", 10 ** 6, "--save-every", 3, "--out", "run")
-    if start == "by hand":
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        meet = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        both = [start_script(*run, env=dict(meet, RANK=str(i), LOCAL_RANK=str(i))) for i in range(2)]
-        waiting = both[1 - dies]
-    else:
-        waiting = start_script(*run, torchrun=("--standalone", "--nproc-per-node=2"))
-    until(lambda: (tmp_path / "run/ckpt.pt").exists() or waiting.poll() is not None, seconds=120)
-    if start == "by hand":
-        both[dies].kill()
-    else:
-        family = [int(pid) for pid in os.listdir("/proc") if pid.isdecimal() and rank_of(pid, tmp_path) == dies]
-        os.kill(min(family), signal.SIGKILL)
-    since = time.monotonic()
-    text = waiting.communicate(timeout=60)[0]
-    print(f"the others ended {time.monotonic() - since:.1f} s later")
-    assert waiting.returncode == 1, text
-    if start == "by hand":
-        one_line(text, "another process of this run has ended", "--resume")
-    step = read(tmp_path / "run/ckpt.pt")["step"] + 2
-    script("train.py", "--out", "run", "--resume", "--steps", step)
-    script(*words, "--steps", step, "--out", "one")
-    one, other = (read(tmp_path / name / "ckpt.pt") for name in ("one", "run"))
+def one_of_two(rank, port):
+    """As torchrun starts it, or a cluster's scheduler."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    small()
+
+
+TWO = (*TINY, "--dtype", "float64", "--lr", 1e-3, "--decay", 0, "--warmup", 1)
+
+
+def goes_on(script, folder):
+    """One process goes on from a run's last checkpoint, to what one process alone arrives at."""
+    step = read(folder / "run/ckpt.pt")["step"] + 2
+    script("train.py", "--out", "run", "--resume", "--steps", step, change=small)
+    script("train.py", *TWO, "--steps", step, "--out", "one", change=small)
+    one, other = (read(folder / name / "ckpt.pt") for name in ("one", "run"))
     for part in ("model", "ema"):
         assert all((value - other[part][key]).abs().max() < 1e-9 for key, value in one[part].items())
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_process_of_two_dies(dies, script, start_fork, tmp_path):
+    """The other one, which nobody ends, does so by itself within a minute, with one line."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    run = ("train.py", *TWO, "--steps", 10 ** 6, "--save-every", 3, "--out", "run")
+    both = [start_fork(*run, change=functools.partial(one_of_two, rank, port)) for rank in range(2)]
+    (victim, _), (other, file) = both[dies], both[1 - dies]
+    until((tmp_path / "run/ckpt.pt").exists, other)
+    victim.kill()
+    print(f"the other one ended {until(lambda: not other.is_alive()):.1f} s later")
+    assert other.exitcode == 1
+    one_line(file.read_text(), "another process of this run has ended", "--resume")
+    goes_on(script, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_process_of_torchrun_dies(dies, script, start_script, tmp_path):
+    start = f"import sys\nsys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}\nimport data, test_faults, train\n"
+    (tmp_path / "train.py").write_text(start + "test_faults.small()\ndata.run(train.main)\n")
+    process = start_script(tmp_path / "train.py", *TWO, "--steps", 10 ** 6, "--save-every", 3, "--out", "run",
+                           torchrun=("--standalone", "--nproc-per-node=2"))
+    until(lambda: (tmp_path / "run/ckpt.pt").exists() or process.poll() is not None, seconds=120)
+    family = [int(pid) for pid in os.listdir("/proc") if pid.isdecimal() and rank_of(pid, tmp_path) == dies]
+    os.kill(min(family), signal.SIGKILL)
+    since = time.monotonic()
+    text = process.communicate(timeout=60)[0]
+    print(f"all ended {time.monotonic() - since:.1f} s later")
+    assert process.returncode == 1, text
+    goes_on(script, tmp_path)
 
 
 # --------------------------------------------------------------------------------- overflow, counters, long runs
