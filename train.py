@@ -595,8 +595,9 @@ def main():
     batches = ahead(parts, first, steps, max(1, min(4, share)) if device.type == "cuda" else 1)
     since, waited, solving, mark, done = time.monotonic(), 0.0, 0.0, first, first
     for step in range(first, steps):
-        if rank == 0 and sample_every and step and step % sample_every == 0:     # of the steps before; here, as
-            print(picture(step), flush=True)                                     # a kill may come ahead of it
+        # grid of the steps before: here, as a kill between checkpoint and grid must not lose it
+        if rank == 0 and sample_every and step and step % sample_every == 0:
+            print(picture(step), flush=True)
 
         # UGD: the weights of the loss, solved anew from fresh gradients, one table for all processes
         if ugd and step % config["ugd_every"] == 0:
@@ -642,7 +643,8 @@ def main():
                 skips[1] = 0
             if row >= SKIPS:
                 lost = f"gradients of {SKIPS} steps in a row, from step {done - row + 1:,} on,"
-            elif not torch.stack(torch._foreach_norm(list(model.parameters()))).sum().isfinite():
+            weights = [*model.parameters(), *ema.parameters()]
+            if not lost and not torch.stack(torch._foreach_norm(weights)).sum().isfinite():
                 lost = f"weights at step {done:,}"
             if lost:
                 break

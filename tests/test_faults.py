@@ -217,6 +217,23 @@ def test_a_folder_that_another_run_writes_to_is_refused(name, script, tmp_path):
     script(*words, change=small)
 
 
+def mortal():
+    """The worker that comes to image 150 dies."""
+    import data
+    square = data.square
+    data.square = lambda path, *a: os.kill(os.getpid(), signal.SIGKILL) if path.name == "0150.png" else square(path, *a)
+
+
+def test_a_worker_that_dies_is_one_line_and_the_next_run_goes_on(script, tmp_path):
+    pictures(tmp_path / "src", 200)
+    words = ("data.py", "--src", "src", "--size", 8, "--workers", 2, "--out")
+    text = script(*words, "one/pack", code=2, change=mortal)
+    one_line(text.replace("\r", "\n"), "a worker process was killed", "run again")
+    script(*words, "one/pack", change=small)
+    script(*words, "two/pack", change=small)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
 # ------------------------------------------------------------------------- disks that fill up, folders that go
 
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_loads(script, tmp_path):
@@ -363,6 +380,19 @@ def test_a_process_of_torchrun_dies(dies, script, start_script, tmp_path):
 
 # --------------------------------------------------------------------------------- overflow, counters, long runs
 
+@pytest.mark.parametrize("part", ["model", "ema", "optimizer"])
+def test_a_checkpoint_with_an_infinite_number_is_left_alone(part, script, tmp_path):
+    script("train.py", *TINY, "--steps", 4, "--out", "run", change=small)
+    state = read(tmp_path / "run/ckpt.pt")
+    wrong = state[part] if part != "optimizer" else state[part]["state"][0]
+    wrong["exp_avg" if part == "optimizer" else "linear_projection.weight"].flatten()[0] = float("inf")
+    torch.save(state, tmp_path / "run/ckpt.pt")
+    before = (tmp_path / "run/ckpt.pt").read_bytes()
+    text = script("train.py", "--out", "run", "--resume", "--steps", 9, code=3, change=small)
+    one_line(text, "not finite", "ckpt.pt")
+    assert (tmp_path / "run/ckpt.pt").read_bytes() == before
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_that_overflow_are_named_and_never_saved(dtype, script, tmp_path):
     assert "--lr: found 1e+30" in script("train.py", "--lr", 1e30, "--out", "run", code=2)
@@ -413,14 +443,14 @@ def test_a_hundred_thousand_packed_images_open_at_once(tmp_path):
 
 
 def watched():
-    """A line of CPU seconds and resident pages at every 100th step, in watched.csv."""
+    """A line of CPU seconds and resident pages at every 10th step, in watched.csv."""
     import train
     small()
     update, file = train.update, open("watched.csv", "w", buffering=1)
 
     def watch(model, ema, optimizer, config, step, skips):
         update(model, ema, optimizer, config, step, skips)
-        if step % 100 == 99:
+        if step % 10 == 9:
             with open("/proc/self/statm") as pages:
                 print(step + 1, time.process_time(), pages.read().split()[1], sep=",", file=file)
     train.update = watch
@@ -429,13 +459,13 @@ def watched():
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_5000_steps_keep_their_pace_and_their_memory(script, tmp_path):
-    script("train.py", "--size", 8, "--batch-size", 4, "--steps", 5000, "--log-every", 10, "--save-every", 500,
+    script("train.py", "--size", 8, "--batch-size", 4, "--steps", 5000, "--log-every", 50, "--save-every", 500,
            "--sample-steps", 1, "--out", "run", change=watched)
     steps, seconds, pages = np.loadtxt(tmp_path / "watched.csv", delimiter=",").T
-    pace = np.diff(seconds)[9:]                                              # the first 1,000 steps warm up
-    early, late = np.median(pace[:20]), np.median(pace[20:])
-    drift = pages[-1] / pages[9] - 1
-    print(f"{late * 10:.2f} ms a step, {late / early - 1:+.1%}; {pages[-1] * 4 / 1024:.0f} MiB, {drift:+.2%}")
+    pace = np.diff(seconds)[99:]                                             # the first 1,000 steps warm up
+    early, late = (np.percentile(part, 25) for part in np.split(pace, 2))    # what else runs on the machine slows some
+    drift = pages[-1] / pages[99] - 1
+    print(f"{late * 100:.2f} ms a step, {late / early - 1:+.1%}; {pages[-1] * 4 / 1024:.0f} MiB, {drift:+.2%}")
     assert drift < 0.01 and late / early < 1.05
     lines = (tmp_path / "run/log.csv").read_text().splitlines()
-    assert len(lines) == 501 and lines[0] == HEADER and all(line.count(",") == 12 for line in lines)
+    assert len(lines) == 101 and lines[0] == HEADER and all(line.count(",") == 12 for line in lines)
