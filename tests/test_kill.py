@@ -158,3 +158,29 @@ def test_sample_py_killed_twenty_times(survive, script, tmp_path, out, kills):
     script("train.py", "--steps", 1, "--batch-size", 4, "--sample-steps", 1, "--model", "vit-tiny", "--out", "run")
     words = ("sample.py", "--ckpt", tmp_path / "run", "--n", 10, "--batch-size", 4, "--steps", 2, "--out", f"all/{out}")
     assert survive(words, lambda folder: words, "all", kills, 1) >= kills
+
+
+def listed():
+    """Every batch that sample.py draws, as a line of batches.txt."""
+    import sample
+    draw = sample.draw
+
+    def write(model, config, ks, *a, **k):
+        with open("batches.txt", "a") as file:
+            print(*ks, file=file)
+        return draw(model, config, ks, *a, **k)
+    sample.draw = write
+
+
+def test_images_are_drawn_again_in_the_batches_they_were_drawn_in(script, tmp_path):
+    """The bits of an image may depend on its batch, as those of a sum on its order."""
+    script("train.py", "--steps", 1, "--batch-size", 4, "--sample-steps", 1, "--out", "run")
+    words = ("sample.py", "--ckpt", "run", "--n", 10, "--batch-size", 4, "--steps", 1, "--out", "drawn")
+    script(*words)
+    for k in (1, 9):
+        (tmp_path / f"drawn/{k:06d}.png").unlink()
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "drawn").glob("*.png")}
+    script(*words, change=listed)
+    assert (tmp_path / "batches.txt").read_text().splitlines() == ["0 1 2 3", "8 9"]
+    assert all((tmp_path / "drawn" / name).stat().st_mtime_ns == stamp for name, stamp in times.items())
+    assert len(list((tmp_path / "drawn").glob("*.png"))) == 10
