@@ -296,6 +296,18 @@ def test_a_disk_that_fills_up_or_turns_read_only(disk, script, tmp_path):
     assert sorted(contents(tmp_path / "disk/pack")) == ["images.npy", "labels.npy", "meta.json"]
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes into any folder")
+def test_a_folder_without_the_right_to_write(script, tmp_path):
+    script("train.py", *TINY, "--out", "run", change=small)
+    before = contents(tmp_path / "run")
+    (tmp_path / "run").chmod(0o555)
+    more = ("train.py", "--out", "run", "--resume", "--steps", 14)
+    one_line(script(*more, code=2, change=small), "run", "Permission denied")
+    (tmp_path / "run").chmod(0o755)
+    assert contents(tmp_path / "run") == before
+    script(*more, change=small)
+
+
 @pytest.mark.parametrize("name", ["train", "data", "sample"])
 def test_a_folder_that_is_removed_ends_the_run_in_one_line(name, script, start_fork, tmp_path):
     script("train.py", *TINY, "--steps", 1, "--out", "model", change=small)
