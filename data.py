@@ -9,6 +9,7 @@ labels.npy, int64 (N,), and meta.json, which is written last: a folder without i
 """
 import argparse
 import colorsys
+import fcntl
 import functools
 import hashlib
 import json
@@ -61,16 +62,51 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main):
-    """Call main(); a user's mistake and a full disk become one line and exit code 2, not a traceback."""
+    """Call main(); a user's mistake and a full disk become one line and exit code 2, the death of another
+    process of a run one line and exit code 1, not a traceback.
+    """
+    joined = lambda: torch.distributed.is_available() and torch.distributed.is_initialized()
     try:
-        main()
+        return main()
     except (BadInput, OSError) as error:
-        joined = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if joined or os.environ.get("LOCAL_RANK", "0") == "0":           # before they join, all find the same
-            print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        code, line = 2, " ".join(str(error).split())
+    except RuntimeError as error:                                        # of gloo, of NCCL or of their store
+        if not joined() or not re.search(r"gloo|nccl|TCPStore|Connection (closed|reset)", str(error), re.I):
+            raise
+        code, line = 1, f"another process of this run has ended ({' '.join(str(error).split())[:90]}); "
+        line += "start all of it again, train.py with --resume"
     except KeyboardInterrupt:
         sys.exit(print("\nstopped", file=sys.stderr) or 130)
+    finally:
+        while HELD:
+            os.close(HELD.pop())
+    if joined() or os.environ.get("LOCAL_RANK", "0") == "0":             # before they join, all find the same
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
+    if joined():
+        sys.stdout.flush()
+        os._exit(code)                           # the group's threads would wait for those that are gone
+    sys.exit(code)
+
+
+HELD = []                                        # the folders that this process has locked
+
+
+def lock(folder):
+    """Lock a folder against other runs, for all the processes of this one; the system unlocks it, however
+    they end: those that decode for a killed run do so a moment after it.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    HELD.append(os.open(folder, os.O_RDONLY))
+    for more in range(20, -1, -1):
+        try:
+            return fcntl.flock(HELD[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not more:
+                raise BadInput(f"--out {folder}: another run is writing there") from None
+            time.sleep(0.1)
+        except OSError:                                                  # a file system without locks
+            return
 
 
 def generator(purpose, seed, k):
@@ -99,6 +135,7 @@ def replace(path, write, previous=None):
                 os.replace(path, previous)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:     # torch.save turns a full disk into RuntimeError
+        error = error.__context__ if isinstance(error.__context__, OSError) else error
         raise BadInput(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
     finally:
         part.unlink(missing_ok=True)
@@ -691,17 +728,22 @@ def begin(out, kind, row, dtype, meta):
     """
     file, flags, journal = (out / name for name in (f"{kind}.npy", "done.npy", "packing.json"))
     shape, chunks = (meta["count"], *row), (-(-meta["count"] // CHUNK),)
-    if not journal.exists():
-        if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= OURS):
+    if not journal.exists() and out.exists():
+        if not (out.is_dir() and {path.name for path in out.iterdir()} <= OURS):
             raise BadInput(f"--out {out}: holds other things; expected a new folder")
-        out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    lock(out)
+    if not journal.exists():
         for name in ("images.npy", "latents.npy"):                       # of a pack killed before its journal
             (out / name).unlink(missing_ok=True)
-        np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape).flush()
-        if hasattr(os, "posix_fallocate"):                               # a full disk shows now
-            with open(file, "rb+") as f:
-                os.posix_fallocate(f.fileno(), 0, file.stat().st_size)
-        np.save(flags, np.zeros(chunks, dtype=np.uint8))
+        try:
+            np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape).flush()
+            if hasattr(os, "posix_fallocate"):                           # a full disk shows now
+                with open(file, "rb+") as f:
+                    os.posix_fallocate(f.fileno(), 0, file.stat().st_size)
+            np.save(flags, np.zeros(chunks, dtype=np.uint8))
+        except OSError as error:
+            raise BadInput(f"{file}: cannot be written ({error.strerror or error})") from None
         replace(journal, lambda f: f.write(json.dumps(meta).encode()))
     try:
         before = read_json(journal)
@@ -719,7 +761,7 @@ def finish(out, labels, meta):
     replace(out / "labels.npy", lambda f: np.save(f, labels))
     replace(out / "meta.json", lambda f: f.write(json.dumps(meta, indent=1).encode()))
     for name in ("packing.json", "done.npy"):
-        (out / name).unlink()
+        (out / name).unlink(missing_ok=True)
     size = f"{meta['size']} x {meta['size']}"
     print(f"{out}: {meta['count']:,} images of {size}, {len(meta['classes'])} classes")
 

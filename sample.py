@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import (BadInput, Parser, generator, hash_file, imagenet, load_image, progress, read, replace, run,
-                  tile)
+from data import (BadInput, Parser, generator, hash_file, imagenet, load_image, lock, progress, read, replace,
+                  run, tile)
 from diffusion import SOLVERS, TARGETS, Diffusion, sampler
 from model_unet import UNet, classifier_from_adm, from_adm
 from model_vit import ViT, from_official
@@ -196,6 +196,7 @@ def save_npz(path, folder, n, size, labels):
 def claim(folder, protocol):
     """Make `folder` the place of this protocol; one that holds other samples is refused."""
     folder.mkdir(parents=True, exist_ok=True)
+    lock(folder)
     file, used = folder / "protocol.json", any(folder.glob("*.png"))     # in this order: others may start
     if file.exists():
         try:
@@ -324,16 +325,20 @@ def main():
                     **how, **guide, target=config["target"], dataset=config["dataset"], size=size)
     claim(folder, protocol)
     path = lambda k: folder / f"{k:06d}.png"
-    todo, since = [k for k in range(rank, n, world) if not path(k).exists()], time.monotonic()
-    for i in range(0, len(todo), args.batch_size):
-        ks = todo[i:i + args.batch_size]
+    mine = range(rank, n, world)                                         # a batch that is not whole is drawn
+    parts = [mine[i:i + args.batch_size] for i in range(0, len(mine), args.batch_size)]  # anew: the same bits
+    todo, since = [ks for ks in parts if not all(path(k).exists() for k in ks)], time.monotonic()
+    for i, ks in enumerate(todo, 1):
         for k, image in zip(ks, draw(model, config, ks, **tools, **how).permute(0, 2, 3, 1).numpy()):
-            replace(path(k), lambda f: Image.fromarray(image).save(f, "PNG", compress_level=1))
+            if not path(k).exists():
+                replace(path(k), lambda f: Image.fromarray(image).save(f, "PNG", compress_level=1))
         if rank == 0:
-            progress("images", min(i + args.batch_size, len(todo)), len(todo), since)
+            progress("images", sum(map(len, todo[:i])), sum(map(len, todo)), since)
     if rank:
         return
     while missing := sum(not path(k).exists() for k in range(n)):            # the other processes' share
+        if not folder.exists():
+            raise BadInput(f"--out {folder}: was removed")
         print(f"\rwaiting for {missing:,} images of other processes   ", end="", flush=True)
         time.sleep(1)
     if npz:

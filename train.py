@@ -9,7 +9,6 @@ A run depends on its flags and --seed alone: not on the number of processes, --a
 import argparse
 import contextlib
 import copy
-import fcntl
 import functools
 import json
 import math
@@ -30,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import model_unet
 import model_vit
 from data import (CIFAR10, DATASETS, BadInput, Images, Packed, Parser, built_in, facts, generator, imagenet,
-                  read, replace, run, shapes)
+                  lock, read, replace, run, shapes)
 from diffusion import TARGETS, WEIGHTINGS, Diffusion
 from fid import fd_pixels
 from sample import build_model, draw, find_vae, grid
@@ -273,16 +272,6 @@ def configure(args, device, saved=None):
                   "facts": facts(data.meta), **{key: data.meta.get(key) for key in ("vae", "vae_file")}}
 
 
-def claim(folder):
-    """Lock the folder of a run against others; the system unlocks it, however this process ends."""
-    try:
-        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise BadInput(f"--out {folder}: another run is writing there") from None
-    except OSError:                                                      # a file system without locks
-        pass
-
-
 def checkpoint(path, previous):
     """-> the state of the run to resume; from `previous` where a kill between two renames left that alone.
     Raises BadInput for a damaged one, which says whether the one before it is whole.
@@ -304,6 +293,15 @@ def checkpoint(path, previous):
         except BadInput:
             raise error from None
         raise BadInput(f"{error}; delete it to go on from {previous.name}, whole, of step {step:,}") from None
+
+
+def plain(part):
+    """The same dicts, lists and values afresh, equal strings one object: a pickle tells its values alone."""
+    if isinstance(part, dict):
+        return {plain(key): plain(value) for key, value in part.items()}
+    if isinstance(part, (list, tuple)):
+        return [plain(value) for value in part]
+    return sys.intern(part) if type(part) is str else part
 
 
 def draw_step(data, config, diffusion, step, rows):
@@ -557,7 +555,7 @@ def main():
         state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=dict(state=moments),
                      step=step, config=config, tally=total.cpu(),
                      **({"weight": diffusion.weight.cpu()} if ugd else {}))
-        replace(ckpt, lambda f: torch.save(state, f), previous)
+        replace(ckpt, lambda f: torch.save(plain(state), f), previous)
 
     def picture(step):
         path = args.out / f"samples_{step:06d}.png"
@@ -588,7 +586,7 @@ def main():
         return rank or dry_run(config, model, ema, diffusion, args.accum, micro, world, device)
     if rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
-        claim(args.out)
+        lock(args.out)
         replace(args.out / "config.json", lambda f: f.write(json.dumps(config, indent=1).encode()))
         print(f"writing to {args.out}", flush=True)
 
@@ -608,6 +606,10 @@ def main():
     batches = ahead(parts, first, steps, max(1, min(4, share)) if device.type == "cuda" else 1)
     since, waited, solving, mark, done = time.monotonic(), 0.0, 0.0, first, first
     for step in range(first, steps):
+        # grid of the steps before: here, as a kill between checkpoint and grid must not lose it
+        if rank == 0 and sample_every and step and step % sample_every == 0:
+            print(picture(step), flush=True)
+
         # UGD: the weights of the loss, solved anew from fresh gradients, one table for all processes
         if ugd and step % config["ugd_every"] == 0:
             from pareto import ugd_table
@@ -652,7 +654,8 @@ def main():
                 skips[1] = 0
             if row >= SKIPS:
                 lost = f"gradients of {SKIPS} steps in a row, from step {done - row + 1:,} on,"
-            elif not torch.stack(torch._foreach_norm(list(model.parameters()))).sum().isfinite():
+            weights = [*model.parameters(), *ema.parameters()]
+            if not lost and not torch.stack(torch._foreach_norm(weights)).sum().isfinite():
                 lost = f"weights at step {done:,}"
             if lost:
                 break
@@ -673,8 +676,6 @@ def main():
             save(done, total)
         if stop:
             break
-        if rank == 0 and sample_every and done % sample_every == 0 and not last:
-            print(picture(done), flush=True)
 
     # ------------------------------------------------------------------------------------------------ end
     if world > 1:

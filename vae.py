@@ -290,6 +290,8 @@ def main():
     pool = ThreadPoolExecutor(share if device.type == "cpu" else 1, None, torch.set_num_threads, (1,))
     for images, i in zip(in_workers(crop_chunk, jobs, workers), todo):
         parts = np.split(images, len(images)) if device.type == "cpu" else [images]
+        if not (out / "done.npy").exists():
+            raise BadInput(f"--out {out}: was removed")
         rows[i * CHUNK:(i + 1) * CHUNK] = torch.cat(list(pool.map(encode, parts))).numpy()
         rows.flush()
         done[i] = 1

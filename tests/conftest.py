@@ -34,18 +34,22 @@ def golden():
     return load
 
 
+METHOD = multiprocessing.get_start_method()          # of a script's own workers, which a fork would change
 FORKS = multiprocessing.get_context("forkserver")    # of a process that has only imported: a start costs no imports
-FORKS.set_forkserver_preload(["conftest", "train", "pareto", "torch._dynamo"])   # the last: optimizers import it
+FORKS.set_forkserver_preload(["conftest", "train", "pareto"])
 
 
-def forked(words, folder, env, file):
-    """A script as if started by itself: its folder, environment, arguments, output and exit code."""
+def forked(words, folder, env, file, change=None):
+    """A script as if started by itself: its folder, environment, arguments, output, exit code; first change()."""
     os.chdir(folder)
     os.environ.update(env)
     torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
     output = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1), os.dup2(output, 2)
+    multiprocessing.set_start_method(METHOD, force=True)
     sys.argv = words
+    if change:
+        change()
     run(importlib.import_module(Path(words[0]).stem).main)
 
 
@@ -53,11 +57,11 @@ def forked(words, folder, env, file):
 def script(tmp_path, monkeypatch, capsys):
     """script("train.py", "--steps", 3, ...) runs one of the project's scripts in an empty folder, on one thread, checks
     its exit code and returns what it printed. A refusal (code 2) runs in this process and must be one line. Under
-    torchrun or another environment it is a process of its own, else a fork.
+    torchrun or another environment it is a process of its own, else a fork, in which change() is called first.
     """
-    def call(*words, code=0, torchrun=0, env=(), timeout=240):
+    def call(*words, code=0, torchrun=0, env=(), timeout=240, change=None):
         words = [str(ROOT / words[0]), *map(str, words[1:])]
-        if code == 2:
+        if code == 2 and not change:
             monkeypatch.chdir(tmp_path)
             monkeypatch.setattr(sys, "argv", words)
             with pytest.raises(SystemExit) as exit:
@@ -74,7 +78,8 @@ def script(tmp_path, monkeypatch, capsys):
             text, found = done.stdout + done.stderr, done.returncode
         else:
             file = tmp_path.parent / f"{tmp_path.name}.txt"
-            process = FORKS.Process(target=forked, args=(words, tmp_path, {**os.environ, "OMP_NUM_THREADS": "1"}, file))
+            env = {**os.environ, "OMP_NUM_THREADS": "1"}
+            process = FORKS.Process(target=forked, args=(words, tmp_path, env, file, change))
             process.start()
             process.join(timeout)
             process.kill()                                                   # where the time is over
@@ -86,15 +91,35 @@ def script(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture
+def start_fork(tmp_path):
+    """start_fork(..., change=None) -> (running process, file of its output): script's fork, not waited for."""
+    running = []
+
+    def call(*words, change=None):
+        file = tmp_path.parent / f"{tmp_path.name}.{len(running)}.txt"
+        file.write_text("")
+        words = [str(ROOT / words[0]), *map(str, words[1:])]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = FORKS.Process(target=forked, args=(words, tmp_path, env, file, change))
+        process.start()
+        running.append(process)
+        return process, file
+    yield call
+    for process in running:
+        process.kill()
+        process.join()
+
+
+@pytest.fixture
 def start_script(tmp_path):
     """Like script, but returns the running process; whatever still runs at the end of the test is killed."""
     running = []
 
-    def call(*words, torchrun=()):
+    def call(*words, torchrun=(), env=()):
         start = [sys.executable, *(("-m", "torch.distributed.run", *torchrun) if torchrun else ())]
         process = subprocess.Popen([*start, str(ROOT / words[0]), *map(str, words[1:])], cwd=tmp_path, text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
+                                   env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **dict(env)})
         running.append(process)
         return process
     yield call
