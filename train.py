@@ -188,6 +188,10 @@ def settings(args, device, saved=None):
     if saved is not None:
         if missing := sorted({*config, "size", "classes"} - saved.keys()):
             raise BadInput(f"{args.out}/ckpt.pt: its config lacks {', '.join(missing)}")
+        usual = {**config, "size": 1}                                    # a value has the type it always has
+        if odd := [key for key in usual if None not in (usual[key], saved[key]) and key != "classes"
+                   and type(saved[key]) is not type(usual[key])]:
+            raise BadInput(f"{args.out}/ckpt.pt: its config is damaged ({odd[0]} {saved[odd[0]]!r})")
         given.setdefault("classes", len(saved["classes"]))
         for key, value in given.items():
             before = len(saved[key]) if key == "classes" else saved[key]
@@ -507,9 +511,14 @@ def main():
         ugd = config["weighting"] == "ugd"
         table = {**config, "weighting": "const"} if ugd else config          # until its first solution
         diffusion = Diffusion(*(table[key] for key in keys)).to(device)
+        if state:                                                        # no memory until shapes are right
+            with torch.device("meta"):
+                build_model(config).load_state_dict(state["model"], assign=True)
         model = build_model(config).to(device, dtype)
     except ValueError as error:
         raise BadInput(str(error)) from None
+    except RuntimeError as error:
+        raise BadInput(f"{ckpt}: weights and config disagree ({str(error)[:200]})") from None
     model.grad_ckpt = args.grad_ckpt
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), config["lr"], config["betas"],
@@ -517,16 +526,20 @@ def main():
     first, tally, log = 0, torch.zeros(10, 4, dtype=torch.float64, device=device), []
     if state:
         try:
+            expected = [{**group, "lr": None, "params": None} for group in optimizer.param_groups]
             model.load_state_dict(state["model"])
             ema.load_state_dict(state["ema"])
             optimizer.load_state_dict(state["optimizer"])
             for p, moments in optimizer.state.items():
                 if not p.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape:
                     raise ValueError("optimizer moments of another shape")
+            for group, usual in zip(optimizer.param_groups, expected):
+                if odd := [key for key in usual if usual[key] is not None and group.get(key, usual[key]) != usual[key]]:
+                    raise ValueError(f"optimizer settings, {odd[0]}")
             tally += state["tally"].to(tally) * (rank == 0)              # the sums since the last log line
             if ugd:
                 diffusion.weight.copy_(state["weight"])
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:                                       # whatever damage raises
             why = " ".join(str(error).split())[:200]
             raise BadInput(f"{ckpt}: weights and config disagree ({why})") from None
         first = state["step"]
