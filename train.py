@@ -534,8 +534,8 @@ def main():
                 if not p.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape:
                     raise ValueError("optimizer moments of another shape")
             for group, usual in zip(optimizer.param_groups, expected):
-                if odd := [key for key in usual if usual[key] is not None and group.get(key, usual[key]) != usual[key]]:
-                    raise ValueError(f"optimizer settings, {odd[0]}")
+                if any(value not in (None, group.get(key, value)) for key, value in usual.items()):
+                    raise ValueError("optimizer settings of another run")
             tally += state["tally"].to(tally) * (rank == 0)              # the sums since the last log line
             if ugd:
                 diffusion.weight.copy_(state["weight"])
