@@ -73,9 +73,11 @@ def batch(path):
 
 
 def listed(path):
+    data.archive.cache_clear()                                               # of the mutation before
     paths, labels, names = data.list_images(path)
     assert len(paths) == len(labels) and labels.max() < max(1, len(names)) and not any(".." in path.parts for path in paths)
-    data.load_image(paths[0])
+    for place in paths[:3]:
+        data.load_image(place)
     assert sum(len(part) for part in names) < 1e6
 
 
@@ -337,8 +339,8 @@ def pickled(code, how="pt"):
 def test_foreign_names_are_not_looked_up(tmp_path):
     """In every container and protocol, by every opcode that names something."""
     calls = [Planted(os.system, f"touch {tmp_path}/planted"), Planted(eval, "1"), Planted(exec, "1"), Planted(np.load, "x"),
-             Planted(torch.load, "x"), Planted(torch.hub.load, "x"), Planted(torch.ops.load_library, "x"), Planted(getattr, torch, "load")]
-    codes = [pickle.dumps(dict(data=call, labels=[1]), protocol) for call in calls for protocol in range(6)]
+             Planted(torch.load, "x"), Planted(torch.hub.load, "x"), Planted(torch.jit.load, "x"), Planted(getattr, 1, "real")]
+    codes = [pickle.dumps(dict(data=call, labels=[1]), i % 6) for i, call in enumerate(calls[:1] * 6 + calls[1:])]
     codes += [b"(S'touch planted'\nios\nsystem\n.", b"(cos\nsystem\nS'touch planted'\no.", b"cos\nsystem\n)\x81.", b"\x80\x04\x8c\x02os\x8c\x06system\x93.",
               b"ctorch.serialization\nload\n.", b"ctorch\nload\n.", b"ctorch._utils\n_import_dotted_name\n.", b"ctorch.storage\n_load_from_bytes\n.",
               b"cbuiltins\nbytearray\n(L9999999999L\ntR.", b"ctorch\nTensor\n(J\xff\xff\xff\x7fJ\xff\xff\xff\x7ftR.",
@@ -359,8 +361,8 @@ def test_pickles_that_allocate(tmp_path):
         nested, key = [nested] * 9, (key, key)
     codes = [length(b"\x80\x04\x8e", "<Q"), length(b"\x80\x04\x8d", "<Q"), length(b"\x80\x05\x96", "<Q", 2 ** 33), length(b"\x8b", "<i", 2 ** 31 - 1),
              length(b"B", "<I", 2 ** 32 - 1), length(b"X", "<I", 2 ** 32 - 1), length(b"\x80\x04\x95", "<Q"), b"\x80\x02]r\xff\xff\xff\xff.",
-             b"I" + b"9" * 10 ** 6 + b"\n.", b"(" * 10 ** 6 + b".", b"]" * 10 ** 6 + b"a" * (10 ** 6 - 1) + b"."]
-    codes += [pickle.dumps(dict(data=value, labels=[1]), protocol) for value in (nested, [nested] * 9, [9 ** 9999]) for protocol in (2, 4)]
+             b"I" + b"9" * 10 ** 6 + b"\n.", b"(" * 10 ** 5 + b".", b"]" * 10 ** 5 + b"a" * (10 ** 5 - 1) + b"."]
+    codes += [pickle.dumps(dict(data=value, labels=[1]), protocol) for value, protocol in ((nested, 2), (nested, 4), ([9 ** 9999], 2))]
     codes += [pickle.dumps(dict(data=np.zeros((2, 12), np.uint8), labels=nested), 2)]
     codes += [b"}" + pickle.dumps(key, 2)[2:-1] + b"K\x01s."]                # hashed for 2^40 steps
     codes += [pickle.dumps(dict(data=Planted(np.ndarray, (10 ** 8, 12), "u1"), labels=Planted(np.ndarray, (10 ** 8,), "i8", b"12345678", 0, (0,))), 2)]
@@ -544,11 +546,14 @@ def test_configs_that_lie(tmp_path):
                dict(step="\x1b"), dict(dataset=["../x"]), dict(classes=["a"]), dict(classes=[1, 2]), dict(classes={}), dict(cfg="1"), dict(drop=None), dict(sample_steps=10 ** 9),
                dict(interval="ab"), dict(interval=[1]), dict(interval=[{}, 1]), dict(vae="x"), dict(vae_file=3)]
     files = {f"{i}.pt": saved({**state(**change), "step": change.get("step", 3)}) for i, change in enumerate(changes)}
-    refused([("checkpoint", path) for path in written(tmp_path, files)], tmp_path, "disagree", megabytes=1000)
-    (tmp_path / "odd.pt").write_bytes(saved(state(dataset="../../etc/x", vae_file="/etc/passwd", data="/dev/zero", out="/tmp/x")))
-    assert judge([("checkpoint", tmp_path / "odd.pt")], tmp_path)[0][0] == "loaded"
+    files["odd.pt"] = saved(state(dataset="../../etc/x", vae_file="/etc/passwd", data="/dev/zero", out="/tmp/x"))      # read by no one
+    *results, odd = judge([("checkpoint", path) for path in written(tmp_path, files)], tmp_path)
+    for change, (found, text, spent, peak, deeds) in zip(changes, results):
+        assert found == "refused" and "disagree" in text and spent < 10 and peak < 1000 and not deeds, (change, found, text, spent, peak)
+    assert odd[0] == "loaded" and not odd[4]
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_from_a_lie(script, tmp_path):
     script("train.py", "--steps", 1, "--batch-size", 8, "--sample-steps", 1, "--out", "run")
     whole = data.read(tmp_path / "run/ckpt.pt")
@@ -566,19 +571,18 @@ def test_names_do_not_steer_the_terminal(script, tmp_path, capsys):
     (tmp_path / "src" / evil).mkdir(parents=True)
     for name in ("a.png", f"{evil}.png"):
         (tmp_path / "src" / evil / name).write_bytes(picture())
-    script("data.py", "--src", "src", "--size", 8, "--out", "pack")
-    assert data.Packed(tmp_path / "pack").classes == [evil]
-    assert all(line.isprintable() for line in script("data.py", "--check", "pack").splitlines())
+    data.pack(tmp_path / "src", 8, tmp_path / "pack", workers=1)
+    capsys.readouterr()
+    data.run(lambda: data.check(tmp_path / "pack"))
+    text = capsys.readouterr().out
+    assert data.Packed(tmp_path / "pack").classes == [evil] and "x1b[31m" in text and all(line.isprintable() for line in text.splitlines())
     (tmp_path / "src" / evil / "a.png").write_bytes(b"")
     assert r"cat \x1b[31m\x1b]0;x\x07\u202e\udc80/a.png" in script("data.py", "--src", "src", "--size", 8, "--out", "x", code=2)
-    for name, content in ((evil, state(dataset=evil)), ("c", state(classes=[evil, "b"]))):
-        torch.save(content, tmp_path / "a.pt")
-        text = script("sample.py", "--ckpt", "a.pt", "--n", 2, "--steps", 1)
-        assert all(line.isprintable() for line in text.splitlines())
+    torch.save(state(dataset=evil, classes=[evil, "b"]), tmp_path / "a.pt")
     assert script("sample.py", "--ckpt", "a.pt", "--classes", "x", code=2).strip().isprintable()
-    for name, loads in (("few.pt", {evil[:-1]: torch.zeros(1)}), ("pos.pt", {"pos_embed": 3, evil[:-1]: torch.zeros(1)})):
-        torch.save(loads, tmp_path / name)
-        assert script("sample.py", "--ckpt", name, code=2).strip().isprintable()
+    torch.save({**ViT(**NETWORK).state_dict(), evil[:-1]: torch.zeros(1)}, tmp_path / "few.pt")
+    text = script("sample.py", "--ckpt", "few.pt", "--heads", 2, code=2)
+    assert text.strip().isprintable() and r"\x1b[31m" in text
     (tmp_path / "a.pt").write_bytes(pickled(b"cevil\x1b[31m\nname\n."))
     assert r"evil\x1b[31m.name" in script("sample.py", "--ckpt", "a.pt", code=2)
     data.Screen(sys.stdout).write("\ra\tb\n\x1b[2J\x9b1m\u2028\x00")
@@ -631,4 +635,4 @@ def test_ten_thousand_mutated_files(tmp_path, capsys):
         print(f"\n| files | tried | refused | loaded | slowest | peak memory |  ({time.monotonic() - since:.0f} s)\n|---|---|---|---|---|---|")
         for key, (tried, lost, worst, most) in rows.items():
             print(f"| {key} | {tried:,} | {lost:,} | {tried - lost:,} | {worst:.2f} s | {most:,.0f} MB |")
-    assert rows["all"][0] >= 10_000 and all(lost < tried for tried, lost, *_ in rows.values())
+    assert rows["all"][0] >= 10_000 and all(0 < lost < tried for tried, lost, *_ in rows.values())
