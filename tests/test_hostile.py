@@ -443,7 +443,8 @@ def test_images_that_promise_more_than_they_hold(tmp_path):
     webp[21:25] = struct.pack("<I", 16_382 | 16_382 << 14)
     files = {"a.png": png, "a.bmp": bytes(bmp), "a.tif": bytes(tif), "a.webp": bytes(webp), "a.ppm": ppm.replace(b"12 12", b"50000 50000"),
              "a.gif": b"GIF89a" + struct.pack("<2H", 65_000, 65_000) + picture("GIF")[10:]}
-    refused([("image", path) for path in written(tmp_path, files)], tmp_path, seconds=2, megabytes=1000)
+    Image.new("1", (9000, 9000)).save(large := io.BytesIO(), "PNG")              # 10 KB, and it holds what it promises
+    refused([("image", path) for path in written(tmp_path, {**files, "large.png": large.getvalue()})], tmp_path, seconds=2, megabytes=1000)
 
 
 def test_no_program_is_started_for_an_image(tmp_path, monkeypatch):
