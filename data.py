@@ -261,7 +261,7 @@ def read(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise BadInput(f"found {type(state).__name__}, expected a dict of tensors")
-        return plain(state, [200_000, 2 * size])                         # twice: tied weights
+        return plain(state, [100_000, 2 * size])                         # twice: tied weights
     except ImportError:
         raise BadInput(f"{path}: reading it needs a package: pip install safetensors") from None
     except Exception as error:                                           # whatever damage makes them raise

@@ -361,7 +361,7 @@ def test_pickles_that_allocate(tmp_path):
         nested, key = [nested] * 9, (key, key)
     codes = [length(b"\x80\x04\x8e", "<Q"), length(b"\x80\x04\x8d", "<Q"), length(b"\x80\x05\x96", "<Q", 2 ** 33), length(b"\x8b", "<i", 2 ** 31 - 1),
              length(b"B", "<I", 2 ** 32 - 1), length(b"X", "<I", 2 ** 32 - 1), length(b"\x80\x04\x95", "<Q"), b"\x80\x02]r\xff\xff\xff\xff.",
-             b"I" + b"9" * 10 ** 6 + b"\n.", b"(" * 10 ** 5 + b".", b"]" * 10 ** 5 + b"a" * (10 ** 5 - 1) + b"."]
+             b"I" + b"9" * 10 ** 6 + b"\n.", b"(" * 20_000 + b".", b"]" * 20_000 + b"a" * 19_999 + b"."]
     codes += [pickle.dumps(dict(data=value, labels=[1]), protocol) for value, protocol in ((nested, 2), (nested, 4), ([9 ** 9999], 2))]
     codes += [pickle.dumps(dict(data=np.zeros((2, 12), np.uint8), labels=nested), 2)]
     codes += [b"}" + pickle.dumps(key, 2)[2:-1] + b"K\x01s."]                # hashed for 2^40 steps
@@ -418,9 +418,10 @@ def test_bombs_in_archives(tmp_path):
     block = bytearray(sparse.tobuf(tarfile.GNU_FORMAT))
     block[386:410], block[483:495] = b"00000000000\0" + b"00000001000\0", b"77777777777\0"
     block[148:156] = b"%06o\0 " % (sum(block) - sum(block[148:156]) + 256)
+    text = picture()[:33] + struct.pack(">I", 2 ** 31 - 1) + b"tEXt"              # a PNG whose text is 2 GB of zeros
     jobs = [("tensors", "a.pt", swollen("a/data.pkl")), ("tensors", "b.pt", swollen("a/data/0")), ("checkpoint", "c.pt", swollen("data.pkl")),
             ("tensors", "d.pt", overlap), ("listed", "a.zip", overlap), ("listed", "b.zip", swollen("cat/a.png", b"\x89PNG\r\n\x1a\n\0\0\0\0")),
-            ("listed", "a.tar.gz", tars[0]), ("listed", "b.tar.gz", tars[1]), ("listed", "s.tar", bytes(block) + b"\x89PNG" + bytes(1532)),
+            ("listed", "a.tar.gz", tars[0]), ("listed", "b.tar.gz", tars[1]), ("listed", "s.tar", bytes(block) + text.ljust(1536, b"\0")),
             ("statistics", "a.npz", swollen("mu.npy", array((3 << 27,)))), ("samples", "b.npz", swollen("arr_0.npy", array((1, 30_000, 30_000, 3), "|u1"))),
             ("batch", "train_data_batch_1.npz", swollen("data.npy", array((1 << 18, 12_288), "|u1")))]
     jobs += [("statistics", "c.npz", zipped({"mu.npy": array((10 ** 12,)), "sigma.npy": array((10 ** 12, 10 ** 12))})),
@@ -542,7 +543,7 @@ def test_configs_that_lie(tmp_path):
     sizes = [dict(img_size=10 ** 9), dict(depth=10 ** 6), dict(dim=10 ** 9), dict(heads=0), dict(heads=-2), dict(heads=3.5), dict(patch_size=0), dict(num_classes=10 ** 9),
              dict(T=10 ** 9), dict(in_channels=10 ** 6), dict(depth="x" * 9), dict(dim=2 ** 63), dict(evil=1), dict(img_size=float("nan")), dict(img_size=[4])]
     networks = [{**NETWORK, **size} for size in sizes] + [{**unet, **size} for size in (
-        dict(channels=32 * 10 ** 7), dict(res_blocks=10 ** 6), dict(channel_mult=[1] * 10 ** 5), dict(img_size=2 ** 30), dict(channel_mult="1"), dict(heads=0))]
+        dict(channels=32 * 10 ** 7), dict(res_blocks=10 ** 6), dict(channel_mult=[1] * 10 ** 4), dict(img_size=2 ** 30), dict(channel_mult="1"), dict(heads=0))]
     changes = [dict(network=network) for network in networks] + [dict(T=10 ** 12), dict(T="9"), dict(T=-1), dict(schedule=["cosine"]), dict(target="__class__"), dict(ema="\x1b[2J"),
                dict(step="\x1b"), dict(dataset=["../x"]), dict(classes=["a"]), dict(classes=[1, 2]), dict(classes={}), dict(cfg="1"), dict(drop=None), dict(sample_steps=10 ** 9),
                dict(interval="ab"), dict(interval=[1]), dict(interval=[{}, 1]), dict(vae="x"), dict(vae_file=3)]
@@ -586,6 +587,8 @@ def test_names_do_not_steer_the_terminal(script, tmp_path, capsys):
     assert text.strip().isprintable() and r"\x1b[31m" in text
     (tmp_path / "a.pt").write_bytes(pickled(b"cevil\x1b[31m\nname\n."))
     assert r"evil\x1b[31m.name" in script("sample.py", "--ckpt", "a.pt", code=2)
+    data.run(lambda: print(evil.split("\n")[1]))
+    assert capsys.readouterr().out.strip().isprintable()
     data.Screen(sys.stdout).write("\ra\tb\n\x1b[2J\x9b1m\u2028\x00")
     assert capsys.readouterr().out == "\ra\tb\n\\x1b[2J\\x9b1m\\u2028\\x00"
     assert str(BadInput("a\nb\x85c\x00" + "d" * 9999)).startswith(r"a b c\x00d") and len(str(BadInput("d" * 9999))) == 2000
@@ -617,7 +620,7 @@ def examine(jobs, results):
 
 
 def test_mutated_files_are_refused_in_one_line_or_load_right(tmp_path):
-    jobs = [job for _, part in fuzz(8, tmp_path) for job in part]
+    jobs = [job for _, part in fuzz(6, tmp_path) for job in part]
     examine(jobs, judge(jobs, tmp_path))
 
 
@@ -625,7 +628,7 @@ def test_mutated_files_are_refused_in_one_line_or_load_right(tmp_path):
 def test_ten_thousand_mutated_files(tmp_path, capsys):
     """The table of the README: by loaders and by kind of mutation."""
     rows, since = {}, time.monotonic()
-    for group, jobs in fuzz(290, tmp_path):
+    for group, jobs in fuzz(280, tmp_path):
         results = judge(jobs, tmp_path)
         examine(jobs, results)
         for (kind, *_), (found, _, spent, peak, _) in zip(jobs[1:], results[1:]):
