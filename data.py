@@ -9,8 +9,10 @@ labels.npy, int64 (N,), and meta.json, which is written last: a folder without i
 """
 import argparse
 import colorsys
+import contextlib
 import fcntl
 import functools
+import gzip
 import hashlib
 import json
 import math
@@ -19,14 +21,13 @@ import os
 import pickle
 import random
 import re
-import struct
 import sys
 import tarfile
 import threading
 import time
 import warnings
 import zipfile
-import zlib
+from collections import OrderedDict
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -47,8 +48,39 @@ DATASETS = {  # what these names promise: side, classes, images in the training 
 }
 
 
+def shown(text, kept=""):
+    """text, in which what could steer a terminal (escape sequences, control characters) is spelled, \\x1b."""
+    return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in text)
+
+
+@contextlib.contextmanager
+def silent():
+    """No warnings: what is odd about a file that others made is refused, or of no account."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 class BadInput(ValueError):
-    """A user's mistake: its text is the one line that is printed before exit code 2."""
+    """A user's mistake: its text is the one line that is printed before exit code 2, whatever a file's names
+    put into it.
+    """
+
+    def __init__(self, text):
+        super().__init__(shown(" ".join(str(text).split()))[:2000])
+
+
+class Screen:
+    """Standard output, which text out of a file (a name, a config) cannot steer."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self.stream.write(shown(text, "\n\r\t"))
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,13 +99,14 @@ def run(main):
     """
     joined = lambda: torch.distributed.is_available() and torch.distributed.is_initialized()
     try:
-        return main()
+        with contextlib.redirect_stdout(Screen(sys.stdout)):
+            return main()
     except (BadInput, OSError) as error:
-        code, line = 2, " ".join(str(error).split())
+        code, line = 2, error
     except RuntimeError as error:                                        # of gloo, of NCCL or of their store
         if not joined() or not re.search(r"gloo|nccl|TCPStore|Connection (closed|reset)", str(error), re.I):
             raise
-        code, line = 1, f"another process of this run has ended ({' '.join(str(error).split())[:90]}); "
+        code, line = 1, f"another process of this run has ended ({str(error)[:90]}); "
         line += "start all of it again, train.py with --resume"
     except KeyboardInterrupt:
         sys.exit(print("\nstopped", file=sys.stderr) or 130)
@@ -81,7 +114,7 @@ def run(main):
         while HELD:
             os.close(HELD.pop())
     if joined() or os.environ.get("LOCAL_RANK", "0") == "0":             # before they join, all find the same
-        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
+        print(f"{Path(sys.argv[0]).name}: {BadInput(line)}", file=sys.stderr, flush=True)
     if joined():
         sys.stdout.flush()
         os._exit(code)                           # the group's threads would wait for those that are gone
@@ -150,41 +183,136 @@ def hash_file(path):
     return digest.hexdigest()
 
 
+def unzip(file, size, swell=20):
+    """The zip archive in `file` of `size` bytes. Raises BadInput for a damaged one or a bomb: a member that
+    inflates to more than 64 MB and `swell` times its bytes, or members that overlap.
+    """
+    try:
+        kept = zipfile.ZipFile(file)
+    except Exception as error:                                           # whatever damage makes it raise
+        raise BadInput(f"{getattr(file, 'name', file)}: no archive, or a damaged one ({error})") from None
+    members = kept.infolist()
+    if sum(member.compress_size for member in members) > size or any(
+            member.file_size > max(swell * member.compress_size, (swell > 1) << 26) for member in members):
+        raise BadInput(f"{getattr(file, 'name', file)}: its members inflate to far more than it holds")
+    return kept
+
+
+class StandIn:
+    """What a numpy array, a dtype, a tensor or a storage is while a pickle is read."""
+
+    def __init__(self, *args):
+        self.args = args
+
+    def __setstate__(self, state):
+        self.state = state
+
+    def array(self):
+        """An array out of its own bytes: numpy's class believes whatever shape and strides it is told."""
+        _, shape, dtype, fortran, content = self.state
+        content = content.encode("latin1") if type(content) is str else content
+        return np.frombuffer(content, dtype.args[0]).reshape(shape, order="F" if fortran else "C")
+
+
+class Unhashable(tuple):
+    __hash__ = None                              # a tuple of a tuple of a ... is hashed for ever
+
+
+def unhashable(load):
+    def loaded(unpickler):
+        load(unpickler)
+        unpickler.stack[-1] = Unhashable(unpickler.stack[-1])
+    return loaded
+
+
+class Arrays(pickle._Unpickler):
+    """Builds numbers, strings, lists, dicts and stand-ins for arrays and tensors; any other name is refused,
+    none is looked up. The unpickler in Python, as the one in C reserves whatever memory a file asks for.
+    """
+    known = re.compile(r"numpy\.core\.multiarray\._reconstruct|numpy\.(ndarray|dtype)|"
+                       r"torch\._utils\._rebuild_(parameter|tensor(_v2|_v3)?)|"
+                       r"torch\.((storage\.)?\w+Storage|Size|u?int\d+|b?float\w+)")
+    dispatch = {code: unhashable(load) if load.__name__.startswith("load_tuple") else load
+                for code, load in pickle._Unpickler.dispatch.items() if load.__name__ != "load_frozenset"}
+
+    def find_class(self, module, name):
+        name = f"{module.replace('._core.', '.core.')}.{name}"
+        if name in ("collections.OrderedDict", "collections.Counter"):
+            return OrderedDict
+        if name == "_codecs.encode":                                     # bytes, in protocol 2
+            return lambda text, _: text.encode("latin1")
+        if self.known.fullmatch(name):
+            return StandIn
+        raise BadInput(f"holds a foreign object, {name}; expected arrays alone")
+
+    def persistent_load(self, _):                                        # a tensor's numbers
+        return StandIn()
+
+
+def plain(value, room):
+    """A copy of what was loaded in dicts, lists, tuples, names, numbers and tensors; ValueError for anything
+    else and where it has more than room[0] parts, as lists in lists in lists may, or room[1] bytes.
+    """
+    room[0] -= 1
+    if isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu":
+        room[1] -= value.numel() * value.element_size()
+        value = value.detach()
+    if min(room) < 0:
+        raise ValueError("found more than the file can hold")
+    if isinstance(value, dict) and all(type(key) in (str, int) for key in value):
+        return {key: plain(part, room) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return (list if isinstance(value, list) else tuple)(plain(part, room) for part in value)
+    if type(value) not in (str, int, float, bool, torch.Tensor, type(None)) or \
+            type(value) is int and value.bit_length() > 64:
+        raise ValueError(f"found {type(value).__name__}, expected tensors, numbers and names")
+    return value
+
+
+@silent()
 def read(path):
     """The dict in a checkpoint or weight file, torch's or .safetensors: tensors and plain values. No other
-    object is ever unpickled. Raises BadInput.
+    object is ever unpickled, and nothing that the file does not hold takes memory. Raises BadInput.
     """
     path = Path(path)
     path = path / "ckpt.pt" if path.is_dir() else path
     if not path.is_file():
         raise BadInput(f"{path}: no such file")
+    size = path.stat().st_size
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
-            return load_file(path)
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:                           # torch.load skips the checksums
-                if bad := archive.testzip():
-                    raise ValueError(f"{bad} does not match its checksum")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                              # of foreign pickles: refused below
+            state = load_file(path)
+        else:
+            if zipfile.is_zipfile(path):
+                with unzip(path, size, swell=1) as archive:                  # torch compresses nothing
+                    if bad := archive.testzip():                             # torch.load skips the checksums
+                        raise ValueError(f"{bad} does not match its checksum")
+                    for member in archive.infolist():
+                        if member.filename.lower().endswith(".pkl"):
+                            Arrays(archive.open(member)).load()
+            else:
+                with open(path, "rb") as file:
+                    for _ in range(5):           # magic number, protocol, system, what was saved, storages
+                        Arrays(file, encoding="latin1").load()
             state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise BadInput(f"found {type(state).__name__}, expected a dict of tensors")
+        return plain(state, [100_000, 2 * size])                         # twice: tied weights
     except ImportError:
         raise BadInput(f"{path}: reading it needs a package: pip install safetensors") from None
     except Exception as error:                                           # whatever damage makes them raise
-        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
-        why = f"holds a foreign object, {foreign[1]}; save its tensors alone" if foreign else \
-              f"damaged or no weights, {type(error).__name__}"
+        why = error if isinstance(error, BadInput) else f"damaged or no weights, {type(error).__name__}"
         raise BadInput(f"{path}: cannot be loaded ({why})") from None
-    if not isinstance(state, dict):
-        raise BadInput(f"{path}: found {type(state).__name__}, expected a dict of tensors")
-    return state
 
 
 def read_json(path):
     """The dict in a JSON file. Raises BadInput."""
+    path = Path(path)
+    if not path.is_file() or path.stat().st_size > 1 << 26:
+        raise BadInput(f"{path}: no such file, or none of JSON's size")
     try:
-        return dict(json.loads(Path(path).read_text()))
+        return dict(json.loads(path.read_text()))
     except (ValueError, TypeError, RecursionError) as error:
         raise BadInput(f"{path}: damaged, expected a JSON object ({error})") from None
 
@@ -338,6 +466,7 @@ def built_in(size, count=100_000, flip=False):
 class Packed(Images):
     """A packed folder, memory-mapped. Raises BadInput where it is none, unfinished or contradicts itself."""
 
+    @silent()
     def __init__(self, dir, flip=False):
         dir = Path(dir)
         if not (dir / "meta.json").is_file():
@@ -346,14 +475,18 @@ class Packed(Images):
         meta = read_json(dir / "meta.json")
         try:
             kind = "latents" if (dir / "latents.npy").exists() else "images"
+            if not all((dir / f"{name}.npy").is_file() for name in (kind, "labels")):    # a pipe would block
+                raise TypeError(f"{kind}.npy, labels.npy: expected files")
             images, labels = (np.load(dir / f"{name}.npy", mmap_mode="r") for name in (kind, "labels"))
             (channels, side), dtype = ((8, meta["size"] // 8), "float16") if kind == "latents" else \
                                       ((3, meta["size"]), "uint8")
             shape, names = (meta["count"], channels, side, side), meta["classes"]
             if kind == "latents" and not (type(meta["scale"]) is float and 0 < meta["scale"] < math.inf):
                 raise ValueError("scale: expected a positive number")
-            if type(meta.get("vae_file", "")) is not str:
-                raise TypeError("vae_file: expected a path")
+            if any(type(meta.get(key, "")) is not str for key in ("dataset", "split", "vae_file")):
+                raise TypeError("dataset, split, vae_file: expected names")
+            if type(meta.get("vae") or {}) is not dict:
+                raise TypeError("vae: expected a JSON object")
             if type(names) is not list or any(type(name) is not str for name in names):
                 raise TypeError("classes: expected a list of names")
             if any(type(number) is not int or number < 1 for number in shape):
@@ -377,36 +510,66 @@ class Packed(Images):
 # ------------------------------------------------------------------------------- image files and their crops
 
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz")
-DAMAGE = (OSError, EOFError, RuntimeError, KeyError, zlib.error, zipfile.BadZipFile, tarfile.TarError)
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")   # no others: Pillow runs Ghostscript for some
+Image.MAX_IMAGE_PIXELS = 1 << 25                 # Pillow refuses twice as many, 8192 x 8192: 2 GB at most
+
+
+class Gunzip:
+    """What tarfile asks of a .gz, with an end where it inflates to 64 MB and 20 times the file's size."""
+
+    def __init__(self, path):
+        self.file, self.end = gzip.open(path), max(1 << 26, 20 * path.stat().st_size)
+        self.tell, self.close = self.file.tell, self.file.close
+
+    def seek(self, place, count=0):
+        if place + count > self.end:
+            raise tarfile.TarError("its members inflate to far more than it holds")
+        return self.file.seek(place)
+
+    def read(self, count):
+        self.seek(self.tell(), count)
+        return self.file.read(count)
 
 
 @functools.lru_cache(maxsize=2)
 def archive(path, process):
     """A .zip or .tar(.gz) kept open, by each process for itself: a fork would share the place in the file."""
-    return tarfile.open(path) if tarfile.is_tarfile(path) else zipfile.ZipFile(path)
+    with contextlib.suppress(tarfile.ReadError, gzip.BadGzipFile):
+        return tarfile.open(fileobj=Gunzip(path), mode="r:")
+    with contextlib.suppress(tarfile.ReadError):
+        return tarfile.open(path, "r:")
+    return unzip(path, path.stat().st_size)
 
 
 def opened(path):
-    """A file for reading; `a.zip/b/c.png` is the member b/c.png of a.zip."""
+    """A file for reading; `a.zip/b/c.png` is the member b/c.png of a.zip. Links and pipes in an archive are
+    no files; a link in a folder, which is its owner's, is what it leads to.
+    """
     for parent in path.parents:
         if parent.suffix.lower() in ARCHIVES and parent.is_file():
-            source, member = archive(parent, os.getpid()), path.relative_to(parent).as_posix()
-            get = source.open if isinstance(source, zipfile.ZipFile) else source.extractfile
+            source, name = archive(parent, os.getpid()), path.relative_to(parent).as_posix()
+            if isinstance(source, zipfile.ZipFile):
+                return source.open(name if name in source.NameToInfo else f"./{name}")
             try:
-                return get(member)
+                member = source.getmember(name)
             except KeyError:
-                return get(f"./{member}")
+                member = source.getmember(f"./{name}")
+            if not member.isreg() or member.issparse():
+                raise BadInput("no plain file in the archive")
+            return source.extractfile(member)
+    if not path.is_file():                                               # a pipe would block
+        raise BadInput("no such file")
     return open(path, "rb")
 
 
+@silent()
 def load_image(path, plain=False):
     """Any image file -> 8-bit RGB as a person sees it: upright by EXIF, 16-bit grey scaled to 8, see-through
     parts on white, CMYK and palettes converted; `plain` converts and no more, as the papers did. Raises
     BadInput that names the file where it cannot be read.
     """
     try:
-        with warnings.catch_warnings(), opened(Path(path)) as file, Image.open(file) as image:
-            warnings.simplefilter("ignore")                              # of large pictures, odd metadata
+        with opened(Path(path)) as file, Image.open(file, formats=FORMATS) as image:
             image.load()
             if max(image.size) > 400 * min(image.size):
                 raise BadInput(f"{image.width} x {image.height} pixels are too narrow to crop a square from")
@@ -415,7 +578,7 @@ def load_image(path, plain=False):
                 return rgb(image)
             ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):                                   # 16 bits; convert() would clip
-                grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+                grey = np.asarray(image).astype(np.int32).clip(0, 65535)
                 image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
             elif image.mode == "F":
                 raise BadInput("floating-point pixels have no agreed range")
@@ -423,7 +586,7 @@ def load_image(path, plain=False):
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return rgb(image)
-    except (*DAMAGE, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
+    except Exception as error:                                           # whatever damage makes Pillow raise
         raise BadInput(f"{path}: cannot be read as an image ({error})") from None
 
 
@@ -446,31 +609,23 @@ def celeba_crop(image, size):
     return np.asarray(image.crop((19, 39, 159, 179)).resize((size, size), Image.BILINEAR))
 
 
-class Arrays(pickle._Unpickler):
-    """Builds numbers, strings, lists, dicts and numpy arrays; anything else is refused by name, unmade. The
-    unpickler in Python, as the one in C reserves whatever memory a damaged file asks for.
-    """
-
-    def find_class(self, module, name):
-        if (name, module.replace("._core.", ".core.")) == ("_reconstruct", "numpy.core.multiarray"):
-            return np.zeros(0).__reduce__()[0]
-        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
-            return getattr(np, name)
-        if (module, name) == ("_codecs", "encode"):                      # bytes, in protocol 2
-            return lambda text, _: text.encode("latin1")
-        raise BadInput(f"holds a foreign object, {module}.{name}; expected arrays")
-
-
+@silent()
 def read_batch(path):
     """A published batch of small images, a pickle or .npz -> uint8 (N,3,S,S), labels as published (N,)."""
     try:
         with opened(path) as file:
-            kept = dict(np.load(file)) if path.suffix == ".npz" else Arrays(file, encoding="latin1").load()
-        rows, labels = np.asarray(kept["data"]), np.asarray(kept["labels"])
+            if path.suffix == ".npz":
+                unzip(file, file.seek(0, 2))
+                file.seek(0)
+            kept = np.load(file) if path.suffix == ".npz" else Arrays(file, encoding="latin1").load()
+            rows, labels = (part.array() if isinstance(part, StandIn) else part
+                            for part in (kept["data"], kept["labels"]))
+        if type(labels) is list and all(type(label) is int for label in labels):
+            labels = np.array(labels)
         side = math.isqrt(rows.shape[1] // 3)
         if rows.dtype != np.uint8 or labels.dtype.kind != "i" or not len(labels) == len(rows) > 0:
             raise TypeError(f"data {rows.dtype} {rows.shape}, labels {labels.dtype}")
-        return rows.reshape(-1, 3, side, side), labels.astype(np.int64)
+        return rows.reshape(len(rows), 3, side, side), labels.astype(np.int64)
     except Exception as error:                                           # whatever damage makes them raise
         why = error if isinstance(error, BadInput) else f"damaged, {type(error).__name__}: {error}"
         raise BadInput(f"{path}: not a batch of images ({why})") from None
@@ -517,8 +672,8 @@ def entries(src):
         try:
             kept = archive(src, os.getpid())
             names = kept.namelist() if isinstance(kept, zipfile.ZipFile) else \
-                [member.name + "/" * member.isdir() for member in kept if member.isdir() or member.isfile()]
-        except DAMAGE as error:
+                [member.name + "/" * member.isdir() for member in kept if member.isdir() or member.isreg()]
+        except Exception as error:                                       # whatever damage makes them raise
             raise BadInput(f"--src {src}: cannot be read as an archive ({error})") from None
         if odd := [name for name in names if re.search(r"^/|//|\\|(^|/)\.\.(/|$)", name)]:
             raise BadInput(f"--src {src}: holds {odd[0]!r}, expected names relative to its top")

@@ -174,7 +174,7 @@ def load_inception(path_or_state_dict):
     model = Inception()
     try:
         model.load_state_dict(dict(state))                               # without metadata counters may lack
-    except (RuntimeError, AttributeError) as error:
+    except Exception as error:                                           # whatever damage makes it raise
         raise ValueError(f"not the FID Inception's weights: {' '.join(str(error).split())[:200]}") from None
     return model
 
@@ -309,7 +309,7 @@ class Source:
     """
 
     def __init__(self, path):
-        from data import SUFFIXES, BadInput, Packed, read_json
+        from data import SUFFIXES, BadInput, Packed, read_json, unzip
         self.path, self.meta, self.files, self.packed = Path(path), {}, None, None
         protocol = self.path / "protocol.json"
         if (self.path / "meta.json").is_file():
@@ -327,8 +327,8 @@ class Source:
             if not self.files:
                 raise BadInput(f"{path}: found no .png files")
             self.count, self.size = len(self.files), self.load(self.files[0]).shape[1]
-        elif zipfile.is_zipfile(self.path):
-            with zipfile.ZipFile(self.path) as archive:
+        elif self.path.is_file() and zipfile.is_zipfile(self.path):          # a pipe would block
+            with unzip(self.path, self.path.stat().st_size) as archive:
                 _, (self.count, self.size, *_) = arr_0(archive, path)
             protocol = self.path.with_suffix(".protocol.json")
         else:
@@ -405,15 +405,17 @@ def measure(source, n, extract, batch, device):
 
 def stored(path):
     """(dict of mu, sigma, ..., float64; metadata) of a statistics npz, or None where `path` holds images."""
-    from data import BadInput
-    if not zipfile.is_zipfile(path):
+    from data import BadInput, silent, unzip
+    if not Path(path).is_file() or not zipfile.is_zipfile(path):
         return None
     try:
-        with np.load(path) as file:
+        with silent(), unzip(path, Path(path).stat().st_size), np.load(path) as file:
             if not {"mu", "sigma"} <= set(file.files):
                 return None
-            found = {key: torch.from_numpy(np.asarray(file[key], dtype=np.float64))
-                     for key in ("mu", "sigma", "mu_s", "sigma_s") if key in file.files}
+            found = {key: file[key] for key in ("mu", "sigma", "mu_s", "sigma_s") if key in file.files}
+            if any(value.dtype.kind != "f" for value in found.values()):
+                raise ValueError("mu, sigma: expected floating-point numbers")
+            found = {key: torch.from_numpy(value.astype(np.float64)) for key, value in found.items()}
             meta = dict(json.loads(str(file["meta"])) if "meta" in file.files else {})
         for mu, sigma in [("mu", "sigma"), ("mu_s", "sigma_s")][:len(found) // 2]:
             D = len(found[mu])

@@ -6,6 +6,7 @@ spatial transformer); rows of qkv are ordered head, then q k v, then channel (in
 then head). The last layer of res-blocks, attention blocks and the UNet starts at zero. Parameter names are
 theirs, so `input_blocks.N` is block N of the encoder and its first layer is `input_blocks.N.0`.
 """
+import copy
 import math
 
 import torch
@@ -50,6 +51,14 @@ def zero(layer):
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
+
+
+class Table(nn.Embedding):
+    """Rows of N(0,1), but none on the meta device: PyTorch would import its compiler for them, for seconds."""
+
+    def reset_parameters(self):
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 class ResBlock(nn.Module):
@@ -282,7 +291,7 @@ class UNet(Encoder):
         super().__init__(img_size, in_channels, channels, channel_mult, res_blocks, attention_resolutions,
                          num_classes, heads, head_channels, scale_shift, resblock_updown, context_dim)
         if num_classes:
-            self.label_emb = nn.Embedding(num_classes + 1, context_dim or 4 * channels)   # last: null label
+            self.label_emb = Table(num_classes + 1, context_dim or 4 * channels)   # last: null label
         self.output_blocks, skips = nn.ModuleList(), list(self.skips)
         width_in = skips[-1]
         for level, mult in reversed(list(enumerate(channel_mult))):
@@ -376,10 +385,15 @@ def public_heads(channels, channel_mult, in_channels, context_dim, **_):
     return known[channels]
 
 
-def load(model, state_dict, kind):
+def load(build, state_dict, kind):
+    """build() with these weights; without memory until all names and shapes are right. Raises ValueError."""
     try:
+        with torch.device("meta"):
+            model = build()
+        copy.deepcopy(model).load_state_dict(state_dict, assign=True)
+        model = model.to_empty(device=torch.get_default_device())
         model.load_state_dict(state_dict)
-    except RuntimeError as error:
+    except Exception as error:                                           # whatever damage makes them raise
         raise ValueError(f"not a state dict of {kind}: {' '.join(str(error).split())[:300]}") from None
     return model
 
@@ -419,8 +433,8 @@ def from_adm(state_dict, img_size=None, heads=None, head_channels=None, num_clas
         learned_sigma = len(state_dict["out.2.weight"]) == 2 * C
         if learned_sigma:
             state_dict.update({name: state_dict[name][:C] for name in ("out.2.weight", "out.2.bias")})
-    except (ValueError, AttributeError, TypeError, LookupError, ArithmeticError) as error:
-        raise ValueError(f"not a state dict of {kind}: {error}") from None
+    except Exception as error:                                           # whatever damage makes them raise
+        raise ValueError(f"not a state dict of {kind}: {' '.join(str(error).split())}") from None
     if found["context_dim"] and not rows:
         raise ValueError(f"not a state dict of {kind}: no class table, cond_stage_model.embedding.weight")
     if num_classes is None:
@@ -433,10 +447,10 @@ def from_adm(state_dict, img_size=None, heads=None, head_channels=None, num_clas
         split = public_heads(**found)
     img_size = img_size or 8 * 2 ** (len(found["channel_mult"]) - 1)
     sides = [img_size >> level for level in found.pop("levels")]
-    model = UNet(img_size, attention_resolutions=sides, num_classes=num_classes, **found, **split)
     if new_attention_order is None:
         new_attention_order = learned_sigma and rows == 1000 and found["channels"] == 192
-    load(model, state_dict, kind)
+    more = dict(attention_resolutions=sides, num_classes=num_classes, **found, **split)
+    model = load(lambda: UNet(img_size, **more), state_dict, kind)
     for layer in model.modules():
         if new_attention_order and isinstance(layer, Attention):
             for x in (layer.qkv.weight.data, layer.qkv.bias.data):           # (3*h*d, ...) -> (h*3*d, ...)
@@ -453,10 +467,10 @@ def classifier_from_adm(state_dict, head_channels=64):
     try:
         found, num_classes = read(state_dict), len(state_dict["out.2.c_proj.weight"])
         side = math.isqrt(state_dict["out.2.positional_embedding"].shape[1] - 1)
-    except (ValueError, AttributeError, TypeError, LookupError, ArithmeticError) as error:
-        raise ValueError(f"not a state dict of {kind}: {error}") from None
+    except Exception as error:
+        raise ValueError(f"not a state dict of {kind}: {' '.join(str(error).split())}") from None
     img_size = side * 2 ** (len(found["channel_mult"]) - 1)
     sides = [img_size >> level for level in found["levels"]]
-    model = Classifier(img_size, found["in_channels"], found["channels"], found["channel_mult"],
-                       found["res_blocks"], sides, num_classes, head_channels)
-    return load(model, state_dict, kind)
+    build = lambda: Classifier(img_size, found["in_channels"], found["channels"], found["channel_mult"],
+                               found["res_blocks"], sides, num_classes, head_channels)
+    return load(build, state_dict, kind)

@@ -4,6 +4,7 @@ Facts of the official code that the released weights depend on: no final norm be
 exact GELU, q and v have a bias and k has none, and head width is dim // heads even where that does not divide
 dim (ViT-Small: 6 heads of 85 in a width of 512). Parameter names are the official ones.
 """
+import copy
 import math
 
 import torch
@@ -18,6 +19,14 @@ SIZES = {  # appendix C.1, table 6; tiny is ours, for the built-in images on a C
     "vit-l":    dict(dim=1024, depth=21, heads=16),
     "vit-xl":   dict(dim=1152, depth=28, heads=16),
 }
+
+
+class Table(nn.Embedding):
+    """Rows of N(0,1), but none on the meta device: PyTorch would import its compiler for them, for seconds."""
+
+    def reset_parameters(self):
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 class Attention(nn.Module):
@@ -79,9 +88,9 @@ class ViT(nn.Module):
         self.tokens = 2 if num_classes else 1                                # in front of the patches
         self.patch_embed = nn.Sequential()
         self.patch_embed.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
-        self.time_embedding = nn.Embedding(T, dim)
+        self.time_embedding = Table(T, dim)
         if num_classes:
-            self.class_embedding = nn.Embedding(num_classes + 1, dim)        # last row: the null label
+            self.class_embedding = Table(num_classes + 1, dim)        # last row: the null label
         self.pos_embed = nn.Parameter(torch.zeros(1, self.tokens + (img_size // patch_size) ** 2, dim))
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.linear_projection = nn.Linear(dim, patch_size ** 2 * in_channels)
@@ -135,19 +144,24 @@ def from_official(state_dict, heads=None):
     try:
         dim, in_channels, patch, _ = state_dict["patch_embed.proj.weight"].shape
         tokens, (rows, _) = state_dict["pos_embed"].shape[1], state_dict["time_embedding.weight"].shape
-        depth = 1 + max(int(name.split(".")[1]) for name in state_dict if name.startswith("blocks."))
+        depth = len({name.split(".")[1] for name in state_dict if name.startswith("blocks.")})
         num_classes = len(state_dict.get("class_embedding.weight", [0])) - 1
-    except (KeyError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"not a state dict of the official ViT: {error}") from None
+    except Exception as error:                                           # whatever damage makes them raise
+        raise ValueError(f"not a state dict of the official ViT: {' '.join(str(error).split())}") from None
     heads = heads or {size["dim"]: size["heads"] for size in SIZES.values() if size["dim"] >= 512}.get(dim)
     if heads is None or heads < 1:
         raise ValueError(f"heads: must be given, since width {dim} is not one of the paper's")
     side = math.isqrt(tokens - (2 if num_classes else 1))
     T = min(rows, 1000)
-    model = ViT(side * patch, patch, in_channels, num_classes, dim, depth, heads, T)
     state_dict = {**state_dict, "time_embedding.weight": state_dict["time_embedding.weight"][:T]}
     try:
+        if not side * T:
+            raise ValueError("found no patches, or no times")
+        with torch.device("meta"):                                       # no memory until shapes are right
+            model = ViT(side * patch, patch, in_channels, num_classes, dim, depth, heads, T)
+        copy.deepcopy(model).load_state_dict(state_dict, assign=True)
+        model = model.to_empty(device=torch.get_default_device())
         model.load_state_dict(state_dict)
-    except RuntimeError as error:
+    except Exception as error:
         raise ValueError(f"not a state dict of the official ViT: {' '.join(str(error).split())}") from None
     return model

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import (BadInput, Parser, generator, hash_file, imagenet, load_image, lock, progress, read, replace,
-                  run, tile)
+from data import (BadInput, Parser, generator, hash_file, imagenet, load_image, lock, progress, read,
+                  read_json, replace, run, tile)
 from diffusion import SOLVERS, TARGETS, Diffusion, sampler
-from model_unet import UNet, classifier_from_adm, from_adm
+from model_unet import UNet, classifier_from_adm, from_adm, load
 from model_vit import ViT, from_official
 from vae import load_vae
 
@@ -42,6 +42,35 @@ def build_model(config):
     return UNet(**network) if "channels" in network else ViT(**network)
 
 
+ENTRIES = dict(dataset=str, schedule=str, target=str, T=int, step=int, sample_steps=int, classes=list,
+               ema=(int, float), drop=(int, float), cfg=(int, float))
+OPTIONAL = dict(interval=list, vae=dict, vae_file=str)
+
+
+def check(config, tensors):
+    """ValueError for a config that train.py never wrote, before anything of its sizes takes memory or time: a
+    network has no more blocks than tensors.
+    """
+    for key, kind in {**ENTRIES, **OPTIONAL}.items():
+        value = config[key] if key in ENTRIES else config.get(key)
+        if not isinstance(value, kind) and (key in ENTRIES or value is not None):
+            raise ValueError(f"{key} is {type(value).__name__}")
+    net, names, span = config["network"], config["classes"], config.get("interval") or [0, 0]
+    blocks = net["depth"] if "depth" in net else net["res_blocks"] * len(net["channel_mult"])
+    if not (blocks <= tensors and 1 <= net["img_size"] <= 2048 and net["in_channels"] in (3, 4)):
+        raise ValueError(f"{blocks} blocks, {net['in_channels']} channels, side {net['img_size']}")
+    if not (1 <= config["T"] == net.get("T", config["T"]) <= 1e6 and 1 <= config["sample_steps"] <= 1e4):
+        raise ValueError(f"T is {config['T']}, sample_steps {config['sample_steps']}")
+    if len(names) != net["num_classes"] or any(type(name) is not str for name in names):
+        raise ValueError(f"{len(names)} class names for {net['num_classes']} classes")
+    if len(span) != 2 or any(type(t) is not int for t in span):
+        raise ValueError("interval is not of two timesteps")
+    Diffusion(config["schedule"], config["T"], config["target"])
+    if (net.get("heads") or 1) < 1 or any(type(net.get(key, True)) is not bool
+                                      for key in ("scale_shift", "resblock_updown", "short_run")):
+        raise ValueError(f"heads {net.get('heads')}, or a switch that is neither on nor off")
+
+
 def load_checkpoint(path, raw=False, target=None, schedule=None, heads=None, head_channels=None, size=None):
     """-> (network in eval mode, config). Our checkpoints, EMA weights unless raw, or weights alone: the
     paper's released files and guided-diffusion's or latent-diffusion's, for which `target` says what they
@@ -56,9 +85,10 @@ def load_checkpoint(path, raw=False, target=None, schedule=None, heads=None, hea
             latents = getattr(model, "context_dim", None)                # of latent-diffusion
             if model.in_channels not in (3, 4) or model.in_channels == 3 and latents:
                 raise ValueError(f"{model.in_channels} channels that are neither RGB nor this autoencoder's")
-        except ValueError as error:
+            rows, classes = (len(state.get(name, ())) for name in ("out.2.weight", "label_emb.weight"))
+        except Exception as error:                                       # whatever damage makes them raise
             raise BadInput(f"{path}: no checkpoint of this project, and {error}") from None
-        learned_sigma = len(state.get("out.2.weight", ())) == 2 * model.in_channels       # ADM's, of eps
+        learned_sigma = rows == 2 * model.in_channels                        # ADM's, of eps
         linear = learned_sigma and model.img_size >= 128                     # its schedule from that side on
         usual = dict(target="eps" if learned_sigma else None, sample_steps=50, cfg=1.0)
         shape = (model.pos_embed.shape[2], len(model.blocks)) if "pos_embed" in state else \
@@ -69,7 +99,7 @@ def load_checkpoint(path, raw=False, target=None, schedule=None, heads=None, hea
         if target is None:
             raise BadInput(f"{path}: weights alone do not say what they predict; give --target")
         network = dict(img_size=model.img_size, in_channels=model.in_channels, num_classes=model.num_classes)
-        null = len(state.get("label_emb.weight", ())) != model.num_classes   # has a row of the null label
+        null = classes != model.num_classes                              # has a row of the null label
         names = list(imagenet())[2] if model.num_classes == 1000 else []
         config = dict(dataset=name or "official", network=network, schedule="linear" if linear else "cosine",
                       T=1000, step=None, ema=None, drop=0.15 * null, classes=list(names)) | usual
@@ -77,12 +107,10 @@ def load_checkpoint(path, raw=False, target=None, schedule=None, heads=None, hea
     if missing := {"model", "ema", "step", "config"} - state.keys():
         raise BadInput(f"{path}: not a checkpoint of this project ({', '.join(sorted(missing))} missing)")
     try:
-        config = {**state["config"], "step": state["step"]}
-        [config[key] for key in ("dataset", "cfg", "sample_steps", "drop", "classes", "ema")]
-        Diffusion(config["schedule"], config["T"], config["target"])
-        model = build_model(config)
-        model.load_state_dict(state["model" if raw else "ema"])
-    except (RuntimeError, TypeError, KeyError, ValueError, AttributeError) as error:
+        config, weights = {**state["config"], "step": state["step"]}, state["model" if raw else "ema"]
+        check(config, len(weights))
+        model = load(lambda: build_model(config), weights, "the network in config")
+    except Exception as error:                                           # whatever damage makes them raise
         why = " ".join(str(error).split())[:200]
         raise BadInput(f"{path}: weights and config disagree ({why})") from None
     for key, value in (("target", target), ("schedule", schedule)):
@@ -119,7 +147,7 @@ def find_vae(config, device, path=None):
         raise BadInput(f"--vae {path}: the network draws images, not latents")
     if config["network"]["in_channels"] == 3:
         return None
-    known = config["vae"]["sha256"] if config.get("vae") else None
+    known = (config.get("vae") or {}).get("sha256")
     path = path or config.get("vae_file")
     if not path:
         raise BadInput("the network draws latents: give the autoencoder's weights with --vae FILE")
@@ -200,8 +228,8 @@ def claim(folder, protocol):
     file, used = folder / "protocol.json", any(folder.glob("*.png"))     # in this order: others may start
     if file.exists():
         try:
-            before = dict(json.loads(file.read_text()))
-        except (ValueError, TypeError):
+            before = read_json(file)
+        except BadInput:
             raise BadInput(f"{file}: damaged, expected the protocol of the samples beside it") from None
         if other := [key for key in {**before, **protocol} if before.get(key) != protocol.get(key)]:
             key = other[0]

@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import model_unet
 from data import BadInput, Packed, Parser, built_in, generator, progress, read, replace, run, tile
 from diffusion import TARGETS, Diffusion
 from pareto import (FOUR, band, bring_up, canvas, check, claim, draw_bin, load, look, plot_runs, read_runs,
@@ -228,8 +229,7 @@ def open_model(path, target=None, raw=False):
     config = state.get("config")
     if isinstance(config, dict) and config.get("model") == "dcgan":
         try:
-            model = DCGAN(config["size"])
-            model.load_state_dict(state["model"])
+            model = model_unet.load(lambda: DCGAN(config["size"]), state["model"], "a DCGAN")
         except Exception as error:                                           # whatever damage raises
             raise BadInput(f"{path}: damaged ({' '.join(str(error).split())[:200]})") from None
     else:

@@ -188,6 +188,10 @@ def settings(args, device, saved=None):
     if saved is not None:
         if missing := sorted({*config, "size", "classes"} - saved.keys()):
             raise BadInput(f"{args.out}/ckpt.pt: its config lacks {', '.join(missing)}")
+        usual = {**config, "size": 1}                                    # a value has the type it always has
+        if odd := [key for key in usual if None not in (usual[key], saved[key]) and key != "classes"
+                   and type(saved[key]) is not type(usual[key])]:
+            raise BadInput(f"{args.out}/ckpt.pt: its config is damaged ({odd[0]} {saved[odd[0]]!r})")
         given.setdefault("classes", len(saved["classes"]))
         for key, value in given.items():
             before = len(saved[key]) if key == "classes" else saved[key]
@@ -295,12 +299,12 @@ def checkpoint(path, previous):
         raise BadInput(f"{error}; delete it to go on from {previous.name}, whole, of step {step:,}") from None
 
 
-def plain(part):
+def fresh(part):
     """The same dicts, lists and values afresh, equal strings one object: a pickle tells its values alone."""
     if isinstance(part, dict):
-        return {plain(key): plain(value) for key, value in part.items()}
+        return {fresh(key): fresh(value) for key, value in part.items()}
     if isinstance(part, (list, tuple)):
-        return [plain(value) for value in part]
+        return [fresh(value) for value in part]
     return sys.intern(part) if type(part) is str else part
 
 
@@ -516,9 +520,14 @@ def main():
         ugd = config["weighting"] == "ugd"
         table = {**config, "weighting": "const"} if ugd else config          # until its first solution
         diffusion = Diffusion(*(table[key] for key in keys)).to(device)
+        if state:                                                        # no memory until shapes are right
+            with torch.device("meta"):
+                build_model(config).load_state_dict(state["model"], assign=True)
         model = build_model(config).to(device, dtype)
     except ValueError as error:
         raise BadInput(str(error)) from None
+    except RuntimeError as error:
+        raise BadInput(f"{ckpt}: weights and config disagree ({str(error)[:200]})") from None
     model.grad_ckpt = args.grad_ckpt
     ema = copy.deepcopy(model).requires_grad_(False)
     moments = zero_moments(model)
@@ -535,7 +544,7 @@ def main():
             tally += state["tally"].to(tally) * (rank == 0)              # the sums since the last log line
             if ugd:
                 diffusion.weight.copy_(state["weight"])
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:                                       # whatever damage raises
             why = " ".join(str(error).split())[:200]
             raise BadInput(f"{ckpt}: weights and config disagree ({why})") from None
         first = state["step"]
@@ -555,7 +564,7 @@ def main():
         state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=dict(state=moments),
                      step=step, config=config, tally=total.cpu(),
                      **({"weight": diffusion.weight.cpu()} if ugd else {}))
-        replace(ckpt, lambda f: torch.save(plain(state), f), previous)
+        replace(ckpt, lambda f: torch.save(fresh(state), f), previous)
 
     def picture(step):
         path = args.out / f"samples_{step:06d}.png"
