@@ -455,16 +455,21 @@ def test_a_hundred_thousand_packed_images_open_at_once(tmp_path):
 
 
 def watched():
-    """A line of CPU seconds and resident pages at every 10th step, in watched.csv."""
+    """watched.csv: step, resident pages, CPU seconds of the last ten steps and of a fixed piece of work after them."""
     import train
     small()
-    update, file = train.update, open("watched.csv", "w", buffering=1)
+    update, file, mark = train.update, open("watched.csv", "w", buffering=1), [0]
 
     def watch(model, ema, optimizer, config, step, skips):
         update(model, ema, optimizer, config, step, skips)
         if step % 10 == 9:
+            now = time.process_time()
+            for _ in range(300):
+                torch.nn.functional.gelu(torch.ones(64, 16) @ torch.ones(16, 64)).sum().item()
+            after = time.process_time()
             with open("/proc/self/statm") as pages:
-                print(step + 1, time.process_time(), pages.read().split()[1], sep=",", file=file)
+                print(step + 1, pages.read().split()[1], now - mark[0], after - now, sep=",", file=file)
+            mark[0] = time.process_time()
     train.update = watch
 
 
@@ -473,11 +478,11 @@ def watched():
 def test_5000_steps_keep_their_pace_and_their_memory(script, tmp_path):
     script("train.py", "--size", 8, "--batch-size", 4, "--steps", 5000, "--log-every", 50, "--save-every", 500,
            "--sample-steps", 1, "--out", "run", change=watched)
-    steps, seconds, pages = np.loadtxt(tmp_path / "watched.csv", delimiter=",").T
-    pace = np.diff(seconds)[99:]                                             # the first 1,000 steps warm up
-    early, late = (np.percentile(part, 25) for part in np.split(pace, 2))    # what else runs on the machine slows some
-    drift = pages[-1] / pages[99] - 1
-    print(f"{late * 100:.2f} ms a step, {late / early - 1:+.1%}; {pages[-1] * 4 / 1024:.0f} MiB, {drift:+.2%}")
-    assert drift < 0.01 and late / early < 1.05
+    _, pages, seconds, work = np.loadtxt(tmp_path / "watched.csv", delimiter=",").T[:, 100:]     # 1,000 warm up
+    early, late = (np.median(part) for part in np.split(seconds / work, 2))  # the machine's own pace divided out
+    drift = pages[-1] / pages[0] - 1
+    print(f"{np.median(seconds) * 100:.2f} ms a step, {late / early - 1:+.1%}; "
+          f"{pages[-1] * 4 / 1024:.0f} MiB, {drift:+.2%}")
+    assert drift < 0.01 and late / early < 1.15                              # busy cores alone make 7 % of difference
     lines = (tmp_path / "run/log.csv").read_text().splitlines()
     assert len(lines) == 101 and lines[0] == HEADER and all(line.count(",") == 12 for line in lines)
