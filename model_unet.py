@@ -54,7 +54,7 @@ def zero(layer):
 
 
 class Table(nn.Embedding):
-    """Rows of N(0,1), but none on the meta device: PyTorch would import its compiler for them, for seconds."""
+    """Rows of N(0,1), but none on the meta device: PyTorch would import its compiler for them."""
 
     def reset_parameters(self):
         if not self.weight.is_meta:

@@ -22,7 +22,7 @@ SIZES = {  # appendix C.1, table 6; tiny is ours, for the built-in images on a C
 
 
 class Table(nn.Embedding):
-    """Rows of N(0,1), but none on the meta device: PyTorch would import its compiler for them, for seconds."""
+    """Rows of N(0,1), but none on the meta device: PyTorch would import its compiler for them."""
 
     def reset_parameters(self):
         if not self.weight.is_meta:
