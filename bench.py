@@ -94,13 +94,19 @@ def memory():
     return (torch.cuda.max_memory_allocated() if GPU else train.peak_rss()) / 2 ** 30
 
 
+def begin(method, part, args, *what):
+    """In the new process: part(args, *what), whose own workers start as a script's do."""
+    multiprocessing.set_start_method(method, force=True)
+    part(args, *what)
+
+
 def alone(part, args, *what):
     """Run part(args, *what) in a process of its own. Where that is killed for its memory, a line says so."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train"])
     with ProcessPoolExecutor(1, context) as pool:
         try:
-            return pool.submit(part, args, *what).result()
+            return pool.submit(begin, multiprocessing.get_start_method(), part, args, *what).result()
         except (BrokenProcessPool, torch.OutOfMemoryError):
             print(" ".join(map(str, what)) + ": does not fit into the memory", flush=True)
 
@@ -318,6 +324,7 @@ def script(*flags, until, env=(), torchrun=0):
             if until in line:
                 break
         seconds = time.perf_counter() - since
+        process.terminate()                                                  # spares the samples at the end
         process.communicate()
     return seconds, line
 
@@ -334,7 +341,7 @@ def starting(args):
     show("train.py: start to first step", 1, np.array(rows), "import torch")
 
 
-def processes(args, steps=100):
+def processes(args, steps=40):
     """The demo on 1 and 2 processes of one thread (a GPU) each."""
     for count in (1, 2, 4, 8)[:max(2, torch.cuda.device_count().bit_length())]:
         rates = []

@@ -53,14 +53,6 @@ def zero(layer):
     return layer
 
 
-class Table(nn.Embedding):
-    """Rows of N(0,1), but none on the meta device: PyTorch would import its compiler for them."""
-
-    def reset_parameters(self):
-        if not self.weight.is_meta:
-            super().reset_parameters()
-
-
 class ResBlock(nn.Module):
     """x + conv(conv(x)), the time embedding added in between, or scaling and shifting the second norm.
     resample, where given, acts on both branches before the first convolution.
@@ -291,7 +283,7 @@ class UNet(Encoder):
         super().__init__(img_size, in_channels, channels, channel_mult, res_blocks, attention_resolutions,
                          num_classes, heads, head_channels, scale_shift, resblock_updown, context_dim)
         if num_classes:
-            self.label_emb = Table(num_classes + 1, context_dim or 4 * channels)   # last: null label
+            self.label_emb = nn.Embedding(num_classes + 1, context_dim or 4 * channels)   # last: null label
         self.output_blocks, skips = nn.ModuleList(), list(self.skips)
         width_in = skips[-1]
         for level, mult in reversed(list(enumerate(channel_mult))):

@@ -21,14 +21,6 @@ SIZES = {  # appendix C.1, table 6; tiny is ours, for the built-in images on a C
 }
 
 
-class Table(nn.Embedding):
-    """Rows of N(0,1), but none on the meta device: PyTorch would import its compiler for them."""
-
-    def reset_parameters(self):
-        if not self.weight.is_meta:
-            super().reset_parameters()
-
-
 class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
@@ -88,9 +80,9 @@ class ViT(nn.Module):
         self.tokens = 2 if num_classes else 1                                # in front of the patches
         self.patch_embed = nn.Sequential()
         self.patch_embed.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
-        self.time_embedding = Table(T, dim)
+        self.time_embedding = nn.Embedding(T, dim)
         if num_classes:
-            self.class_embedding = Table(num_classes + 1, dim)        # last row: the null label
+            self.class_embedding = nn.Embedding(num_classes + 1, dim)        # last row: the null label
         self.pos_embed = nn.Parameter(torch.zeros(1, self.tokens + (img_size // patch_size) ** 2, dim))
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.linear_projection = nn.Linear(dim, patch_size ** 2 * in_channels)

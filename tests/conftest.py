@@ -36,7 +36,7 @@ def golden():
 
 METHOD = multiprocessing.get_start_method()          # of a script's own workers, which a fork would change
 FORKS = multiprocessing.get_context("forkserver")    # of a process that has only imported: a start costs no imports
-FORKS.set_forkserver_preload(["conftest", "train", "pareto"])
+FORKS.set_forkserver_preload(["conftest", "train", "pareto", "torch._dynamo"])   # the last: of meta tensors
 
 
 def forked(words, folder, env, file, change=None):
