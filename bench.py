@@ -127,7 +127,7 @@ def stepper(model, data, config, plain=False):
     """
     diffusion = Diffusion(config["schedule"], config["T"], config["target"], config["weighting"]).to(DEVICE)
     ema = copy.deepcopy(model).requires_grad_(False)
-    moments = train.zero_moments(model)
+    moments = None if plain else train.zero_moments(model)
     optimizer = torch.optim.AdamW(model.parameters(), config["lr"], config["betas"],
                                   weight_decay=config["weight_decay"]) if plain else None
     pin = lambda part: part.pin_memory() if GPU else part

@@ -25,6 +25,7 @@ import sys
 import tarfile
 import threading
 import time
+import unicodedata
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -50,7 +51,9 @@ DATASETS = {  # what these names promise: side, classes, images in the training 
 
 def shown(text, kept=""):
     """text, in which what could steer a terminal (escape sequences, control characters) is spelled, \\x1b."""
-    return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in text)
+    kept += "\u200c\u200d"                                               # joiners, of emoji and some scripts
+    plain = lambda c: c.isprintable() or c in kept or unicodedata.category(c) == "Zs"
+    return "".join(c if plain(c) else ascii(c)[1:-1] for c in text)
 
 
 @contextlib.contextmanager
@@ -67,7 +70,7 @@ class BadInput(ValueError):
     """
 
     def __init__(self, text):
-        super().__init__(shown(" ".join(str(text).split()))[:2000])
+        super().__init__(shown(re.sub(r"\s*[\r\n]\s*", " ", str(text).strip()))[:2000])
 
 
 class Screen:
@@ -104,15 +107,15 @@ def run(main):
     except (BadInput, OSError) as error:
         code, line = 2, error
     except RuntimeError as error:                                        # of gloo, of NCCL or of their store
-        if not joined() or not re.search(r"gloo|nccl|TCPStore|Connection (closed|reset)", str(error), re.I):
+        lost = r"connection (was likely )?(closed|reset|refused)|remote process exited|broken pipe|timed ?out"
+        if not joined() or not re.search(lost, str(error), re.I):
             raise
-        code, line = 1, f"another process of this run has ended ({str(error)[:90]}); "
-        line += "start all of it again, train.py with --resume"
+        code, line = 1, "another process of this run has ended; start all of it again, train.py with " \
+                        f"--resume ({error})"
     except KeyboardInterrupt:
         sys.exit(print("\nstopped", file=sys.stderr) or 130)
     finally:
-        while HELD:
-            os.close(HELD.pop())
+        unlock()
     if joined() or os.environ.get("LOCAL_RANK", "0") == "0":             # before they join, all find the same
         print(f"{Path(sys.argv[0]).name}: {BadInput(line)}", file=sys.stderr, flush=True)
     if joined():
@@ -121,25 +124,29 @@ def run(main):
     sys.exit(code)
 
 
-HELD = []                                        # the folders that this process has locked
+HELD = {}                                        # the folders that this process has locked
 
 
 def lock(folder):
     """Lock a folder against other runs, for all the processes of this one; the system unlocks it, however
-    they end: those that decode for a killed run do so a moment after it.
+    they end.
     """
-    if os.environ.get("RANK", "0") != "0":
+    folder = Path(folder).resolve()
+    if os.environ.get("RANK", "0") != "0" or folder in HELD:
         return
-    HELD.append(os.open(folder, os.O_RDONLY))
-    for more in range(20, -1, -1):
-        try:
-            return fcntl.flock(HELD[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not more:
-                raise BadInput(f"--out {folder}: another run is writing there") from None
-            time.sleep(0.1)
-        except OSError:                                                  # a file system without locks
-            return
+    HELD[folder] = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        unlock()
+        raise BadInput(f"--out {folder}: another run is writing there") from None
+    except OSError:                                                      # a file system without locks
+        pass
+
+
+def unlock():
+    while HELD:
+        os.close(HELD.popitem()[1])
 
 
 def generator(purpose, seed, k):
@@ -168,7 +175,8 @@ def replace(path, write, previous=None):
                 os.replace(path, previous)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:     # torch.save turns a full disk into RuntimeError
-        error = error.__context__ if isinstance(error.__context__, OSError) else error
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            error = error.__context__
         raise BadInput(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
     finally:
         part.unlink(missing_ok=True)
@@ -183,7 +191,7 @@ def hash_file(path):
     return digest.hexdigest()
 
 
-def unzip(file, size, swell=20):
+def unzip(file, size, swell=200):
     """The zip archive in `file` of `size` bytes. Raises BadInput for a damaged one or a bomb: a member that
     inflates to more than 64 MB and `swell` times its bytes, or members that overlap.
     """
@@ -229,9 +237,9 @@ class Arrays(pickle._Unpickler):
     """Builds numbers, strings, lists, dicts and stand-ins for arrays and tensors; any other name is refused,
     none is looked up. The unpickler in Python, as the one in C reserves whatever memory a file asks for.
     """
-    known = re.compile(r"numpy\.core\.multiarray\._reconstruct|numpy\.(ndarray|dtype)|"
-                       r"torch\._utils\._rebuild_(parameter|tensor(_v2|_v3)?)|"
-                       r"torch\.((storage\.)?\w+Storage|Size|u?int\d+|b?float\w+)")
+    known = re.compile(r"numpy\.core\.multiarray\._reconstruct|numpy\.(ndarray|dtype)|(__)?builtins?(__)?\.set|"
+                       r"torch\._utils\._rebuild_(parameter(_with_state)?|tensor(_v2|_v3)?)|"
+                       r"torch\.((storage\.)?\w+Storage|Size|device|bool|u?int\d+|b?float\w+)")
     dispatch = {code: unhashable(load) if load.__name__.startswith("load_tuple") else load
                 for code, load in pickle._Unpickler.dispatch.items() if load.__name__ != "load_frozenset"}
 
@@ -249,24 +257,27 @@ class Arrays(pickle._Unpickler):
         return StandIn()
 
 
-def plain(value, room):
-    """A copy of what was loaded in dicts, lists, tuples, names, numbers and tensors; ValueError for anything
-    else and where it has more than room[0] parts, as lists in lists in lists may, or room[1] bytes.
+def plain(value, room, seen):
+    """A copy of what was loaded in dicts, lists, tuples, names, numbers and tensors, None for anything else.
+    BadInput where it has more than room[0] parts, as lists in lists in lists may, or room[1] bytes.
     """
     room[0] -= 1
-    if isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu":
-        room[1] -= value.numel() * value.element_size()
+    held = isinstance(value, torch.Tensor) and (value.layout, value.device.type) == (torch.strided, "cpu")
+    if held:
+        if (storage := value.untyped_storage()).data_ptr() not in seen:      # tied weights are there once
+            seen.add(storage.data_ptr())
+            room[1] -= storage.nbytes()
+        if value.numel() > 1 and value.numel() * value.element_size() > storage.nbytes():
+            raise BadInput("found a tensor of more numbers than it holds")
         value = value.detach()
     if min(room) < 0:
-        raise ValueError("found more than the file can hold")
-    if isinstance(value, dict) and all(type(key) in (str, int) for key in value):
-        return {key: plain(part, room) for key, part in value.items()}
+        raise BadInput("found more than the file can hold")
+    if isinstance(value, dict):
+        return {key: plain(part, room, seen) for key, part in value.items() if type(key) in (str, int)}
     if isinstance(value, (list, tuple)):
-        return (list if isinstance(value, list) else tuple)(plain(part, room) for part in value)
-    if type(value) not in (str, int, float, bool, torch.Tensor, type(None)) or \
-            type(value) is int and value.bit_length() > 64:
-        raise ValueError(f"found {type(value).__name__}, expected tensors, numbers and names")
-    return value
+        return (list if isinstance(value, list) else tuple)(plain(part, room, seen) for part in value)
+    small = type(value) is not int or value.bit_length() < 65
+    return value if held or type(value) in (str, float, bool, int) and small else None
 
 
 @silent()
@@ -284,7 +295,9 @@ def read(path):
             from safetensors.torch import load_file
             state = load_file(path)
         else:
-            if zipfile.is_zipfile(path):
+            with open(path, "rb") as file:
+                zipped = file.read(4) == b"PK\3\4"                           # as torch.load decides
+            if zipped:
                 with unzip(path, size, swell=1) as archive:                  # torch compresses nothing
                     if bad := archive.testzip():                             # torch.load skips the checksums
                         raise ValueError(f"{bad} does not match its checksum")
@@ -298,7 +311,7 @@ def read(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise BadInput(f"found {type(state).__name__}, expected a dict of tensors")
-        return plain(state, [100_000, 2 * size])                         # twice: tied weights
+        return plain(state, [max(100_000, size // 2), size], set())
     except ImportError:
         raise BadInput(f"{path}: reading it needs a package: pip install safetensors") from None
     except Exception as error:                                           # whatever damage makes them raise
@@ -511,14 +524,14 @@ class Packed(Images):
 
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")   # no others: Pillow runs Ghostscript for some
-Image.MAX_IMAGE_PIXELS = 1 << 25                 # Pillow refuses twice as many, 8192 x 8192: 2 GB at most
+Image.MAX_IMAGE_PIXELS = 1 << 26                 # Pillow refuses twice as many, 134 million
 
 
 class Gunzip:
-    """What tarfile asks of a .gz, with an end where it inflates to 64 MB and 20 times the file's size."""
+    """What tarfile asks of a .gz, with an end where it inflates to 64 MB and 200 times the file's size."""
 
     def __init__(self, path):
-        self.file, self.end = gzip.open(path), max(1 << 26, 20 * path.stat().st_size)
+        self.file, self.end = gzip.open(path), max(1 << 26, 200 * path.stat().st_size)
         self.tell, self.close = self.file.tell, self.file.close
 
     def seek(self, place, count=0):
@@ -810,6 +823,7 @@ def end_with_parent():
     """Worker start: Ctrl-C is the parent's business, and a killed parent leaves no worker behind."""
     import signal
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    unlock()                                     # the run's lock ends with the run, not with its last worker
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
@@ -888,6 +902,8 @@ def begin(out, kind, row, dtype, meta):
             raise BadInput(f"--out {out}: holds other things; expected a new folder")
     out.mkdir(parents=True, exist_ok=True)
     lock(out)
+    if (out / "meta.json").exists():
+        raise BadInput(f"--out {out}: was packed by another run meanwhile")
     if not journal.exists():
         for name in ("images.npy", "latents.npy"):                       # of a pack killed before its journal
             (out / name).unlink(missing_ok=True)

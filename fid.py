@@ -297,7 +297,7 @@ def arr_0(archive, path):
         raise BadInput(f"{path}: {found} ({error})") from None
     if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2]:
         raise BadInput(f"{path}: arr_0 is {dtype} {shape}, expected uint8 (N,S,S,3)")
-    if not 0 < math.prod(shape) < size:
+    if not (0 < math.prod(shape) < size and shape[1] <= 8192):
         raise BadInput(f"{path}: arr_0 is {shape}, but holds {size:,} bytes")
     return stream, shape
 
@@ -328,7 +328,7 @@ class Source:
                 raise BadInput(f"{path}: found no .png files")
             self.count, self.size = len(self.files), self.load(self.files[0]).shape[1]
         elif self.path.is_file() and zipfile.is_zipfile(self.path):          # a pipe would block
-            with unzip(self.path, self.path.stat().st_size) as archive:
+            with unzip(self.path, self.path.stat().st_size, swell=1100) as archive:   # read in parts
                 _, (self.count, self.size, *_) = arr_0(archive, path)
             protocol = self.path.with_suffix(".protocol.json")
         else:
@@ -409,7 +409,10 @@ def stored(path):
     if not Path(path).is_file() or not zipfile.is_zipfile(path):
         return None
     try:
-        with silent(), unzip(path, Path(path).stat().st_size), np.load(path) as file:
+        with silent(), np.load(path) as file:
+            if not {"mu", "sigma"} & set(file.files):
+                return None
+            unzip(path, Path(path).stat().st_size, swell=20).close()
             if not {"mu", "sigma"} <= set(file.files):
                 return None
             found = {key: file[key] for key in ("mu", "sigma", "mu_s", "sigma_s") if key in file.files}

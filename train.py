@@ -365,9 +365,9 @@ def zero_moments(model):
 
 @torch.no_grad()
 def update(model, ema, moments, config, step, skips):
-    """One step of AdamW, and of the moving average of the weights; left out where a gradient is not finite,
-    which the host learns with the next log line. skips (3,) long: how many were left out in a row, since the
-    last line, and the first of these. After SKIPS in a row all are.
+    """One step of AdamW, left out where a gradient is not finite, which the host learns with the next log
+    line, and one of the moving average of the weights. skips (3,) long: how many were left out in a row,
+    since the last line, and the first of these. After SKIPS in a row all are.
     """
     used = [(p, p.grad, m) for p, m in zip(model.parameters(), moments.values()) if p.grad is not None]
     params, grads, states = map(list, zip(*used))
@@ -408,7 +408,7 @@ def sanity(model, config, data, n=256):
     return fd_pixels(drawn, real), fd_pixels(unseen, real)
 
 
-def dry_run(config, model, ema, diffusion, parts, micro, world, device):
+def dry_run(config, model, ema, moments, diffusion, parts, micro, world, device):
     """Print the configuration, FLOPs, and what a step of `parts` times `micro` images takes here: measured on
     random numbers, 1, 2, 4, ... images at a time until that takes seconds, fills `micro` or the memory.
     """
@@ -439,7 +439,7 @@ def dry_run(config, model, ema, diffusion, parts, micro, world, device):
         update(model, ema, moments, config, 0, skips)
 
     tally = torch.zeros(10, 4, dtype=torch.float64, device=device)
-    moments, skips = zero_moments(model), torch.zeros(3, dtype=torch.long, device=device)
+    skips = torch.zeros(3, dtype=torch.long, device=device)
     n, each = 0, 0.0
     while n < micro and each < 2:
         B = min(max(2 * n, 1), micro)
@@ -492,6 +492,8 @@ def main():
     ckpt, previous, log_file = (args.out / name for name in ("ckpt.pt", "ckpt_previous.pt", "log.csv"))
     if (ckpt.exists() or previous.exists()) and not (args.resume or args.dry_run):
         raise BadInput(f"--out {args.out}: holds a run already; go on with --resume or choose another folder")
+    if args.resume and args.out.is_dir() and not args.dry_run:
+        lock(args.out)                                                   # the run before may be saving still
     state = checkpoint(ckpt, previous) if args.resume else None
     try:
         data, config = configure(args, device, state and state["config"])
@@ -526,7 +528,9 @@ def main():
         model = build_model(config).to(device, dtype)
     except ValueError as error:
         raise BadInput(str(error)) from None
-    except RuntimeError as error:
+    except Exception as error:                                           # whatever damage raises
+        if not state:
+            raise
         raise BadInput(f"{ckpt}: weights and config disagree ({str(error)[:200]})") from None
     model.grad_ckpt = args.grad_ckpt
     ema = copy.deepcopy(model).requires_grad_(False)
@@ -592,7 +596,7 @@ def main():
     if 1 / (1 - min(config["ema"], 1 - 1e-9)) > steps:
         say(f"warning: an EMA of {config['ema']} averages over more steps than the run's {steps}")
     if args.dry_run:
-        return rank or dry_run(config, model, ema, diffusion, args.accum, micro, world, device)
+        return rank or dry_run(config, model, ema, moments, diffusion, args.accum, micro, world, device)
     if rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         lock(args.out)

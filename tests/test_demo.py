@@ -35,7 +35,8 @@ def judge():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words, least, floors", [
-    ((), 95, 3), (("--model", "unet-tiny", "--steps", 350, "--out", "out/shapes"), 75, 12)])           # a quarter of its run
+    pytest.param((), 95, 3, id="whole"), pytest.param(("--steps", 800), 35, 12, id="short"),          # .ci/run: the short ones
+    pytest.param(("--model", "unet-tiny", "--steps", 250, "--out", "out/shapes"), 60, 20, id="unet")])
 def test_train_and_sample(words, least, floors, script, tmp_path):
     began = time.time()
     text = script("train.py", *words, env=dict(OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "2")), timeout=1200)

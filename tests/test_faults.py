@@ -23,7 +23,7 @@ from data import Packed, built_in, generator, read, shapes
 from diffusion import Diffusion
 from train import HEADER, SKIPS, draw_step, epoch_order, update, zero_moments
 
-TINY = ("--steps", 12, "--batch-size", 8, "--log-every", 2, "--save-every", 4, "--sample-steps", 2)
+TINY = ("--steps", 12, "--batch-size", 8, "--log-every", 2, "--save-every", 4, "--sample-steps", 1, "--size", 8)
 LATENTS = ("--dataset", "bad", "--model", "vit-tiny", "--drop", 0, "--cfg", 1)
 
 
@@ -43,7 +43,7 @@ def until(what, process=None, seconds=60):
 
 
 def test_an_update_that_is_not_finite_changes_nothing():
-    """Weights, both moments, their step counts and the average; and after ten in a row nothing moves any more."""
+    """Weights, both moments and their step counts; and after ten in a row nothing moves any more."""
     torch.manual_seed(0)
     model, ema = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3).requires_grad_(False)
     config = dict(lr=0.1, warmup=0, decay=0, ema=0.5, steps=100, betas=(0.9, 0.999), weight_decay=0.01)
@@ -80,7 +80,7 @@ def pack_with_nan(folder, bad, count=2000):
 
 def test_a_nan_in_the_data_costs_its_steps_alone(script, tmp_path):
     pack_with_nan(tmp_path / "data/bad", epoch_order(2000, 0, 0)[[*range(48, 56), *range(64, 80)]])   # steps 7, 9, 10
-    text = script("train.py", *LATENTS, *TINY, "--out", "run")
+    text = script("train.py", *LATENTS, *TINY, "--size", 4, "--out", "run")
     warnings = [line for line in text.splitlines() if "not finite" in line]
     assert ["from step 7 on, " in warnings[0], "from step 9 on, " in warnings[1]] == [True, True] and len(warnings) == 2
     assert "in 1 steps" in warnings[0] and "in 2 steps" in warnings[1]
@@ -93,7 +93,7 @@ def test_a_nan_in_the_data_costs_its_steps_alone(script, tmp_path):
 
 def test_ten_such_steps_in_a_row_end_the_run(script, tmp_path):
     pack_with_nan(tmp_path / "data/bad", range(2000))
-    text = script("train.py", *LATENTS, *TINY, "--steps", 30, "--save-every", 3, "--log-every", 30, "--out", "run", code=3)
+    text = script("train.py", *LATENTS, *TINY, "--size", 4, "--steps", 30, "--save-every", 3, "--log-every", 30, "--out", "run", code=3)
     assert "gradients of 10 steps in a row, from step 1 on, are not finite" in text
     assert read(tmp_path / "run/ckpt.pt")["step"] == 9                       # of finite weights: nothing was changed
 
@@ -460,8 +460,8 @@ def watched():
     small()
     update, file, mark = train.update, open("watched.csv", "w", buffering=1), [0]
 
-    def watch(model, ema, optimizer, config, step, skips):
-        update(model, ema, optimizer, config, step, skips)
+    def watch(model, ema, moments, config, step, skips):
+        update(model, ema, moments, config, step, skips)
         if step % 10 == 9:
             now = time.process_time()
             for _ in range(300):

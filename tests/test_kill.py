@@ -127,7 +127,7 @@ def pictures(folder, count, side=16):
 
 
 TRAIN = ("train.py", "--steps", 8, "--batch-size", 4, "--log-every", 2, "--save-every", 3, "--sample-every", 2,
-         "--sample-steps", 1, "--ema", 0.5, "--out", "run")
+         "--sample-steps", 1, "--size", 8, "--ema", 0.5, "--out", "run")
 
 
 @pytest.mark.slow

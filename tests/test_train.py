@@ -16,7 +16,7 @@ from diffusion import Diffusion
 from sample import build_model, grid, load_checkpoint, read
 from train import HEADER, ahead, draw_step, epoch_order, learning_rate, log_row
 
-TINY = ("--batch-size", 8, "--sample-steps", 1, "--log-every", 5)
+TINY = ("--batch-size", 8, "--sample-steps", 1, "--log-every", 5, "--size", 8)
 
 
 def flat(state):
@@ -70,6 +70,7 @@ def test_sigterm_saves_and_leaves(script, start_script, tmp_path):
     assert read(tmp_path / "run/ckpt.pt")["step"] == step
 
 
+@pytest.mark.slow
 def test_processes_and_accumulation_do_not_change_the_run(script, tmp_path):
     """To 1e-9 in float64. In float32 the gradients agree to rounding, but where one is nearly 0 Adam turns its rounding
     into a whole step of size lr, so that single weights differ by up to lr a step.
@@ -106,6 +107,7 @@ def test_two_nodes_meet_and_do_not_change_the_run(script, start_script, tmp_path
     assert distance(one["model"], other["model"]) < 1e-9 and distance(one["ema"], other["ema"]) < 1e-9
 
 
+@pytest.mark.slow
 def test_sigterm_to_torchrun_saves_once_and_leaves(script, start_script, tmp_path):
     process = start_script("train.py", *TINY, "--steps", 100_000, "--out", "run", torchrun=("--standalone", "--nproc-per-node=2"))
     while not (tmp_path / "run/log.csv").exists():
