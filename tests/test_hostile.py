@@ -429,6 +429,8 @@ def test_what_is_no_tensor_number_or_name_is_left_out(tmp_path):
     found = data.read(tmp_path / "a.pt")
     assert all(torch.equal(found.pop(key), value) for key, value in dict(model=shared, ema=shared[1:], third=shared).items())
     assert found == dict(a=None, b={"x": 1}, c=None, d=None, e=[None, 2], f=None, g=None)
+    torch.save(dict(row=torch.ones(5)[:, None].expand(-1, 7)), tmp_path / "c.pt")
+    assert data.read(tmp_path / "c.pt")["row"].sum() == 35
     torch.save(dict(names=[str(i) for i in range(150_000)]), tmp_path / "b.pt")              # identities of a set of faces
     assert len(data.read(tmp_path / "b.pt")["names"]) == 150_000
 
@@ -707,12 +709,10 @@ def fuzz(count, folder):
 
 def examine(jobs, results):
     """Every outcome is one of the two that are allowed, within the limits; a whole file is loaded."""
-    for (kind, loader, path, content), (found, text, spent, peak, deeds) in zip(jobs, results):
+    for (kind, loader, path, _), (found, text, spent, peak, deeds) in zip(jobs, results):
         case = f"{loader} {path.name} {kind}: {found} {text[:300]!r} {spent:.2f} s {peak:.0f} MB {deeds}"
         fine = found in ("refused", "loaded") and peak < 2048 and not deeds
         fine &= spent < (30 if kind == "whole" else 10)                      # the first imports what PyTorch left out
-        if not fine:
-            (Path("/tmp") / f"hostile-{path.name}").write_bytes(content)
         assert fine and (found == "loaded" or kind != "whole" or loader in ("vae", "inception")), case
 
 
