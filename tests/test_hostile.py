@@ -713,7 +713,8 @@ def examine(jobs, results):
         case = f"{loader} {path.name} {kind}: {found} {text[:300]!r} {spent:.2f} s {peak:.0f} MB {deeds}"
         fine = found in ("refused", "loaded") and peak < 2048 and not deeds
         fine &= spent < (30 if kind == "whole" else 10)                      # the first imports what PyTorch left out
-        assert fine and (found == "loaded" or kind != "whole" or loader in ("vae", "inception")), case
+        unread = loader in ("vae", "inception") or "pip install safetensors" in text
+        assert fine and (found == "loaded" or kind != "whole" or unread), case
 
 
 def test_mutated_files_are_refused_in_one_line_or_load_right(tmp_path):
