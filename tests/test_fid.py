@@ -166,6 +166,7 @@ def score(text):
     return parsed(text)["result"]
 
 
+@pytest.mark.slow
 def test_one_score_whatever_the_form_batch_and_processes(script, sets, inception_file):
     words = ("b.npz", "--inception", inception_file)
     text = script("fid.py", "a.npz", *words, "--metrics", "all")
@@ -221,6 +222,7 @@ def test_pixels_and_refusals(script, sets, tmp_path, monkeypatch):
     assert fid.FILE in text and fid.SHA256 in text and "hub/checkpoints" in text
 
 
+@pytest.mark.slow
 def test_all_metrics_are_those_of_their_formulas(script, sets, inception_file):
     """Against ADM's kind of reference: statistics beside 30 images, whose own statistics are not used."""
     model = load_inception(inception_file)

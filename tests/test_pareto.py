@@ -417,6 +417,7 @@ def test_weights_command(command, tmp_path):
     assert np.allclose([float(row["max-SNR-1"]) for row in rows], snr.clamp(min=1), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_of_the_miniature_is_resumed_and_its_divergence_is_logged(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     words, folder = " ".join(map(str, (*TINY, "--T", 100, "--decay", 0, "--cfg", 1))), tmp_path / "run"

@@ -99,6 +99,7 @@ def test_only_the_checkpoint_is_needed(ckpt, script, tmp_path):
     assert (tmp_path / "samples.png").read_bytes() != ema
 
 
+@pytest.mark.slow
 def test_npz_and_folder_hold_the_same_images_with_their_protocol(ckpt, script, tmp_path):
     words = ("--ckpt", ckpt, "--count", 11, "--cfg", 2.1, "--interval", 0, 800, "--steps", 3, "--seed", 7, "--solver", "dpm++2m")
     script("sample.py", *words, "--out", "folder")
