@@ -186,7 +186,8 @@ def settings(args, device, saved=None):
     if name == "clts":
         given["timesteps"] = ":".join([name, *values, *["0.3", str(curriculum)][len(values):]])
     if saved is not None:
-        if missing := sorted({*config, "size", "classes"} - saved.keys()):
+        if missing := sorted(key for key in {*config, "size", "classes"} if key not in saved or
+                             saved[key] is None and config.get(key) is not None):
             raise BadInput(f"{args.out}/ckpt.pt: its config lacks {', '.join(missing)}")
         usual = {**config, "size": 1}                                    # a value has the type it always has
         if odd := [key for key in usual if None not in (usual[key], saved[key]) and key != "classes"
