@@ -311,7 +311,7 @@ def work(jobs, out):
                 found, text = "loaded", ""
             except ValueError as error:
                 text = str(error)
-                found = "refused" if len(text.splitlines()) == 1 and (text.isprintable()
+                found = "refused" if len(text.splitlines()) == 1 and (text == data.shown(text)
                     or type(error) is not BadInput) else "many lines"
             except BaseException as error:
                 found, text = type(error).__name__, str(error)
