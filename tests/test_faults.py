@@ -19,6 +19,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+import data
 from data import Packed, built_in, generator, read, shapes
 from diffusion import Diffusion
 from train import HEADER, SKIPS, draw_step, epoch_order, update, zero_moments
@@ -486,3 +487,17 @@ def test_5000_steps_keep_their_pace_and_their_memory(script, tmp_path):
     assert drift < 0.01 and late / early < 1.15                              # busy cores alone make 7 % of difference
     lines = (tmp_path / "run/log.csv").read_text().splitlines()
     assert len(lines) == 101 and lines[0] == HEADER and all(line.count(",") == 12 for line in lines)
+
+
+def test_a_pack_that_another_run_has_finished_stays(tmp_path):
+    """Of two that began together the second finds it finished once it has the lock."""
+    (tmp_path / "src").mkdir()
+    for i, image in enumerate(shapes(range(3), 8)[0].transpose(0, 2, 3, 1)):
+        Image.fromarray(image).save(tmp_path / f"src/{i}.png")
+    data.pack(tmp_path / "src", 8, tmp_path / "pack", workers=1)
+    before = (tmp_path / "pack/images.npy").read_bytes()
+    meta = json.loads((tmp_path / "pack/meta.json").read_text())
+    with pytest.raises(data.BadInput, match="meanwhile"):
+        data.begin(tmp_path / "pack", "images", (3, 8, 8), np.uint8, meta)
+    data.unlock()
+    assert (tmp_path / "pack/images.npy").read_bytes() == before and Packed(tmp_path / "pack").images[:].any()
