@@ -36,10 +36,11 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from data import BadInput, Packed, Parser, center_crop, pack, run
+from data import Packed, center_crop, pack
 from diffusion import Diffusion, sampler
 from fid import Inception, frechet_distance
-from sample import build_model
+from files import BadInput, Parser, run
+from sample import build_model, to_device
 from vae import VAE
 
 GPU = torch.cuda.is_available()
@@ -199,13 +200,13 @@ def training(args, dataset, model, name="", B=None, network={}, flags=()):
     B = args.batch_size or B or (config["batch_size"] if GPU else max(1, min(64, int(150e9 / work))))
     config["batch_size"] = B
     torch.manual_seed(0)
-    ours = build_model(config).to(DEVICE)
+    ours = to_device(build_model(config), DEVICE)
     step, passes = stepper(ours, data, config)
     step(), step()
     gib = memory()
     plain = build_model(config)
     size = {key: shape[key] for key in ("dim", "depth", "heads")} if vit else {}
-    plain = plain_blocks(plain, **size) if vit else plain.to(memory_format=torch.contiguous_format)
+    plain = plain_blocks(plain, **size) if vit else plain
     calls = [step, stepper(plain.to(DEVICE), data, config, plain=True)[0], passes, product()[0]]
     others = ["TransformerEncoder" if vit else "NCHW", "forward and backward"]
     if args.official and model == "vit-b" and data.latents:
@@ -232,7 +233,7 @@ class Halves(nn.Module):
 
 def sampling(args, dataset, model, B):
     _, config = configured(dataset, model)
-    model, diffusion = build_model(config).to(DEVICE).eval(), Diffusion()
+    model, diffusion = to_device(build_model(config), DEVICE).eval(), Diffusion()
     z = torch.randn(B, model.in_channels, model.img_size, model.img_size, device=DEVICE)
     y = torch.arange(B, device=DEVICE) % model.num_classes
     work = flops(lambda: build_model(config), z[:1], y[:1], y[:1])
@@ -346,8 +347,8 @@ def processes(args, steps=40):
     for count in (1, 2, 4, 8)[:max(2, torch.cuda.device_count().bit_length())]:
         rates = []
         for _ in range(args.rounds):
-            _, line = script("--steps", steps, "--log-every", steps // 2, torchrun=count,
-                             until=f"step {steps} / {steps}", env=dict(OMP_NUM_THREADS="1"))
+            _, line = script("--steps", 10 * steps, "--log-every", steps // 2, torchrun=count,
+                             until=f"step {steps} /", env=dict(OMP_NUM_THREADS="1"))
             rates.append(float(re.search(r"([\d,]+) images/s", line)[1].replace(",", "")))
         seconds = 64 / np.array(rates)[:, None]
         show(f"shapes vit-tiny, {count} processes of 1 thread", 64, seconds)

@@ -7,28 +7,18 @@
 A packed folder holds images.npy, uint8 (N,3,S,S), or latents.npy, float16 (N,8,S/8,S/8), which vae.py writes,
 labels.npy, int64 (N,), and meta.json, which is written last: a folder without it is an unfinished pack.
 """
-import argparse
 import colorsys
-import contextlib
-import fcntl
 import functools
-import gzip
 import hashlib
 import json
 import math
 import multiprocessing
 import os
-import pickle
 import random
 import re
-import sys
-import tarfile
 import threading
 import time
-import unicodedata
-import warnings
 import zipfile
-from collections import OrderedDict
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -36,6 +26,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
+
+from files import (ARCHIVES, Arrays, BadInput, Parser, StandIn, download, hash_file, lock, open_archive, open_zip,
+                   opened, progress, read_json, replace, run, silent, unlock)
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 CHUNK = 64                                       # images that a worker packs at a time
@@ -49,310 +42,12 @@ DATASETS = {  # what these names promise: side, classes, images in the training 
 }
 
 
-def shown(text, kept=""):
-    """text, in which what could steer a terminal (escape sequences, control characters) is spelled, \\x1b."""
-    kept += "\u200c\u200d"                                               # joiners, of emoji and some scripts
-    plain = lambda c: c.isprintable() or c in kept or unicodedata.category(c) == "Zs"
-    return "".join(c if plain(c) else ascii(c)[1:-1] for c in text)
-
-
-@contextlib.contextmanager
-def silent():
-    """No warnings: what is odd about a file that others made is refused, or of no account."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-class BadInput(ValueError):
-    """A user's mistake: its text is the one line that is printed before exit code 2, whatever a file's names
-    put into it.
-    """
-
-    def __init__(self, text):
-        super().__init__(shown(re.sub(r"\s*[\r\n]\s*", " ", str(text).strip()))[:2000])
-
-
-class Screen:
-    """Standard output, which text out of a file (a name, a config) cannot steer."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        return self.stream.write(shown(text, "\n\r\t"))
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line too, and which takes no abbreviations."""
-
-    def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
-
-    def error(self, message):
-        raise BadInput(message)
-
-
-def run(main):
-    """Call main(); a user's mistake and a full disk become one line and exit code 2, the death of another
-    process of a run one line and exit code 1, not a traceback.
-    """
-    joined = lambda: torch.distributed.is_available() and torch.distributed.is_initialized()
-    try:
-        with contextlib.redirect_stdout(Screen(sys.stdout)):
-            return main()
-    except (BadInput, OSError) as error:
-        code, line = 2, error
-    except RuntimeError as error:                                        # of gloo, of NCCL or of their store
-        lost = r"connection (was likely )?(closed|reset|refused)|remote process exited|broken pipe|timed ?out"
-        if not joined() or not re.search(lost, str(error), re.I):
-            raise
-        code, line = 1, "another process of this run has ended; start all of it again, train.py with " \
-                        f"--resume ({error})"
-    except KeyboardInterrupt:
-        sys.exit(print("\nstopped", file=sys.stderr) or 130)
-    finally:
-        unlock()
-    if joined() or os.environ.get("LOCAL_RANK", "0") == "0":             # before they join, all find the same
-        print(f"{Path(sys.argv[0]).name}: {BadInput(line)}", file=sys.stderr, flush=True)
-    if joined():
-        sys.stdout.flush()
-        os._exit(code)                           # the group's threads would wait for those that are gone
-    sys.exit(code)
-
-
-HELD = {}                                        # the folders that this process has locked
-
-
-def lock(folder):
-    """Lock a folder against other runs, for all the processes of this one; the system unlocks it, however
-    they end.
-    """
-    folder = Path(folder).resolve()
-    if os.environ.get("RANK", "0") != "0" or folder in HELD:
-        return
-    HELD[folder] = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        unlock()
-        raise BadInput(f"--out {folder}: another run is writing there") from None
-    except OSError:                                                      # a file system without locks
-        pass
-
-
-def unlock():
-    while HELD:
-        os.close(HELD.popitem()[1])
-
-
 def generator(purpose, seed, k):
     """A CPU generator for number k of a purpose ("step" 7 of seed 0): the same numbers on every machine.
     PyTorch's mt19937 takes 32 bits, so k is added to a hash of the rest: no two of 2^32 k are alike.
     """
     digest = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
     return torch.Generator().manual_seed((int.from_bytes(digest[:4], "little") + k) % 2 ** 32)
-
-
-def replace(path, write, previous=None):
-    """write(file) to a neighbour of path, then rename: path is the old file or the new one, never half, even
-    where the power fails. The old file is kept under the name `previous`.
-    """
-    part = Path(f"{path}.{os.environ.get('RANK', 0)}.part")              # a killed run's is written over
-    try:
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous and path.exists():
-            previous.unlink(missing_ok=True)
-            try:
-                os.link(path, previous)                                  # a second name: path is never gone
-            except OSError:                                              # a file system without them
-                os.replace(path, previous)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:     # torch.save turns a full disk into RuntimeError
-        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-            error = error.__context__
-        raise BadInput(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def hash_file(path):
-    """SHA-256 of a file, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def unzip(file, size, swell=200):
-    """The zip archive in `file` of `size` bytes. Raises BadInput for a damaged one or a bomb: a member that
-    inflates to more than 64 MB and `swell` times its bytes, or members that overlap.
-    """
-    try:
-        kept = zipfile.ZipFile(file)
-    except Exception as error:                                           # whatever damage makes it raise
-        raise BadInput(f"{getattr(file, 'name', file)}: no archive, or a damaged one ({error})") from None
-    members = kept.infolist()
-    if sum(member.compress_size for member in members) > size or any(
-            member.file_size > max(swell * member.compress_size, (swell > 1) << 26) for member in members):
-        raise BadInput(f"{getattr(file, 'name', file)}: its members inflate to far more than it holds")
-    return kept
-
-
-class StandIn:
-    """What a numpy array, a dtype, a tensor or a storage is while a pickle is read."""
-
-    def __init__(self, *args):
-        self.args = args
-
-    def __setstate__(self, state):
-        self.state = state
-
-    def array(self):
-        """An array out of its own bytes: numpy's class believes whatever shape and strides it is told."""
-        _, shape, dtype, fortran, content = self.state
-        content = content.encode("latin1") if type(content) is str else content
-        return np.frombuffer(content, dtype.args[0]).reshape(shape, order="F" if fortran else "C")
-
-
-class Unhashable(tuple):
-    __hash__ = None                              # a tuple of a tuple of a ... is hashed for ever
-
-
-def unhashable(load):
-    def loaded(unpickler):
-        load(unpickler)
-        unpickler.stack[-1] = Unhashable(unpickler.stack[-1])
-    return loaded
-
-
-class Arrays(pickle._Unpickler):
-    """Builds numbers, strings, lists, dicts and stand-ins for arrays and tensors; any other name is refused,
-    none is looked up. The unpickler in Python, as the one in C reserves whatever memory a file asks for.
-    """
-    known = re.compile(r"numpy\.core\.multiarray\._reconstruct|numpy\.(ndarray|dtype)|(__)?builtins?(__)?\.set|"
-                       r"torch\._utils\._rebuild_(parameter(_with_state)?|tensor(_v2|_v3)?)|"
-                       r"torch\.((storage\.)?\w+Storage|Size|device|bool|u?int\d+|b?float\w+)")
-    dispatch = {code: unhashable(load) if load.__name__.startswith("load_tuple") else load
-                for code, load in pickle._Unpickler.dispatch.items() if load.__name__ != "load_frozenset"}
-
-    def find_class(self, module, name):
-        name = f"{module.replace('._core.', '.core.')}.{name}"
-        if name in ("collections.OrderedDict", "collections.Counter"):
-            return OrderedDict
-        if name == "_codecs.encode":                                     # bytes, in protocol 2
-            return lambda text, _: text.encode("latin1")
-        if self.known.fullmatch(name):
-            return StandIn
-        raise BadInput(f"holds a foreign object, {name}; expected arrays alone")
-
-    def persistent_load(self, _):                                        # a tensor's numbers
-        return StandIn()
-
-
-def plain(value, room, seen):
-    """A copy of what was loaded in dicts, lists, tuples, names, numbers and tensors, None for anything else.
-    BadInput where it has more than room[0] parts, as lists in lists in lists may, or room[1] bytes.
-    """
-    room[0] -= 1
-    held = isinstance(value, torch.Tensor) and (value.layout, value.device.type) == (torch.strided, "cpu")
-    if held:
-        if (storage := value.untyped_storage()).data_ptr() not in seen:      # tied weights are there once
-            seen.add(storage.data_ptr())
-            room[1] -= storage.nbytes()
-        if (own := value.numel() * value.element_size()) > storage.nbytes():     # an expanded one
-            room[1] -= own
-        value = value.detach()
-    if min(room) < 0:
-        raise BadInput("found more than the file can hold")
-    if isinstance(value, dict):
-        return {key: plain(part, room, seen) for key, part in value.items() if type(key) in (str, int)}
-    if isinstance(value, (list, tuple)):
-        return (list if isinstance(value, list) else tuple)(plain(part, room, seen) for part in value)
-    small = type(value) is not int or value.bit_length() < 65
-    return value if held or type(value) in (str, float, bool, int) and small else None
-
-
-@silent()
-def read(path):
-    """The dict in a checkpoint or weight file, torch's or .safetensors: tensors and plain values. No other
-    object is ever unpickled, and nothing that the file does not hold takes memory. Raises BadInput.
-    """
-    path = Path(path)
-    path = path / "ckpt.pt" if path.is_dir() else path
-    if not path.is_file():
-        raise BadInput(f"{path}: no such file")
-    size = path.stat().st_size
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            state = load_file(path)
-        else:
-            with open(path, "rb") as file:
-                zipped = file.read(4) == b"PK\3\4"                           # as torch.load decides
-            if zipped:
-                with unzip(path, size, swell=1) as archive:                  # torch compresses nothing
-                    if bad := archive.testzip():                             # torch.load skips the checksums
-                        raise ValueError(f"{bad} does not match its checksum")
-                    for member in archive.infolist():
-                        if member.filename.lower().endswith(".pkl"):
-                            Arrays(archive.open(member)).load()
-            else:
-                with open(path, "rb") as file:
-                    for _ in range(5):           # magic number, protocol, system, what was saved, storages
-                        Arrays(file, encoding="latin1").load()
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict):
-            raise BadInput(f"found {type(state).__name__}, expected a dict of tensors")
-        return plain(state, [max(100_000, size // 2), 2 * size], set())
-    except ImportError:
-        raise BadInput(f"{path}: reading it needs a package: pip install safetensors") from None
-    except Exception as error:                                           # whatever damage makes them raise
-        why = error if isinstance(error, BadInput) else f"damaged or no weights, {type(error).__name__}"
-        raise BadInput(f"{path}: cannot be loaded ({why})") from None
-
-
-def read_json(path):
-    """The dict in a JSON file. Raises BadInput."""
-    path = Path(path)
-    if not path.is_file() or path.stat().st_size > 1 << 26:
-        raise BadInput(f"{path}: no such file, or none of JSON's size")
-    try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise BadInput(f"{path}: damaged, expected a JSON object ({error})") from None
-
-
-def download(url, file, sha256, flag):
-    """Fetch url into file, which appears when it is whole and has this SHA-256; `flag` names it by hand."""
-    print(f"downloading {url}", flush=True)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(file), hash_prefix=sha256)
-    except (OSError, RuntimeError) as error:
-        raise BadInput(f"cannot download ({error}); put {file.name} (SHA-256 {sha256}) into {file.parent} or "
-                       f"name it with {flag}") from None
-
-
-def facts(meta):
-    """What of a pack's meta makes its content, as one hash: all but the names it goes by."""
-    kept = {key: meta[key] for key in sorted(meta) if key not in ("dataset", "vae_file")}
-    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
-
-
-def progress(what, done, total, since, start=0):
-    """One line with rate and time left; `start` of the `done` were there before `since`."""
-    rate = (done - start) / max(time.monotonic() - since, 1e-9)
-    left = f"{(total - done) / rate / 60:.1f} min left" if rate else ""
-    end = "\n" if done == total else ""
-    print(f"\r{what} {done:,} / {total:,}   {rate:,.0f}/s   {left}   ", end=end, flush=True)
 
 
 # ----------------------------------------------------------------------------------- the built-in images
@@ -446,7 +141,6 @@ class Images:
             x[flip] = x[flip].flip(3)
         return x, torch.from_numpy(self.labels[chosen])
 
-
     def to(self, device):
         """Hold all the images in the device's memory."""
         first = torch.as_tensor(self.images[np.arange(1)])
@@ -522,57 +216,8 @@ class Packed(Images):
 
 # ------------------------------------------------------------------------------- image files and their crops
 
-ARCHIVES = (".zip", ".tar", ".gz", ".tgz")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")   # no others: Pillow runs Ghostscript for some
 Image.MAX_IMAGE_PIXELS = 1 << 26                 # Pillow refuses twice as many, 134 million
-
-
-class Gunzip:
-    """What tarfile asks of a .gz, with an end where it inflates to 64 MB and 200 times the file's size."""
-
-    def __init__(self, path):
-        self.file, self.end = gzip.open(path), max(1 << 26, 200 * path.stat().st_size)
-        self.tell, self.close = self.file.tell, self.file.close
-
-    def seek(self, place, count=0):
-        if place + count > self.end:
-            raise tarfile.TarError("its members inflate to far more than it holds")
-        return self.file.seek(place)
-
-    def read(self, count):
-        self.seek(self.tell(), count)
-        return self.file.read(count)
-
-
-@functools.lru_cache(maxsize=2)
-def archive(path, process):
-    """A .zip or .tar(.gz) kept open, by each process for itself: a fork would share the place in the file."""
-    with contextlib.suppress(tarfile.ReadError, gzip.BadGzipFile):
-        return tarfile.open(fileobj=Gunzip(path), mode="r:")
-    with contextlib.suppress(tarfile.ReadError):
-        return tarfile.open(path, "r:")
-    return unzip(path, path.stat().st_size)
-
-
-def opened(path):
-    """A file for reading; `a.zip/b/c.png` is the member b/c.png of a.zip. Links and pipes in an archive are
-    no files; a link in a folder, which is its owner's, is what it leads to.
-    """
-    for parent in path.parents:
-        if parent.suffix.lower() in ARCHIVES and parent.is_file():
-            source, name = archive(parent, os.getpid()), path.relative_to(parent).as_posix()
-            if isinstance(source, zipfile.ZipFile):
-                return source.open(name if name in source.NameToInfo else f"./{name}")
-            try:
-                member = source.getmember(name)
-            except KeyError:
-                member = source.getmember(f"./{name}")
-            if not member.isreg() or member.issparse():
-                raise BadInput("no plain file in the archive")
-            return source.extractfile(member)
-    if not path.is_file():                                               # a pipe would block
-        raise BadInput("no such file")
-    return open(path, "rb")
 
 
 @silent()
@@ -628,7 +273,7 @@ def read_batch(path):
     try:
         with opened(path) as file:
             if path.suffix == ".npz":
-                unzip(file, file.seek(0, 2))
+                open_zip(file, file.seek(0, 2))
                 file.seek(0)
             kept = np.load(file) if path.suffix == ".npz" else Arrays(file, encoding="latin1").load()
             rows, labels = (part.array() if isinstance(part, StandIn) else part
@@ -683,7 +328,7 @@ def entries(src):
         raise BadInput(f"--src {src}: no such folder, .zip or .tar.gz")
     else:
         try:
-            kept = archive(src, os.getpid())
+            kept = open_archive(src, os.getpid())
             names = kept.namelist() if isinstance(kept, zipfile.ZipFile) else \
                 [member.name + "/" * member.isdir() for member in kept if member.isdir() or member.isreg()]
         except Exception as error:                                       # whatever damage makes them raise
@@ -858,6 +503,12 @@ def in_workers(task, jobs, workers):
             raise BadInput("a worker process was killed (out of memory?); run again") from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def facts(meta):
+    """What of a pack's meta makes its content, as one hash: all but the names it goes by."""
+    kept = {key: meta[key] for key in sorted(meta) if key not in ("dataset", "vae_file")}
+    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
 
 
 def plan(src, out, size, split="train", classes=None, dataset=None, repeat=1, **more):

@@ -169,7 +169,7 @@ def load_inception(path_or_state_dict):
     """The published weights, 472 keys or 566 with counters, every one needed -> Inception, or ValueError."""
     state = path_or_state_dict
     if not isinstance(state, dict):
-        from data import read
+        from files import read
         state = read(state)
     model = Inception()
     try:
@@ -181,7 +181,7 @@ def load_inception(path_or_state_dict):
 
 def find_inception(path=None):
     """-> (fused Inception, SHA-256 of its file): `path`, else torch.hub's cache, else a download."""
-    from data import BadInput, download, hash_file
+    from files import BadInput, download, hash_file
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     cached = [folder / name for name in (FILE, FILE.replace("pt_", "weights-")) if (folder / name).exists()]
     file = Path(path) if path else cached[0] if cached else folder / FILE
@@ -286,7 +286,7 @@ def fd_pixels(a, b):
 
 def arr_0(archive, path):
     """-> stream of the pixels in an opened npz, their shape (N,S,S,3). Raises BadInput."""
-    from data import BadInput
+    from files import BadInput
     try:
         stream = archive.open("arr_0.npy")
         np.lib.format.read_magic(stream)
@@ -309,7 +309,8 @@ class Source:
     """
 
     def __init__(self, path):
-        from data import SUFFIXES, BadInput, Packed, read_json, unzip
+        from data import SUFFIXES, Packed
+        from files import BadInput, open_zip, read_json
         self.path, self.meta, self.files, self.packed = Path(path), {}, None, None
         protocol = self.path / "protocol.json"
         if (self.path / "meta.json").is_file():
@@ -328,7 +329,7 @@ class Source:
                 raise BadInput(f"{path}: found no .png files")
             self.count, self.size = len(self.files), self.load(self.files[0]).shape[1]
         elif self.path.is_file() and zipfile.is_zipfile(self.path):          # a pipe would block
-            with unzip(self.path, self.path.stat().st_size, swell=1100) as archive:   # read in parts
+            with open_zip(self.path, self.path.stat().st_size, swell=1100) as archive:   # read in parts
                 _, (self.count, self.size, *_) = arr_0(archive, path)
             protocol = self.path.with_suffix(".protocol.json")
         else:
@@ -339,7 +340,8 @@ class Source:
 
     def load(self, file):
         """One PNG as uint8 (3,S,S); all of a folder must be of one size."""
-        from data import BadInput, load_image
+        from data import load_image
+        from files import BadInput
         with open(file, "rb") as start:
             if start.read(4) != b"\x89PNG":
                 raise BadInput(f"{file}: its content is not PNG")
@@ -350,7 +352,7 @@ class Source:
         return array
 
     def batches(self, start, stop, batch):
-        from data import BadInput
+        from files import BadInput
         places = [(i, min(i + batch, stop)) for i in range(start, stop, batch)]
         if self.packed:
             yield from (torch.from_numpy(np.array(self.packed.images[i:j])) for i, j in places)
@@ -377,7 +379,7 @@ def measure(source, n, extract, batch, device):
     """Statistics of the first n images, each process its share -> dict of mu and sigma, and where `extract`
     gives spatial features too, of mu_s, sigma_s and `features`, (n,D) in file order.
     """
-    from data import BadInput, progress
+    from files import BadInput, progress
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if n < world:
         raise BadInput(f"{source.path}: {n} images are too few for {world} processes")
@@ -405,14 +407,14 @@ def measure(source, n, extract, batch, device):
 
 def stored(path):
     """(dict of mu, sigma, ..., float64; metadata) of a statistics npz, or None where `path` holds images."""
-    from data import BadInput, silent, unzip
+    from files import BadInput, open_zip, silent
     if not Path(path).is_file() or not zipfile.is_zipfile(path):
         return None
     try:
         with silent(), np.load(path) as file:
             if not {"mu", "sigma"} & set(file.files):
                 return None
-            unzip(path, Path(path).stat().st_size, swell=20).close()
+            open_zip(path, Path(path).stat().st_size, swell=20).close()
             if not {"mu", "sigma"} <= set(file.files):
                 return None
             found = {key: file[key] for key in ("mu", "sigma", "mu_s", "sigma_s") if key in file.files}
@@ -439,7 +441,7 @@ def side(path, count, extractor):
     """One side of the comparison -> its statistics, None where they are to be measured; its images, None
     where there are none; its metadata.
     """
-    from data import BadInput
+    from files import BadInput
     if known := stored(path):
         found, meta = known
         with zipfile.ZipFile(path) as archive:                           # ADM's reference batches have both
@@ -457,7 +459,7 @@ def side(path, count, extractor):
 
 
 def main():
-    from data import BadInput, Parser, replace
+    from files import BadInput, Parser, replace
     parser = Parser(__doc__)
     add = parser.add_argument
     add("inputs", nargs="+", help="SAMPLES REFERENCE, or the word stats")
@@ -523,7 +525,7 @@ def main():
 
 def report(samples, reference, sides, extractor, model):
     """Print the result line, warnings, and one JSON line with both sides' metadata."""
-    from data import BadInput, hash_file
+    from files import BadInput, hash_file
     (a, meta_a), (b, meta_b) = sides
     if len(a["mu"]) != len(b["mu"]):
         raise BadInput(f"{samples} has {len(a['mu'])} features, {reference} has {len(b['mu'])}")
@@ -560,5 +562,5 @@ def report(samples, reference, sides, extractor, model):
 
 
 if __name__ == "__main__":
-    from data import run
+    from files import run
     run(main)

@@ -296,7 +296,6 @@ class UNet(Encoder):
                 width_in = width
         self.out = nn.Sequential(nn.GroupNorm(32, width), nn.SiLU(),
                                  zero(nn.Conv2d(width, in_channels, 3, padding=1)))
-        self.to(memory_format=torch.channels_last)                  # faster; the weights' layout is passed on
 
     def forward(self, x, t, y=None):
         emb, skips = self.embed(x, t), []                                    # (B,E)
@@ -324,7 +323,6 @@ class Classifier(Encoder):
         width = self.skips[-1]
         pool = AttentionPool(img_size // self.factor, width, width // head_channels, num_classes)
         self.out = nn.Sequential(nn.GroupNorm(32, width), nn.SiLU(), pool)
-        self.to(memory_format=torch.channels_last)
 
     def forward(self, x, t):
         emb = self.embed(x, t)

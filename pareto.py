@@ -28,10 +28,10 @@ import torch.distributed as dist
 from scipy.optimize import minimize, nnls
 from scipy.special import softmax
 
-from data import (BadInput, Packed, Parser, built_in, generator, progress, read, read_json, replace, run,
-                  shapes)
+from data import Packed, built_in, generator, shapes
 from diffusion import TARGETS, WEIGHTINGS, Diffusion, loss_weight
 from fid import fd_pixels
+from files import BadInput, Parser, progress, read, read_json, replace, run
 from sample import draw, load_checkpoint
 
 

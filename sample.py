@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import (BadInput, Parser, generator, hash_file, imagenet, load_image, lock, progress, read,
-                  read_json, replace, run, tile)
+from data import generator, imagenet, load_image, tile
 from diffusion import SOLVERS, TARGETS, Diffusion, sampler
+from files import BadInput, Parser, hash_file, lock, progress, read, read_json, replace, run
 from model_unet import UNet, classifier_from_adm, from_adm, load
 from model_vit import ViT, from_official
 from vae import load_vae
@@ -40,6 +40,14 @@ def build_model(config):
     """The network that a run's config describes, freshly initialised."""
     network = config["network"]
     return UNet(**network) if "channels" in network else ViT(**network)
+
+
+def to_device(model, device, dtype=None):
+    """The network there, on a GPU with weights in channels_last, whose layout convolutions pass on: a CPU's
+    group norm is slow in it (a training step of the UNets takes 1.02 to 1.31 times as long).
+    """
+    layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
+    return model.to(device, dtype, memory_format=layout)
 
 
 ENTRIES = dict(dataset=str, schedule=str, target=str, T=int, step=int, sample_steps=int, classes=list,
@@ -328,11 +336,11 @@ def main():
     if rank == 0:
         print(f"{ckpt}: {config['target']} prediction, weights: {weights} @ step {config['step']}; "
               f"{how['solver']} {how['steps']} steps, cfg {how['cfg']}", flush=True)
-    model.to(device)
+    to_device(model, device)
     torch.backends.cudnn.allow_tf32 = False                                  # float32 means float32
     vae = find_vae(config, device, args.vae)
     scale = 1.0 if args.classifier_scale is None else args.classifier_scale
-    tools = dict(vae=vae, classifier=classifier and classifier.to(device), classifier_scale=scale)
+    tools = dict(vae=vae, classifier=classifier and to_device(classifier, device), classifier_scale=scale)
     if args.out.suffix == ".png":
         if rank == 0:
             print(grid(model, config, args.out, args.n, **tools, **how).resolve())

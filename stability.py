@@ -25,8 +25,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import model_unet
-from data import BadInput, Packed, Parser, built_in, generator, progress, read, replace, run, tile
+from data import Packed, built_in, generator, tile
 from diffusion import TARGETS, Diffusion
+from files import BadInput, Parser, progress, read, replace, run
 from pareto import (FOUR, band, bring_up, canvas, check, claim, draw_bin, load, look, plot_runs, read_runs,
                     save, short_run, timed, train_to)
 from sample import draw, find_vae, load_checkpoint, start, to_uint8

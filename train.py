@@ -28,11 +28,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model_unet
 import model_vit
-from data import (CIFAR10, DATASETS, BadInput, Images, Packed, Parser, built_in, facts, generator, imagenet,
-                  lock, read, replace, run, shapes)
+from data import CIFAR10, DATASETS, Images, Packed, built_in, facts, generator, imagenet, shapes
 from diffusion import TARGETS, WEIGHTINGS, Diffusion
 from fid import fd_pixels
-from sample import build_model, draw, find_vae, grid
+from files import BadInput, Parser, lock, read, replace, run
+from sample import build_model, draw, find_vae, grid, to_device
 
 # One row per result of the papers, the default of a data set first. From the paper (section 4.1, appendix C):
 # steps, batch, learning rate, warm-up, betas, EMA, schedule, targets of ImageNet-256, label drop and cfg of
@@ -526,7 +526,7 @@ def main():
         if state:                                                        # no memory until shapes are right
             with torch.device("meta"):
                 build_model(config).load_state_dict(state["model"], assign=True)
-        model = build_model(config).to(device, dtype)
+        model = to_device(build_model(config), device, dtype)
     except ValueError as error:
         raise BadInput(str(error)) from None
     except Exception as error:                                           # whatever damage raises

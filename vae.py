@@ -193,7 +193,7 @@ def load_vae(path_or_state_dict):
     """
     where, state = "state dict", path_or_state_dict
     if not isinstance(state, dict):
-        from data import read
+        from files import read
         where, state = state, read(state)
     state = state["state_dict"] if isinstance(state.get("state_dict"), dict) else state
     prefix = "first_stage_model." if any(str(name).startswith("first_stage_model.") for name in state) else ""
@@ -224,8 +224,8 @@ def load_vae(path_or_state_dict):
 # --------------------------------------------------------------------------- command line: images -> latents
 
 def main():
-    from data import (CHUNK, BadInput, Parser, begin, crop_chunk, finish, hash_file, in_workers, plan,
-                      progress)
+    from data import CHUNK, begin, crop_chunk, finish, in_workers, plan
+    from files import BadInput, Parser, hash_file, progress
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--src", required=True, help="folder or .zip of images; its sub-folders are the classes")
@@ -306,5 +306,5 @@ def main():
 
 
 if __name__ == "__main__":
-    from data import run
+    from files import run
     run(main)

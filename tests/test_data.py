@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 import data
-from data import BadInput, Packed, built_in, center_crop, generator, load_image, shapes
+from data import Packed, built_in, center_crop, generator, load_image, shapes
+from files import BadInput
 
 
 def picture(size=(40, 30), seed=0):

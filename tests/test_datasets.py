@@ -17,7 +17,9 @@ from conftest import ROOT
 from PIL import Image
 
 import data
-from data import BadInput, Packed, celeba_crop, center_crop, imagenet, load_image
+import files
+from data import Packed, celeba_crop, center_crop, imagenet, load_image
+from files import BadInput
 
 WNIDS, NUMBERS, NAMES = (list(column) for column in imagenet())
 CROPS = np.load(ROOT / "tests/golden/crops.npz")                             # two photographs, as PNG, and their crops
@@ -340,11 +342,11 @@ def test_download_checks_the_hash(tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url, right = f"http://127.0.0.1:{server.server_port}", hashlib.sha256(b"content").hexdigest()
     try:
-        data.download(f"{url}/x", tmp_path / "sub/x", right, "--src")
+        files.download(f"{url}/x", tmp_path / "sub/x", right, "--src")
         assert (tmp_path / "sub/x").read_bytes() == b"content"
         for path, digest in (("x", "0" * 64), ("y", right)):
             with pytest.raises(BadInput, match="--src"):
-                data.download(f"{url}/{path}", tmp_path / "sub/y", digest, "--src")
+                files.download(f"{url}/{path}", tmp_path / "sub/y", digest, "--src")
             assert not (tmp_path / "sub/y").exists()
     finally:
         server.shutdown()
@@ -470,12 +472,12 @@ def test_validation_batch_of_the_downsampled_imagenet(script, tmp_path):
                                   b"cnumpy.core.multiarray\nfromfile\n.", b"ccodecs\nencode\n.", b"cx\nndarray\n."])
 def test_no_other_name_is_looked_up(text):
     with pytest.raises(BadInput, match="foreign object"):
-        data.Arrays(io.BytesIO(text)).load()
+        files.Arrays(io.BytesIO(text)).load()
 
 
 def test_a_damaged_pickle_does_not_reserve_memory(tmp_path):
     """LONG_BINPUT of a huge index: the unpickler in C would reserve 64 GB for it."""
-    assert data.Arrays(io.BytesIO(b"\x80\x02]r\xff\xff\xff\xff.")).load() == []
+    assert files.Arrays(io.BytesIO(b"\x80\x02]r\xff\xff\xff\xff.")).load() == []
 
 
 def test_partition_tables_as_they_are_found(celeba, script, tmp_path):

@@ -20,7 +20,9 @@ from conftest import ROOT
 from PIL import Image
 
 import data
-from data import Packed, built_in, generator, read, shapes
+import files
+from data import Packed, built_in, generator, shapes
+from files import read
 from diffusion import Diffusion
 from train import HEADER, SKIPS, draw_step, epoch_order, update, zero_moments
 
@@ -377,8 +379,8 @@ def test_a_process_of_two_dies(dies, script, start_fork, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 @pytest.mark.parametrize("dies", [0, 1])
 def test_a_process_of_torchrun_dies(dies, script, start_script, tmp_path):
-    start = f"import sys\nsys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}\nimport data, test_faults, train\n"
-    (tmp_path / "train.py").write_text(start + "test_faults.small()\ndata.run(train.main)\n")
+    start = f"import sys\nsys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}\nimport files, test_faults, train\n"
+    (tmp_path / "train.py").write_text(start + "test_faults.small()\nfiles.run(train.main)\n")
     process = start_script(tmp_path / "train.py", *TWO, "--steps", 10 ** 6, "--save-every", 3, "--out", "run",
                            torchrun=("--standalone", "--nproc-per-node=2"))
     until(lambda: (tmp_path / "run/ckpt.pt").exists() or process.poll() is not None, seconds=120)
@@ -499,6 +501,6 @@ def test_a_pack_that_another_run_has_finished_stays(tmp_path, monkeypatch):
     meta = json.loads((tmp_path / "pack/meta.json").read_text())
     (tmp_path / "pack/meta.json").rename(tmp_path / "meta.json")
     monkeypatch.setattr(data, "lock", lambda out: (tmp_path / "meta.json").rename(out / "meta.json"))   # while one waits
-    with pytest.raises(data.BadInput, match="meanwhile"):
+    with pytest.raises(files.BadInput, match="meanwhile"):
         data.begin(tmp_path / "pack", "images", (3, 8, 8), np.uint8, meta)
     assert (tmp_path / "pack/images.npy").read_bytes() == before and Packed(tmp_path / "pack").images[:].any()

@@ -15,7 +15,6 @@ import time
 import warnings
 import zipfile
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,9 +24,10 @@ from PIL import Image
 
 import data
 import fid
+import files
 import sample
 import train
-from data import BadInput
+from files import BadInput
 from model_unet import Classifier, UNet, classifier_from_adm, from_adm
 from model_vit import ViT, from_official
 from vae import load_vae
@@ -55,14 +55,14 @@ def resumed(path):
 
 def weights(build):
     def load(path):
-        model = build(data.read(path))
+        model = build(files.read(path))
         assert all(p.dtype == torch.float32 and p.device.type == "cpu" for p in model.parameters())
     return load
 
 
 def tensors(path):
     assert all(type(value) in (str, int, float, bool, dict, list, tuple, torch.Tensor,
-        type(None)) for value in data.read(path).values())
+        type(None)) for value in files.read(path).values())
 
 
 def image(path):
@@ -311,7 +311,7 @@ def work(jobs, out):
                 found, text = "loaded", ""
             except ValueError as error:
                 text = str(error)
-                found = "refused" if len(text.splitlines()) == 1 and (text == data.shown(text)
+                found = "refused" if len(text.splitlines()) == 1 and (text == files.shown(text)
                     or type(error) is not BadInput) else "many lines"
             except BaseException as error:
                 found, text = type(error).__name__, str(error)
@@ -426,13 +426,13 @@ def test_what_is_no_tensor_number_or_name_is_left_out(tmp_path):
     shared = torch.ones(3)
     torch.save(dict(model=shared, ema=shared[1:], third=shared, a={1, 2}, b={None: 3, "x": 1}, c=2 ** 99, d=b"x", e=[None, 2],
                     f=torch.float16, g=torch.device("cpu")), tmp_path / "a.pt")
-    found = data.read(tmp_path / "a.pt")
+    found = files.read(tmp_path / "a.pt")
     assert all(torch.equal(found.pop(key), value) for key, value in dict(model=shared, ema=shared[1:], third=shared).items())
     assert found == dict(a=None, b={"x": 1}, c=None, d=None, e=[None, 2], f=None, g=None)
     torch.save(dict(row=torch.ones(5)[:, None].expand(-1, 7)), tmp_path / "c.pt")
-    assert data.read(tmp_path / "c.pt")["row"].sum() == 35
+    assert files.read(tmp_path / "c.pt")["row"].sum() == 35
     torch.save(dict(names=[str(i) for i in range(150_000)]), tmp_path / "b.pt")              # identities of a set of faces
-    assert len(data.read(tmp_path / "b.pt")["names"]) == 150_000
+    assert len(files.read(tmp_path / "b.pt")["names"]) == 150_000
 
 
 def flood(gigabytes):
@@ -652,7 +652,7 @@ def test_configs_that_lie(tmp_path):
 @pytest.mark.slow
 def test_a_run_is_not_resumed_from_a_lie(script, tmp_path):
     script("train.py", "--steps", 1, "--batch-size", 8, "--sample-steps", 1, "--out", "run")
-    whole = data.read(tmp_path / "run/ckpt.pt")
+    whole = files.read(tmp_path / "run/ckpt.pt")
     for part, change in (("config", dict(size=9996)), ("config", dict(T=10 ** 6)), ("config", dict(steps=2.0)),
                          ("config", dict(lr="1")), ("config", dict(batch_size=[8])), ("config", dict(seed=2 ** 70)),
                          ("optimizer", dict(state={0: 3})), ("model", {5: torch.zeros(1)}),
@@ -670,7 +670,7 @@ def test_names_do_not_steer_the_terminal(script, tmp_path, capsys):
         (tmp_path / "src" / evil / name).write_bytes(picture())
     data.pack(tmp_path / "src", 8, tmp_path / "pack", workers=1)
     capsys.readouterr()
-    data.run(lambda: data.check(tmp_path / "pack"))
+    files.run(lambda: data.check(tmp_path / "pack"))
     text = capsys.readouterr().out
     assert data.Packed(tmp_path / "pack").classes == [evil] and "x1b[31m" in text and all(line.isprintable()
         for line in text.splitlines())
@@ -684,9 +684,9 @@ def test_names_do_not_steer_the_terminal(script, tmp_path, capsys):
     assert text.strip().isprintable() and r"\x1b[31m" in text
     (tmp_path / "a.pt").write_bytes(pickled(b"cevil\x1b[31m\nname\n."))
     assert r"evil\x1b[31m.name" in script("sample.py", "--ckpt", "a.pt", code=2)
-    data.run(lambda: print(evil.split("\n")[1]))
+    files.run(lambda: print(evil.split("\n")[1]))
     assert capsys.readouterr().out.strip().isprintable()
-    data.Screen(sys.stdout).write("\ra\tb\n\x1b[2J\x9b1m\u2028\x00")
+    files.Screen(sys.stdout).write("\ra\tb\n\x1b[2J\x9b1m\u2028\x00")
     assert capsys.readouterr().out == "\ra\tb\n\\x1b[2J\\x9b1m\\u2028\\x00"
     assert str(BadInput("a\nb\x85c\x00" + "d" * 9999)).startswith(r"a b\x85c\x00d")
     assert len(str(BadInput("d" * 9999))) == 2000

@@ -29,6 +29,7 @@ def dying(words, folder, env, log, moment, share, count):
     chunks of a pack, or in the middle of a write, whose file has `share` of its bytes then. File `count` lists them.
     """
     import data
+    import files
     import train
     import vae
     train.SIZES["vit-tiny"] = dict(dim=16, depth=1, heads=1)
@@ -51,7 +52,7 @@ def dying(words, folder, env, log, moment, share, count):
     os.chdir(folder)
     sys.addaudithook(hook)
     os.fsync = lambda fd: (here("write", fd), fsync(fd))
-    data.progress = lambda *a, **k: (here("chunk"), progress(*a, **k))
+    data.progress = files.progress = lambda *a, **k: (here("chunk"), progress(*a, **k))
     try:
         forked(words, folder, env, log)
     finally:

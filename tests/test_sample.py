@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import BadInput
+from files import BadInput
 from diffusion import Diffusion, sampler
 from sample import (RELEASED, find_classifier, build_model, draw, grid, load_checkpoint, parse_classes, read, start,
                     to_uint8)

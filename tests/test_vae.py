@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, formula, relative
 
 import vae
-from data import read
+from files import read
 from vae import FILES, VAE, diffusers_name, load_vae, mean_std
 
 
