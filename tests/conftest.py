@@ -2,8 +2,10 @@ import importlib
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -53,38 +55,48 @@ def forked(words, folder, env, file, change=None):
     run(importlib.import_module(Path(words[0]).stem).main)
 
 
+def fork(file, folder, *words, env=(), change=None):
+    """Start forked("train.py", ...) in a folder, on one thread; what it prints goes to file."""
+    words, env = [str(ROOT / words[0]), *map(str, words[1:])], {**os.environ, "OMP_NUM_THREADS": "1", **dict(env)}
+    process = FORKS.Process(target=forked, args=(words, folder, env, file, change))
+    process.start()
+    return process
+
+
+def finish(processes, timeout=240):
+    """Wait for them, and no longer; the highest exit code."""
+    until = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0, until - time.monotonic()))
+    for process in processes:
+        process.kill()                                                       # where the time is over
+        process.join()
+    return max(abs(process.exitcode) for process in processes)
+
+
 @pytest.fixture
 def script(tmp_path, monkeypatch, capsys):
     """script("train.py", "--steps", 3, ...) runs one of the project's scripts in an empty folder, on one thread, checks
-    its exit code and returns what it printed. A refusal (code 2) runs in this process and must be one line. Under
-    torchrun or another environment it is a process of its own, else a fork, in which change() is called first.
+    its exit code and returns what it printed. A refusal (code 2) runs in this process and must be one line, else it is a
+    fork, in which change() is called first, or as many as torchrun starts for `processes`, with its environment.
     """
-    def call(*words, code=0, torchrun=0, env=(), timeout=240, change=None):
-        words = [str(ROOT / words[0]), *map(str, words[1:])]
-        if code == 2 and not change:
+    def call(*words, code=0, processes=1, env=(), timeout=240, change=None):
+        if code == 2 and not change and processes == 1:
             monkeypatch.chdir(tmp_path)
-            monkeypatch.setattr(sys, "argv", words)
+            monkeypatch.setattr(sys, "argv", [str(ROOT / words[0]), *map(str, words[1:])])
             with pytest.raises(SystemExit) as exit:
                 run(importlib.import_module(Path(words[0]).stem).main)
             text = capsys.readouterr().err
             assert exit.value.code == 2 and len(text.splitlines()) == 1, text
             return text
-        if torchrun or env:
-            start = [sys.executable]
-            if torchrun:
-                start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun}"]
-            done = subprocess.run(start + words, cwd=tmp_path, capture_output=True, text=True, timeout=timeout,
-                                  env={**os.environ, "OMP_NUM_THREADS": "1", **dict(env)})
-            text, found = done.stdout + done.stderr, done.returncode
-        else:
-            file = tmp_path.parent / f"{tmp_path.name}.txt"
-            env = {**os.environ, "OMP_NUM_THREADS": "1"}
-            process = FORKS.Process(target=forked, args=(words, tmp_path, env, file, change))
-            process.start()
-            process.join(timeout)
-            process.kill()                                                   # where the time is over
-            process.join()
-            text, found = file.read_text(), process.exitcode
+        files = [tmp_path.parent / f"{tmp_path.name}.{rank}.txt" for rank in range(processes)]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            group = dict(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+        ranks = [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {} for rank in range(processes)]
+        found = finish([fork(file, tmp_path, *words, env={**rank, **dict(env)}, change=change)
+                        for file, rank in zip(files, ranks)], timeout)
+        text = "".join(file.read_text() for file in files)
         assert found == code, text
         return text
     return call
@@ -96,14 +108,10 @@ def start_fork(tmp_path):
     running = []
 
     def call(*words, change=None):
-        file = tmp_path.parent / f"{tmp_path.name}.{len(running)}.txt"
+        file = tmp_path.parent / f"{tmp_path.name}.fork{len(running)}.txt"
         file.write_text("")
-        words = [str(ROOT / words[0]), *map(str, words[1:])]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = FORKS.Process(target=forked, args=(words, tmp_path, env, file, change))
-        process.start()
-        running.append(process)
-        return process, file
+        running.append(fork(file, tmp_path, *words, change=change))
+        return running[-1], file
     yield call
     for process in running:
         process.kill()

@@ -2,7 +2,6 @@
 import io
 import json
 import os
-import signal
 import time
 
 import numpy as np
@@ -146,18 +145,18 @@ def test_flat_folder_has_no_classes_and_numbers_sort_as_numbers(tmp_path):
     assert [path.name for path in paths] == ["a.PNG"] and names == [] and labels.tolist() == [0]
 
 
-def test_killed_and_restarted_pack_has_the_same_bytes(tree, script, start_script, tmp_path):
+def test_killed_and_restarted_pack_has_the_same_bytes(tree, script, start_fork, tmp_path):
     picture((800, 600)).save(tree / "cat" / "big.jpg")
     for i in range(500):                                                     # enough work to be killed in the middle of
         os.link(tree / "cat" / "big.jpg", tree / "cat" / f"x{i}.jpg")
     script("data.py", "--src", "src", "--size", 64, "--out", "whole")
-    process = start_script("data.py", "--src", "src", "--size", 64, "--out", "parts", "--workers", 1)
+    process, _ = start_fork("data.py", "--src", "src", "--size", 64, "--out", "parts", "--workers", 1)
     journal, done = (tmp_path / "parts" / name for name in ("packing.json", "done.npy"))
     while not (journal.exists() and np.load(done).any()):
-        assert process.poll() is None, "finished before it was killed"
+        assert process.is_alive(), "finished before it was killed"
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (tmp_path / "parts/meta.json").exists() and not np.load(done).all()
     with pytest.raises(BadInput, match="unfinished"):
         Packed(tmp_path / "parts")

@@ -5,7 +5,6 @@ import http.server
 import io
 import os
 import pickle
-import signal
 import tarfile
 import threading
 import time
@@ -311,18 +310,18 @@ def test_damaged_batches_are_refused(cifar, script, tmp_path):
         script(*words, "cut.tar.gz", code=2)
 
 
-def test_killed_and_restarted_batches_have_the_same_bytes(script, start_script, tmp_path):
+def test_killed_and_restarted_batches_have_the_same_bytes(script, start_fork, tmp_path):
     rows = np.random.RandomState(2).randint(0, 256, (3000, 3072), np.uint8)
     for k in range(5):
         part = dict(data=rows[600 * k:600 * k + 600], labels=[k] * 600)
         (tmp_path / f"data_batch_{k + 1}").write_bytes(pickle.dumps(part))
     words = ("data.py", "--dataset", "cifar10", "--src", ".")
-    process, done = start_script(*words, "--out", "../parts"), tmp_path.parent / "parts/done.npy"
+    (process, _), done = start_fork(*words, "--out", "../parts"), tmp_path.parent / "parts/done.npy"
     try:
-        while process.poll() is None and not (done.exists() and done.stat().st_size > 128 and np.load(done).any()):
+        while process.is_alive() and not (done.exists() and done.stat().st_size > 128 and np.load(done).any()):
             time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         script(*words, "--out", "../parts")
         assert np.array_equal(Packed(tmp_path.parent / "parts").images, rows.reshape(-1, 3, 32, 32))
     finally:

@@ -173,7 +173,7 @@ def test_one_score_whatever_the_form_batch_and_processes(script, sets, inception
     whole = score(text)
     assert f"FID-20 {whole['FID-20']:.2f}" in text and "warning: 20 images" in text and set(whole) == {"FID-20", "IS", "sFID", "precision", "recall"}
     assert score(script("fid.py", "a", *words, "--batch-size", 7))["FID-20"] == pytest.approx(whole["FID-20"], rel=1e-4)
-    assert score(script("fid.py", "a.npz", *words, torchrun=2))["FID-20"] == pytest.approx(whole["FID-20"], rel=1e-4)
+    assert score(script("fid.py", "a.npz", *words, processes=2))["FID-20"] == pytest.approx(whole["FID-20"], rel=1e-4)
     script("fid.py", "stats", "--data", "b.npz", "--out", "ref.npz", "--inception", inception_file)
     text = script("fid.py", "a", "ref.npz", "--inception", inception_file)
     assert score(text)["FID-20"] == pytest.approx(whole["FID-20"], rel=1e-4)
@@ -276,8 +276,8 @@ def test_damage_is_one_line(script, sets, tmp_path):
                          (("a", "b.npz", "--out", "c.npz"), "expected SAMPLES"), (("stats", "--data", "b.npz", "--out", "b.npz"), "itself")):
         assert named in script("fid.py", *words, *pixels, code=2)
     script("fid.py", "a", "half.npz", *pixels)                               # what is not used may be odd
-    text = script("fid.py", "a", "a", *pixels, "--count", 2, torchrun=2)
+    text = script("fid.py", "a", "a", *pixels, "--count", 2, processes=2)
     assert "FD-pixels-2 0.00" in text
-    assert "too few for 3 processes" in script("fid.py", "a", "a", *pixels, "--count", 2, torchrun=3, code=1)
+    assert "too few for 3 processes" in script("fid.py", "a", "a", *pixels, "--count", 2, processes=3, code=2)
     (sets / "a/019.PNG").write_bytes((sets / "a/deep/001.PNG").read_bytes()[:99])
-    assert "019.PNG" in script("fid.py", "a", "b.npz", *pixels, torchrun=2, code=1)      # named by the process that met it
+    assert "019.PNG" in script("fid.py", "a", "b.npz", *pixels, processes=2, code=2)      # named by the process that met it

@@ -77,7 +77,7 @@ def batch(path):
 
 
 def listed(path):
-    data.archive.cache_clear()                                               # of the mutation before
+    files.open_archive.cache_clear()                                               # of the mutation before
     paths, labels, names = data.list_images(path)
     assert len(paths) == len(labels) and labels.max() < max(1,
         len(names)) and not any(".." in path.parts for path in paths)

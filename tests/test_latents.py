@@ -1,7 +1,6 @@
 """Latent diffusion end to end: JPEGs in class folders -> latents -> a trained ViT -> PNGs, on one process or two."""
 import json
 import os
-import signal
 import time
 
 import numpy as np
@@ -46,7 +45,7 @@ def tree(tmp_path):
 
 
 @pytest.mark.slow
-def test_from_jpegs_to_samples(tree, vae_file, script, start_script, tmp_path):
+def test_from_jpegs_to_samples(tree, vae_file, script, start_fork, tmp_path):
     words = ("vae.py", "--src", "train", "--vae", vae_file, "--size", 16)
     text = script(*words, "--out", "data/imagenet256")
     assert "70 images, 1,000 classes, 'tench, Tinca tinca' .. 'toilet tissue, toilet paper, bathroom tissue'; unknown autoencoder, float32" in text and "encoded 70 / 70" in text
@@ -68,15 +67,15 @@ def test_from_jpegs_to_samples(tree, vae_file, script, start_script, tmp_path):
     assert torch.is_tensor(whole.images) and torch.equal(again[0], drawn) and torch.equal(again[1], labels)
 
     # two processes, and one killed and restarted, write the same bytes
-    script(*words, "--out", "two/imagenet256", torchrun=2, env=dict(OMP_NUM_THREADS="2"))    # on other threads too
-    process, done = start_script(*words, "--out", "killed/imagenet256"), tmp_path / "killed/imagenet256/done.npy"
+    script(*words, "--out", "two/imagenet256", processes=2, env=dict(OMP_NUM_THREADS="2"))    # on other threads too
+    (process, _), done = start_fork(*words, "--out", "killed/imagenet256"), tmp_path / "killed/imagenet256/done.npy"
     while not (done.exists() and done.stat().st_size > 128 and np.load(done).any()):
-        assert process.poll() is None, "finished before it was killed"
+        assert process.is_alive(), "finished before it was killed"
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not np.load(done).all()
-    script(*words, "--out", "killed/imagenet256", torchrun=2)
+    script(*words, "--out", "killed/imagenet256", processes=2)
     for name in ("latents.npy", "labels.npy", "meta.json"):
         one, two, killed = ((tmp_path / folder / "imagenet256" / name).read_bytes() for folder in ("data", "two", "killed"))
         assert one == two == killed, name

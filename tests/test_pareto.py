@@ -1,15 +1,13 @@
 """Gradients of the timesteps, the Pareto problem's solvers against a referee, UGD in training, and the figures."""
 import argparse
 import csv
-import os
 import re
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, relative
+from conftest import finish, fork, relative
 
 import pareto
 import train
@@ -241,7 +239,7 @@ def test_ugd_table_is_the_solution_at_every_timestep():
 
 
 def test_ugd_run_stopped_and_resumed_is_the_same_to_the_bit(script, tmp_path):
-    words = (*TINY, "--weighting", "ugd", "--ugd-every", 6, "--T", 4, "--decay", 0, "--target", "eps")
+    words = (*TINY, "--weighting", "ugd", "--ugd-every", 6, "--ugd-samples", 8, "--T", 4, "--decay", 0, "--target", "eps")
     text = script("train.py", *words, "--steps", 16, "--out", "whole")
     assert [line.split(":")[0] for line in text.splitlines() if "UGD weights solved" in line] == ["step 0", "step 6", "step 12"]
     script("train.py", *words, "--steps", 9, "--out", "parts")               # the table of step 6 comes from the file
@@ -252,7 +250,7 @@ def test_ugd_run_stopped_and_resumed_is_the_same_to_the_bit(script, tmp_path):
     factor = Diffusion("cosine", 4, "eps").factor
     assert abs((whole["weight"] * factor).mean() - 1) < 1e-9 and whole["weight"].shape == (4,)
     assert (whole["weight"] * factor).std() > 0.1
-    assert [whole["config"][key] for key in train.UGD] == [6, 50, 64, 0.01]
+    assert [whole["config"][key] for key in train.UGD] == [6, 50, 8, 0.01]
     for key, value in train.UGD.items():
         flag = f"--{key.replace('_', '-')}"
         assert f"{flag}: needs" in script("train.py", *TINY, flag, value, "--out", "other", code=2)
@@ -278,7 +276,7 @@ def test_settings_of_ugd_reach_its_solution(script, tmp_path):
 def test_ugd_run_on_two_processes(script, tmp_path):
     words = (*TINY, "--weighting", "ugd", "--ugd-every", 2, "--T", 8, "--steps", 5, "--dtype", "float64", "--lr", 1e-3)
     script("train.py", *words, "--out", "one")
-    script("train.py", *words, "--out", "two", torchrun=2)
+    script("train.py", *words, "--out", "two", processes=2)
     one, two = (read(tmp_path / name / "ckpt.pt") for name in ("one", "two"))
     assert distance(one["model"], two["model"]) < 1e-8 and relative(two["weight"], one["weight"]) < 1e-6
 
@@ -290,8 +288,7 @@ def runs(tmp_path_factory):
     """A folder with one run of ten steps, trained once."""
     folder = tmp_path_factory.mktemp("runs")
     words = (*TINY, "--steps", 10, "--T", 100, "--out", folder / "run")
-    subprocess.run([sys.executable, ROOT / "train.py", *map(str, words)], check=True, capture_output=True,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert finish([fork(folder / "run.txt", folder, "train.py", *words)]) == 0
     return folder
 
 

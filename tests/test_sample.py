@@ -3,7 +3,6 @@ import hashlib
 import json
 import os
 import pickle
-import signal
 import time
 import zipfile
 
@@ -56,7 +55,7 @@ def test_image_k_depends_on_k_alone(ckpt, script, tmp_path):
     assert (out[1] - out[8]).abs().max() < 1e-4 and (out[3] - out[8]).abs().max() < 1e-4 and out[8].std() > 0.1
     words = ("--ckpt", ckpt, "--count", 8, "--labels", "random")
     script("sample.py", *words, "--out", "one")
-    script("sample.py", *words, "--out", "two", torchrun=2)
+    script("sample.py", *words, "--out", "two", processes=2)
     script("sample.py", *words, "--out", "three", "--batch-size", 3)
     for k in range(8):
         images = [np.asarray(Image.open(tmp_path / run / f"{k:06d}.png")).astype(int) for run in ("one", "two", "three")]
@@ -103,7 +102,7 @@ def test_only_the_checkpoint_is_needed(ckpt, script, tmp_path):
 def test_npz_and_folder_hold_the_same_images_with_their_protocol(ckpt, script, tmp_path):
     words = ("--ckpt", ckpt, "--count", 11, "--cfg", 2.1, "--interval", 0, 800, "--steps", 3, "--seed", 7, "--solver", "dpm++2m")
     script("sample.py", *words, "--out", "folder")
-    script("sample.py", *words, "--out", "file.npz", torchrun=2)
+    script("sample.py", *words, "--out", "file.npz", processes=2)
     file = np.load(tmp_path / "file.npz")
     assert file["arr_0"].shape == (11, 8, 8, 3) and file["arr_0"].dtype == np.uint8
     for k in range(11):
@@ -116,27 +115,28 @@ def test_npz_and_folder_hold_the_same_images_with_their_protocol(ckpt, script, t
     assert "n 11" in script("sample.py", *words[:2], "--n", 12, *words[4:], "--out", "folder", code=2)
     assert "exists" in script("sample.py", *words, "--out", "file.npz", code=2)
     os.rename(tmp_path / "folder", tmp_path / "late.npz.parts")              # killed before the npz was made of them
-    script("sample.py", *words, "--out", "late.npz", torchrun=2)
+    script("sample.py", *words, "--out", "late.npz", processes=2)
     assert np.load(tmp_path / "late.npz")["arr_0"].shape == (11, 8, 8, 3) and not (tmp_path / "late.npz.parts").exists()
 
 
-def test_finishes_what_a_killed_run_began(ckpt, script, start_script, tmp_path):
+def test_finishes_what_a_killed_run_began(ckpt, script, start_fork, tmp_path):
     words = ("--ckpt", ckpt, "--n", 60, "--batch-size", 4, "--steps", 30)
     script("sample.py", *words, "--out", "whole.npz")
-    process = start_script("sample.py", *words, "--out", "parts.npz")
+    process, _ = start_fork("sample.py", *words, "--out", "parts.npz")
     while not (tmp_path / "parts.npz.parts/000007.png").exists():
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     kept = sorted((tmp_path / "parts.npz.parts").glob("*.png"))
     times = {path: path.stat().st_mtime_ns for path in kept[:8]}
     assert 8 <= len(kept) < 60 and not (tmp_path / "parts.npz").exists()
-    process = start_script("sample.py", *words, "--out", "parts.npz")
-    while process.poll() is None and all(path.exists() for path in times):
+    process, _ = start_fork("sample.py", *words, "--out", "parts.npz")
+    while process.is_alive() and all(path.exists() for path in times):
         assert all(path.stat().st_mtime_ns == stamp for path, stamp in times.items() if path.exists())
         time.sleep(0.01)
-    assert process.wait() == 0
+    process.join()
+    assert process.exitcode == 0
     whole, parts = (np.load(tmp_path / name) for name in ("whole.npz", "parts.npz"))
     assert np.abs(whole["arr_0"].astype(int) - parts["arr_0"]).max() <= 1 and np.array_equal(whole["arr_1"], parts["arr_1"])
 

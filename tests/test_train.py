@@ -2,7 +2,6 @@
 import copy
 import csv
 import json
-import os
 import re
 import signal
 import socket
@@ -33,14 +32,14 @@ def distance(a, b):
     return max((a[key].double() - b[key].double()).abs().max().item() for key in a)
 
 
-def test_stopped_by_sigkill_and_resumed_is_the_same_to_the_bit(script, start_script, tmp_path):
+def test_stopped_by_sigkill_and_resumed_is_the_same_to_the_bit(script, start_fork, tmp_path):
     script("train.py", *TINY, "--steps", 20, "--out", "whole")
-    process = start_script("train.py", *TINY, "--steps", 20, "--save-every", 7, "--out", "parts")
+    process, _ = start_fork("train.py", *TINY, "--steps", 20, "--save-every", 7, "--out", "parts")
     while not (tmp_path / "parts/ckpt.pt").exists():
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert read(tmp_path / "parts/ckpt.pt")["step"] in (7, 14)
     script("train.py", "--out", "parts", "--resume")                         # the run remembers its flags
     whole, parts = (read(tmp_path / name / "ckpt.pt") for name in ("whole", "parts"))
@@ -77,9 +76,9 @@ def test_processes_and_accumulation_do_not_change_the_run(script, tmp_path):
     """
     words = (*TINY, "--steps", 5, "--dtype", "float64", "--flip", "--lr", 1e-3)
     script("train.py", *words, "--out", "one")
-    script("train.py", *words, "--out", "two", torchrun=2)
+    script("train.py", *words, "--out", "two", processes=2)
     script("train.py", *words, "--out", "accumulated", "--accum", 2)
-    script("train.py", *words, "--out", "both", "--accum", 2, torchrun=2)
+    script("train.py", *words, "--out", "both", "--accum", 2, processes=2)
     one = read(tmp_path / "one/ckpt.pt")
     start = build_model(one["config"]).double().state_dict()
     assert distance(one["model"], start) > 1e-3
@@ -117,7 +116,7 @@ def test_sigterm_to_torchrun_saves_once_and_leaves(script, start_script, tmp_pat
     text = process.communicate(timeout=60)[0]
     assert text.count("go on with --resume") == 1, text
     step = read(tmp_path / "run/ckpt.pt")["step"] + 1
-    script("train.py", "--resume", "--out", "run", "--steps", step, torchrun=2)
+    script("train.py", "--resume", "--out", "run", "--steps", step, processes=2)
     assert read(tmp_path / "run/ckpt.pt")["step"] == step
 
 
@@ -125,7 +124,7 @@ def test_sigterm_to_torchrun_saves_once_and_leaves(script, start_script, tmp_pat
 def test_resumed_on_another_number_of_processes(script, tmp_path):
     words = (*TINY, "--dtype", "float64", "--lr", 1e-3, "--warmup", 1, "--decay", 0)
     script("train.py", *words, "--steps", 6, "--out", "one")
-    script("train.py", *words, "--steps", 3, "--out", "moved", torchrun=2)
+    script("train.py", *words, "--steps", 3, "--out", "moved", processes=2)
     script("train.py", *words, "--steps", 6, "--out", "moved", "--resume")
     one, moved = (read(tmp_path / name / "ckpt.pt") for name in ("one", "moved"))
     assert distance(one["model"], moved["model"]) < 1e-9 and distance(one["tally"], moved["tally"]) < 1e-6
@@ -146,7 +145,7 @@ def test_ema_is_the_average_by_hand(script, tmp_path):
 def test_plain_compiled_and_ddp_checkpoints_are_alike(script, tmp_path):
     words = (*TINY, "--steps", 2)
     script("train.py", *words, "--out", "plain")
-    script("train.py", *words, "--out", "ddp", torchrun=2)
+    script("train.py", *words, "--out", "ddp", processes=2)
     script("train.py", *words, "--out", "compiled", "--compile")
     states = {name: read(tmp_path / name / "ckpt.pt") for name in ("plain", "ddp", "compiled")}
     for name, state in states.items():
@@ -160,7 +159,7 @@ def test_plain_compiled_and_ddp_checkpoints_are_alike(script, tmp_path):
             model.load_state_dict(state["ema"])
         assert distance(state["model"], states["plain"]["model"]) < 5e-3
         script("train.py", *TINY, "--steps", 3, "--out", name, "--resume", *(["--compile"] if name == "ddp" else []),
-               torchrun=2 if name == "plain" else 0)
+               processes=2 if name == "plain" else 1)
         load_checkpoint(tmp_path / name)
 
 
@@ -363,7 +362,7 @@ def test_grad_ckpt_changes_nothing(network, script, tmp_path):
     plain, ckpt = (read(tmp_path / name / "ckpt.pt") for name in ("plain", "ckpt"))
     assert distance(plain["model"], ckpt["model"]) < 1e-5
     if network == "unet-tiny":                                               # as any other network
-        script("train.py", *words, "--out", "two", torchrun=2)
+        script("train.py", *words, "--out", "two", processes=2)
         assert distance(plain["model"], read(tmp_path / "two/ckpt.pt")["model"]) < 5e-3
         assert plain["config"]["weight_decay"] == 0 and "patch_size" not in plain["config"]["network"]
         script("sample.py", "--ckpt", "plain", "--n", 2, "--steps", 2)
