@@ -9,16 +9,20 @@ import time
 import zlib
 from pathlib import Path
 
-import numpy as np
+os.environ.setdefault("OMP_NUM_THREADS", "1")        # of PyTorch and numpy: for arrays this small a second only waits
+
+import numpy as np  # noqa: E402
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import train  # noqa: E402
 from files import run  # noqa: E402
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count()))))
+SMALL = dict(dim=32, depth=2, heads=2)               # what vit-tiny is in tests of anything but the network itself
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_configure(config):
@@ -41,8 +45,10 @@ FORKS = multiprocessing.get_context("forkserver")    # of a process that has onl
 FORKS.set_forkserver_preload(["conftest", "train", "pareto", "torch._dynamo"])   # the last: of meta tensors
 
 
-def forked(words, folder, env, file, change=None):
+def forked(words, folder, env, file, change=None, whole=False):
     """A script as if started by itself: its folder, environment, arguments, output, exit code; first change()."""
+    if not whole:                                                            # nor 2,560 images for one printed line
+        train.SIZES["vit-tiny"], train.sanity = SMALL, lambda *_: (0, 0)
     os.chdir(folder)
     os.environ.update(env)
     torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
@@ -55,10 +61,10 @@ def forked(words, folder, env, file, change=None):
     run(importlib.import_module(Path(words[0]).stem).main)
 
 
-def fork(file, folder, *words, env=(), change=None):
+def fork(file, folder, *words, env=(), change=None, whole=False):
     """Start forked("train.py", ...) in a folder, on one thread; what it prints goes to file."""
     words, env = [str(ROOT / words[0]), *map(str, words[1:])], {**os.environ, "OMP_NUM_THREADS": "1", **dict(env)}
-    process = FORKS.Process(target=forked, args=(words, folder, env, file, change))
+    process = FORKS.Process(target=forked, args=(words, folder, env, file, change, whole))
     process.start()
     return process
 
@@ -78,11 +84,13 @@ def finish(processes, timeout=240):
 def script(tmp_path, monkeypatch, capsys):
     """script("train.py", "--steps", 3, ...) runs one of the project's scripts in an empty folder, on one thread, checks
     its exit code and returns what it printed. A refusal (code 2) runs in this process and must be one line, else it is a
-    fork, in which change() is called first, or as many as torchrun starts for `processes`, with its environment.
+    fork, in which change() is called first, or as many as torchrun starts for `processes`, with its environment. The
+    network vit-tiny is SMALL, unless `whole`.
     """
-    def call(*words, code=0, processes=1, env=(), timeout=240, change=None):
+    def call(*words, code=0, processes=1, env=(), timeout=240, change=None, whole=False):
         if code == 2 and not change and processes == 1:
             monkeypatch.chdir(tmp_path)
+            monkeypatch.setitem(train.SIZES, "vit-tiny", train.SIZES["vit-tiny"] if whole else SMALL)
             monkeypatch.setattr(sys, "argv", [str(ROOT / words[0]), *map(str, words[1:])])
             with pytest.raises(SystemExit) as exit:
                 run(importlib.import_module(Path(words[0]).stem).main)
@@ -94,7 +102,7 @@ def script(tmp_path, monkeypatch, capsys):
             free.bind(("127.0.0.1", 0))
             group = dict(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
         ranks = [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {} for rank in range(processes)]
-        found = finish([fork(file, tmp_path, *words, env={**rank, **dict(env)}, change=change)
+        found = finish([fork(file, tmp_path, *words, env={**rank, **dict(env)}, change=change, whole=whole)
                         for file, rank in zip(files, ranks)], timeout)
         text = "".join(file.read_text() for file in files)
         assert found == code, text
@@ -107,10 +115,10 @@ def start_fork(tmp_path):
     """start_fork(..., change=None) -> (running process, file of its output): script's fork, not waited for."""
     running = []
 
-    def call(*words, change=None):
+    def call(*words, **how):
         file = tmp_path.parent / f"{tmp_path.name}.fork{len(running)}.txt"
         file.write_text("")
-        running.append(fork(file, tmp_path, *words, change=change))
+        running.append(fork(file, tmp_path, *words, **how))
         return running[-1], file
     yield call
     for process in running:

@@ -37,9 +37,11 @@ def judge():
 @pytest.mark.parametrize("words, least, floors", [
     pytest.param((), 95, 3, id="whole"), pytest.param(("--steps", 800), 35, 12, id="short"),          # .ci/run: the short ones
     pytest.param(("--model", "unet-tiny", "--steps", 250, "--out", "out/shapes"), 60, 20, id="unet")])
-def test_train_and_sample(words, least, floors, script, tmp_path):
+def test_train_and_sample(words, least, floors, script, start_script, tmp_path):
     began = time.time()
-    text = script("train.py", *words, env=dict(OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "2")), timeout=1200)
+    process = start_script("train.py", *words, env=dict(OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "2")))
+    text = process.communicate(timeout=1200)[0]
+    assert process.returncode == 0, text
     minutes = (time.time() - began) / 60
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** 20
     picture = text.splitlines()[-1]

@@ -174,7 +174,7 @@ def test_cosine_scaled_by_1_is_the_cosine_schedule():
     assert (q[50:950] - 1).abs().max() < 0.02
 
 
-@pytest.mark.parametrize("timesteps, steps", [("clts:0.3:1000", (0, 500, 1000)), ("laplace", (0,)), ("uniform", (7,)), ("logit_normal:1:0.5", (0,))])
+@pytest.mark.parametrize("timesteps, steps", [pytest.param("clts:0.3:1000", (0, 500, 1000), marks=pytest.mark.slow), ("laplace", (0,)), ("uniform", (7,)), ("logit_normal:1:0.5", (0,))])
 def test_draws_have_the_table_s_frequencies(timesteps, steps):
     d, N = Diffusion(T=200, timesteps=timesteps), 10 ** 6
     for step in steps:

@@ -32,9 +32,7 @@ def dying(words, folder, env, log, moment, share, count):
     import files
     import train
     import vae
-    train.SIZES["vit-tiny"] = dict(dim=16, depth=1, heads=1)
     data.CHUNK, vae.load_vae = 4, lambda path: Toy()
-    train.sanity = lambda *a: (0, 0)                                         # 2,560 images drawn for one printed line
     pid, seen, fsync, progress = os.getpid(), [], os.fsync, data.progress
 
     def here(what, fd=None):

@@ -128,17 +128,18 @@ def test_released_latent_weights(golden, vae_file, script, tmp_path):
     assert found["arr_0"].shape == (2, 64, 64, 3) and found["arr_0"].std() > 5 and protocol["size"] == 64
 
 
+@pytest.mark.slow
 def test_mirrored_and_unconditional_latents(vae_file, script, tmp_path):
     (tmp_path / "mine").mkdir()
-    for i, image in enumerate(shapes(range(12), 16)[0].transpose(0, 2, 3, 1)):
+    for i, image in enumerate(shapes(range(6), 16)[0].transpose(0, 2, 3, 1)):
         Image.fromarray(image).save(tmp_path / f"mine/{i:02d}.png")
     words = ("vae.py", "--src", "mine", "--vae", vae_file, "--size", 16)
     script(*words, "--out", "data/mine", "--mirror")
     script(*words, "--out", "data/plain")
     both, plain = (Packed(tmp_path / f"data/{name}") for name in ("mine", "plain"))
-    assert len(both) == 24 and len(plain) == 12 and np.array_equal(both.images[::2], plain.images) and both.meta["mirror"]
-    x = torch.from_numpy(shapes([7], 16)[0]).flip(3) / 127.5 - 1
-    assert relative(np.array(both.images[15:16, :4]), mean_std(load_vae(vae_file).moments(x))[0]) < 1e-3
+    assert len(both) == 12 and len(plain) == 6 and np.array_equal(both.images[::2], plain.images) and both.meta["mirror"]
+    x = torch.from_numpy(shapes([4], 16)[0]).flip(3) / 127.5 - 1
+    assert relative(np.array(both.images[9:10, :4]), mean_std(load_vae(vae_file).moments(x))[0]) < 1e-3
     assert "no contact sheet" in script("data.py", "--check", "data/mine")
     words = ("train.py", "--dataset", "mine", "--model", "vit-tiny", "--batch-size", 4, "--sample-steps", 1, "--steps", 2)
     assert "--mirror" in script(*words, "--flip", code=2)
@@ -155,7 +156,7 @@ def test_latents_of_a_wrong_scale_are_refused(script, tmp_path):
         rows = np.concatenate([rng.normal(0, std, (50, 4, 4, 4)), np.full((50, 4, 4, 4), 1e-3)], 1)
         np.save(folder / "latents.npy", rows.astype(np.float16))
         (folder / "meta.json").write_text(json.dumps(meta))
-        words = ("train.py", "--dataset", "mine", "--model", "vit-tiny", "--steps", 1, "--dry-run")
+        words = ("train.py", "--dataset", "mine", "--model", "vit-tiny", "--steps", 1, "--batch-size", 1, "--dry-run")
         assert "standard deviation" in script(*words, code=2) if refused else script(*words)
     (folder / "meta.json").write_text(json.dumps({**meta, "scale": 0}))
     assert "scale" in script(*words, code=2)

@@ -124,7 +124,8 @@ def check_solvers(G, lam):
 
 
 @pytest.mark.parametrize("kind", ["around 0", "common part", "uneven"])
-@pytest.mark.parametrize("T, rank", [(2, 5), (10, 4), (100, 27), (100, 300), (300, 77), (1000, 250), (1000, 1000)])
+@pytest.mark.parametrize("T, rank", [(2, 5), (10, 4), (100, 27), (100, 300), (300, 77),
+                                     *(pytest.param(1000, rank, marks=pytest.mark.slow) for rank in (250, 1000))])
 def test_solvers_reach_the_referee(kind, T, rank):
     G = random_gram(kind, T, rank)
     for lam, scale in ((0, 1), (0.01, 1e-8)) if T == 1000 else ((0, 1), (0.01, 1), (0.01, 1e-8), (10, 1)):
@@ -239,7 +240,7 @@ def test_ugd_table_is_the_solution_at_every_timestep():
 
 
 def test_ugd_run_stopped_and_resumed_is_the_same_to_the_bit(script, tmp_path):
-    words = (*TINY, "--weighting", "ugd", "--ugd-every", 6, "--ugd-samples", 8, "--T", 4, "--decay", 0, "--target", "eps")
+    words = (*TINY, "--weighting", "ugd", "--ugd-every", 6, "--ugd-bins", 10, "--ugd-samples", 8, "--T", 4, "--decay", 0, "--target", "eps")
     text = script("train.py", *words, "--steps", 16, "--out", "whole")
     assert [line.split(":")[0] for line in text.splitlines() if "UGD weights solved" in line] == ["step 0", "step 6", "step 12"]
     script("train.py", *words, "--steps", 9, "--out", "parts")               # the table of step 6 comes from the file
@@ -250,7 +251,7 @@ def test_ugd_run_stopped_and_resumed_is_the_same_to_the_bit(script, tmp_path):
     factor = Diffusion("cosine", 4, "eps").factor
     assert abs((whole["weight"] * factor).mean() - 1) < 1e-9 and whole["weight"].shape == (4,)
     assert (whole["weight"] * factor).std() > 0.1
-    assert [whole["config"][key] for key in train.UGD] == [6, 50, 8, 0.01]
+    assert [whole["config"][key] for key in train.UGD] == [6, 10, 8, 0.01]
     for key, value in train.UGD.items():
         flag = f"--{key.replace('_', '-')}"
         assert f"{flag}: needs" in script("train.py", *TINY, flag, value, "--out", "other", code=2)
@@ -261,15 +262,15 @@ def test_ugd_run_stopped_and_resumed_is_the_same_to_the_bit(script, tmp_path):
 
 
 def test_settings_of_ugd_reach_its_solution(script, tmp_path):
-    words = (*TINY, "--weighting", "ugd", "--T", 8, "--steps", 1, "--ugd-samples", 4)
+    words = (*TINY, "--weighting", "ugd", "--T", 8, "--steps", 1, "--ugd-samples", 4, "--ugd-bins", 8)
     seen = [script("train.py", *words, "--out", f"run{i}", *other) and read(tmp_path / f"run{i}/ckpt.pt")["weight"] for i, other in
             enumerate(((), ("--ugd-samples", 5), ("--ugd-bins", 2), ("--ugd-lambda", 5)))]
     assert not any(torch.equal(seen[0], other) for other in seen[1:])
     assert len(seen[2].unique()) < len(seen[0].unique()) == 8                # constant outside of two centres
-    text = script("train.py", *words, "--dry-run", "--ugd-every", 3, "--out", "none")
+    text = script("train.py", *words, "--dry-run", "--ugd-every", 3, "--ugd-bins", 50, "--out", "none", whole=True)
     solving = float(re.search(r"UGD: about ([\d.]+) s a solution, one in 3 steps", text)[1])
     step, update = (float(x) / 1e3 for x in re.search(r"([\d,]+) ms a step \(([\d,]+) of it", text).groups())
-    assert solving > 0 and step >= solving / 3
+    assert solving > 0 and step >= (solving - 0.05) / 3                      # printed to 0.1 s
 
 
 @pytest.mark.slow
@@ -489,7 +490,7 @@ def test_refusals(script, runs, tmp_path, monkeypatch):
                        (("figure4", "--ckpt", run_, "--out", "x.jpg"), "--out"), (("figure6", "--runs", "none"), "none"),
                        (("figure3", "--ckpt", run_, "--repeats", 1), "--repeats"), (("weights", "--T", 0), "--T"),
                        (("figure3", "--ckpt", run_, "--ckpt", run_), "2 --ckpt"), (("figure3", "--ckpt", run_, "--K", 1), "--K 1"),
-                       (("figure4", "--ckpt", run_, "--K", 3, "--n", 2, "--project", 1, "--lam", 0, "--seed", 1), "optimum is 0"),
+                       (("figure4", "--ckpt", run_, "--K", 3, "--n", 2, "--project", 1, "--lam", 0, "--seed", 4), "optimum is 0"),
                        (("figure4", "--ckpt", run_, "--project", -1), "--project"), (("figure4", "--ckpt", run_, "--data", "none"), "none"),
                        (("figure4", "--ckpt", run_, "--budget", 0), "--budget")):
         assert why in script("pareto.py", *words, code=2), words

@@ -213,25 +213,25 @@ def test_adm_weights_and_classifier(golden, script, tmp_path):
     torch.save(weights, tmp_path / "plain.pt")
     torch.save(classifier, tmp_path / "classifier.pt")
     torch.save({**classifier, "out.2.c_proj.weight": torch.zeros(7, 64, 1), "out.2.c_proj.bias": torch.zeros(7)}, tmp_path / "seven.pt")
-    words = ("--ckpt", "adm.pt", "--heads", 2, "--steps", 3, "--n", 6, "--classes", "1,7")
+    words = ("--ckpt", "adm.pt", "--heads", 2, "--steps", 2, "--n", 3, "--classes", "1,7")
     for out, extra in (("a.npz", ()), ("b.npz", ("--classifier", "classifier.pt", "--classifier-scale", 3)),
                        ("c.npz", ("--cfg", 1.5)), ("d.npz", ("--classifier", "classifier.pt", "--solver", "dpm++2m"))):
         script("sample.py", *words, *extra, "--out", out)
     a, b, c, d = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in "abcd")
-    assert a.shape == (6, 16, 16, 3) and len({image.tobytes() for image in (a, b, c, d)}) == 4
+    assert a.shape == (3, 16, 16, 3) and len({image.tobytes() for image in (a, b, c, d)}) == 4
     protocol = json.loads((tmp_path / "b.protocol.json").read_text())
     assert protocol["target"] == "eps" and protocol["classifier_scale"] == 3
     assert protocol["classifier"] == hashlib.sha256((tmp_path / "classifier.pt").read_bytes()).hexdigest()
     model, config = load_checkpoint(tmp_path / "adm.pt", heads=2)
     guide = find_classifier(tmp_path / "classifier.pt", config)
-    expected = draw(model, config, range(6), labels=[1, 7], steps=3, cfg=1.0, classifier=guide, classifier_scale=3.0)
+    expected = draw(model, config, range(3), labels=[1, 7], steps=2, cfg=1.0, classifier=guide, classifier_scale=3.0)
     assert np.abs(b.astype(int) - expected.permute(0, 2, 3, 1).numpy()).max() <= 1
     script("sample.py", *words, "--classifier", "classifier.pt", "--out", "folder")
     assert "classifier" in script("sample.py", *words, "--out", "folder", code=2)          # the same without it
     # an unconditional network takes its labels from the classifier
     bare = {key: value for key, value in weights.items() if key != "label_emb.weight"}
     torch.save(bare, tmp_path / "bare.pt")
-    words = ("--ckpt", "bare.pt", "--heads", 2, "--target", "x0", "--schedule", "linear", "--steps", 3, "--n", 3, "--classes", 9)
+    words = ("--ckpt", "bare.pt", "--heads", 2, "--target", "x0", "--schedule", "linear", "--steps", 2, "--n", 3, "--classes", 9)
     script("sample.py", *words, "--classifier", "classifier.pt", "--interval", 0, 900, "--out", "bare.npz")
     assert np.load(tmp_path / "bare.npz")["arr_1"].tolist() == [9, 9, 9]
     assert load_checkpoint(tmp_path / "bare.pt", target="x0", schedule="linear", heads=2)[1]["schedule"] == "linear"

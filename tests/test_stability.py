@@ -509,7 +509,7 @@ def test_refusals(script, runs, gans, tmp_path, monkeypatch):
                        (("consistency", *a, *ckpts("none")), "none: no such file"), (("consistency", *a, *ckpts(runs / "large")), "(3, 16, 16)"),
                        (("interpolate", *a, *g), "one kind"), (("interpolate", *a, *ckpts(runs / "eps")), "one kind"),
                        (("interpolate", *a, *ckpts(runs / "large")), "other shapes"), (("hessian", *a, "--t", 100), "--t"),
-                       (("hessian", *a, "--t", -1), "--t"), (("hessian", *a, "--budget", 0.01), "--budget"),
+                       (("hessian", *a, "--t", -1), "--t"), (("hessian", *a, "--budget", 1e-4), "--budget"),
                        (("hessian", *a, "--lanczos", 1), "--lanczos"), (("hessian", *a, "--n", 0), "--n"), (("hessian", *a, "--probes", 0), "--probes"),
                        (("interpolate", *a, *a, "--points", 1), "--points"), (("consistency", *a, *a, "--count", 1), "--count"),
                        (("hessian", *a, "--budget", "nan"), "--budget"), (("miniature", "--seeds", 1), "--seeds"), (("gan", "--steps", 0), "--steps"),

@@ -65,7 +65,7 @@ def test_sigterm_saves_and_leaves(script, start_script, tmp_path):
     state = read(tmp_path / "run/ckpt.pt")
     assert state["step"] >= 5 and {p.name for p in (tmp_path / "run").iterdir()} == {"ckpt.pt", "log.csv", "config.json"}
     step = state["step"] + 1
-    script("train.py", "--resume", "--out", "run", "--steps", step, "--log-every", 5)
+    script("train.py", "--resume", "--out", "run", "--steps", step, "--log-every", 5, whole=True)
     assert read(tmp_path / "run/ckpt.pt")["step"] == step
 
 
@@ -116,7 +116,7 @@ def test_sigterm_to_torchrun_saves_once_and_leaves(script, start_script, tmp_pat
     text = process.communicate(timeout=60)[0]
     assert text.count("go on with --resume") == 1, text
     step = read(tmp_path / "run/ckpt.pt")["step"] + 1
-    script("train.py", "--resume", "--out", "run", "--steps", step, processes=2)
+    script("train.py", "--resume", "--out", "run", "--steps", step, processes=2, whole=True)
     assert read(tmp_path / "run/ckpt.pt")["step"] == step
 
 
@@ -264,7 +264,7 @@ def test_densities_on_the_command_line(script, tmp_path):
     for flag in ("clts:300:9", "lognormal", "laplace:0:0", "clts:x"):
         assert f"timesteps: found '{flag}" in script("train.py", *TINY, "--timesteps", flag, "--out", "none", code=2)
     for flag, why in (("uniform", "changes nothing"), ("laplace", "rarest t by")):
-        assert why in script("train.py", *TINY, "--timesteps", flag, "--importance", "--dry-run")
+        assert why in script("train.py", *TINY, "--timesteps", flag, "--importance", "--dry-run", "--batch-size", 1)
 
 
 def test_learning_rate():
@@ -295,14 +295,14 @@ def test_steps_saves_and_dry_run(script, tmp_path):
     text = script("train.py", *TINY, "--dry-run", "--out", "none")
     assert all(word in text for word in ("images/s", "GiB", "hours", " days", "parameters", "GFLOP an image"))
     assert not (tmp_path / "none").exists()
-    text = script("train.py", *TINY, "--steps", 7, "--save-every", 5, "--sample-every", 3, "--out", "run")
+    text = script("train.py", *TINY, "--steps", 7, "--save-every", 5, "--sample-every", 3, "--out", "run", whole=True)
     assert text.splitlines()[-1] == str(tmp_path / "run/samples_000007.png")
     assert {p.name for p in (tmp_path / "run").glob("samples*")} == {"samples_000003.png", "samples_000006.png", "samples_000007.png"}
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config == read(tmp_path / "run/ckpt.pt")["config"] and config["steps"] == 7 and config["gamma"] == 5
     score, floor = map(float, re.search(r"FD-pixels (\S+) of 256 samples \(256 other .*: (\S+)\)", text).groups())
     assert 0.1 < floor < 0.6 < score                                         # 7 steps: noise, and far off
-    text = script("train.py", "--out", "run", "--resume")                    # finished: only the grid again
+    text = script("train.py", "--out", "run", "--resume", whole=True)        # finished: only the grid again
     assert text.splitlines()[-1].endswith("samples_000007.png")
 
 

@@ -301,6 +301,7 @@ def test_same_result_another_way(options):
         assert relative(found, value) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [VARIANTS[0], VARIANTS[3]])
 def test_compiles_to_one_graph(options):
     model, (x, t, y) = noisy(small(**options)), inputs()
