@@ -106,6 +106,14 @@ def run(main):
     sys.exit(code)
 
 
+def progress(what, done, total, since, start=0):
+    """One line with rate and time left; `start` of the `done` were there before `since`."""
+    rate = (done - start) / max(time.monotonic() - since, 1e-9)
+    left = f"{(total - done) / rate / 60:.1f} min left" if rate else ""
+    end = "\n" if done == total else ""
+    print(f"\r{what} {done:,} / {total:,}   {rate:,.0f}/s   {left}   ", end=end, flush=True)
+
+
 # ------------------------------------------------------------------------------ files whole, or not at all
 
 HELD = {}                                        # the folders that this process has locked
@@ -178,14 +186,6 @@ def download(url, file, sha256, flag):
                        f"name it with {flag}") from None
 
 
-def progress(what, done, total, since, start=0):
-    """One line with rate and time left; `start` of the `done` were there before `since`."""
-    rate = (done - start) / max(time.monotonic() - since, 1e-9)
-    left = f"{(total - done) / rate / 60:.1f} min left" if rate else ""
-    end = "\n" if done == total else ""
-    print(f"\r{what} {done:,} / {total:,}   {rate:,.0f}/s   {left}   ", end=end, flush=True)
-
-
 # --------------------------------------------------------------------- archives, weights, checkpoints
 
 def open_zip(file, size, swell=200):
@@ -219,14 +219,11 @@ class StandIn:
         return np.frombuffer(content, dtype.args[0]).reshape(shape, order="F" if fortran else "C")
 
 
-class Unhashable(tuple):
-    __hash__ = None                              # a tuple of a tuple of a ... is hashed for ever
-
-
-def unhashable(load):
+def listed(load):
+    """What loads a tuple leaves a list, as a tuple of a tuple of a ... would be hashed for ever."""
     def loaded(unpickler):
         load(unpickler)
-        unpickler.stack[-1] = Unhashable(unpickler.stack[-1])
+        unpickler.stack[-1] = list(unpickler.stack[-1])
     return loaded
 
 
@@ -237,7 +234,7 @@ class Arrays(pickle._Unpickler):
     known = re.compile(r"numpy\.core\.multiarray\._reconstruct|numpy\.(ndarray|dtype)|(__)?builtins?(__)?\.set|"
                        r"torch\._utils\._rebuild_(parameter(_with_state)?|tensor(_v2|_v3)?)|"
                        r"torch\.((storage\.)?\w+Storage|Size|device|bool|u?int\d+|b?float\w+)")
-    dispatch = {code: unhashable(load) if load.__name__.startswith("load_tuple") else load
+    dispatch = {code: listed(load) if load.__name__.startswith("load_tuple") else load
                 for code, load in pickle._Unpickler.dispatch.items() if load.__name__ != "load_frozenset"}
 
     def find_class(self, module, name):

@@ -564,6 +564,14 @@ def test_meta_that_lies(tmp_path):
         text in enumerate(texts)], tmp_path)
 
 
+def test_json_of_a_terabyte_is_not_read(tmp_path):
+    for size in (1 << 26) + 1, 1 << 40:
+        with open(tmp_path / "meta.json", "wb") as file:
+            file.truncate(size)                                              # a hole, which takes no space
+        with pytest.raises(BadInput, match="meta.json: .* size"):
+            files.read_json(tmp_path / "meta.json")
+
+
 def test_safetensors_that_lie(tmp_path):
     pytest.importorskip("safetensors")
     at = lambda *offsets, shape=(2, 2), kind="F32": dict(dtype=kind, shape=shape, data_offsets=offsets)

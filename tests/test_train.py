@@ -92,7 +92,7 @@ def test_processes_and_accumulation_do_not_change_the_run(script, tmp_path):
 @pytest.mark.slow
 def test_two_nodes_meet_and_do_not_change_the_run(script, start_script, tmp_path):
     words = (*TINY, "--steps", 3, "--dtype", "float64", "--lr", 1e-3)
-    script("train.py", *words, "--out", "one")
+    script("train.py", *words, "--out", "one", whole=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
