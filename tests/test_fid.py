@@ -100,11 +100,11 @@ def test_frechet_closed_forms():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n, tolerance", [(5000, 1e-6), (1000, 1e-3)])
-def test_frechet_at_2048_against_sqrtm(n, tolerance):
+@pytest.mark.parametrize("D, n, tolerance", [(2048, 5000, 1e-6), (512, 250, 1e-3)])
+def test_frechet_against_sqrtm(D, n, tolerance):
     rng = np.random.RandomState(0)
-    mix = rng.randn(2048, 2048) / 45
-    one, two = (moments(np.maximum(rng.randn(n, 2048) @ mix + shift, 0)) for shift in (0.0, 0.2))
+    mix = rng.randn(D, D) / D ** 0.5
+    one, two = (moments(np.maximum(rng.randn(n, D) @ mix + shift, 0)) for shift in (0.0, 0.2))
     frechet_distance(*one, *two)                                             # warm
     since = time.time()
     found = frechet_distance(*one, *two)
@@ -113,7 +113,7 @@ def test_frechet_at_2048_against_sqrtm(n, tolerance):
     theirs = time.time() - since
     expected = ((one[0] - two[0]) ** 2).sum() + np.trace(one[1]) + np.trace(two[1]) - 2 * np.trace(root).real
     print(f"\nn = {n}: ours {ours:.1f} s, sqrtm {theirs:.1f} s, ratio {theirs / ours:.1f}, difference {found - expected:.1e}")
-    assert found == pytest.approx(expected, abs=tolerance * max(1, expected)) and theirs > 5 * ours
+    assert found == pytest.approx(expected, abs=tolerance * max(1, expected)) and (D < 2048 or theirs > 5 * ours)
 
 
 def test_streaming_is_np_cov():
