@@ -1,6 +1,7 @@
 """What goes wrong on the way: numbers that are not finite, damaged checkpoints, two runs in one folder, signals, full
 disks, folders that vanish, processes that die, counters past 32 bits, long runs.
 """
+import copy
 import fcntl
 import functools
 import itertools
@@ -458,17 +459,22 @@ def test_a_hundred_thousand_packed_images_open_at_once(tmp_path):
 
 
 def watched():
-    """watched.csv: step, resident pages, CPU seconds of the last ten steps and of a fixed piece of work after them."""
+    """watched.csv: step, resident pages, CPU seconds of the last ten steps, and of step 0 on a copy, five times, after
+    them: what the machine's own pace would be seen in.
+    """
     import train
     small()
-    update, file, mark = train.update, open("watched.csv", "w", buffering=1), [0]
+    update, file, mark, diffusion = train.update, open("watched.csv", "w", buffering=1), [0], Diffusion()
+    data, tally, copies = built_in(8), torch.zeros(10, 4, dtype=torch.float64), []
 
     def watch(model, ema, moments, config, step, skips):
+        copies[:] = copies or copy.deepcopy((model, ema, moments, skips))
         update(model, ema, moments, config, step, skips)
         if step % 10 == 9:
             now = time.process_time()
-            for _ in range(300):
-                torch.nn.functional.gelu(torch.ones(64, 16) @ torch.ones(16, 64)).sum().item()
+            for _ in range(5):
+                train.backward(copies[0], diffusion, draw_step(data, config, diffusion, 0, slice(None)), tally, config)
+                update(*copies[:3], config, 0, copies[3])
             after = time.process_time()
             with open("/proc/self/statm") as pages:
                 print(step + 1, pages.read().split()[1], now - mark[0], after - now, sep=",", file=file)
@@ -486,7 +492,7 @@ def test_5000_steps_keep_their_pace_and_their_memory(script, tmp_path):
     drift = pages[-1] / pages[0] - 1
     print(f"{np.median(seconds) * 100:.2f} ms a step, {late / early - 1:+.1%}; "
           f"{pages[-1] * 4 / 1024:.0f} MiB, {drift:+.2%}")
-    assert drift < 0.01 and late / early < 1.15                              # busy cores alone make 7 % of difference
+    assert drift < 0.01 and abs(late / early - 1) < 0.1                      # under 2 % on an idle machine
     lines = (tmp_path / "run/log.csv").read_text().splitlines()
     assert len(lines) == 101 and lines[0] == HEADER and all(line.count(",") == 12 for line in lines)
 
