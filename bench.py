@@ -208,7 +208,7 @@ def training(args, dataset, model, name="", B=None, network={}, flags=()):
     size = {key: shape[key] for key in ("dim", "depth", "heads")} if vit else {}
     plain = plain_blocks(plain, **size) if vit else plain
     calls = [step, stepper(plain.to(DEVICE), data, config, plain=True)[0], passes, product()[0]]
-    others = ["TransformerEncoder" if vit else "NCHW", "forward and backward"]
+    others = ["TransformerEncoder" if vit else "NCHW" if GPU else "plain AdamW, EMA", "forward and backward"]
     if args.official and model == "vit-b" and data.latents:
         calls.insert(3, official(args.official, B))
         others.append("official")
@@ -343,7 +343,7 @@ def starting(args):
 
 
 def processes(args, steps=40):
-    """The demo on 1 and 2 processes of one thread (a GPU) each."""
+    """The demo on 1, 2, ... processes of one thread (a GPU) each."""
     for count in (1, 2, 4, 8)[:max(2, torch.cuda.device_count().bit_length())]:
         rates = []
         for _ in range(args.rounds):

@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from files import (ARCHIVES, Arrays, BadInput, Parser, StandIn, download, hash_file, lock, open_archive, open_zip,
-                   opened, progress, read_json, replace, run, silent, unlock)
+from files import (ARCHIVES, Arrays, BadInput, Parser, StandIn, download, hash_file, lock, open_archive,
+                   open_zip, opened, progress, read_json, replace, run, silent, unlock)
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 CHUNK = 64                                       # images that a worker packs at a time

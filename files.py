@@ -227,15 +227,34 @@ def listed(load):
     return loaded
 
 
+def charged(load):
+    """A call or a setting of state copies what it is given, which a file may name again and again."""
+    def loaded(unpickler):
+        for given in unpickler.stack[-1:]:
+            for part in [given, *given] if type(given) is list else [given]:
+                if hasattr(part, "__len__"):
+                    unpickler.spent += len(part) * (1 if type(part) in (str, bytes) else 64)
+        if unpickler.spent > 1 << 26 and unpickler.spent > 2 * unpickler.file.tell():
+            raise BadInput("copies its parts too often")
+        load(unpickler)
+    return loaded
+
+
 class Arrays(pickle._Unpickler):
     """Builds numbers, strings, lists, dicts and stand-ins for arrays and tensors; any other name is refused,
     none is looked up. The unpickler in Python, as the one in C reserves whatever memory a file asks for.
     """
-    known = re.compile(r"numpy\.core\.multiarray\._reconstruct|numpy\.(ndarray|dtype)|(__)?builtins?(__)?\.set|"
-                       r"torch\._utils\._rebuild_(parameter(_with_state)?|tensor(_v2|_v3)?)|"
+    spent = 0                                    # bytes that it copied, about
+    known = re.compile(r"numpy\.core\.multiarray\._reconstruct|numpy\.(ndarray|dtype)|"
+                       r"(__)?builtins?(__)?\.set|torch\._utils\._rebuild_(parameter(_with_state)?|tensor(_v2|_v3)?)|"
                        r"torch\.((storage\.)?\w+Storage|Size|device|bool|u?int\d+|b?float\w+)")
-    dispatch = {code: listed(load) if load.__name__.startswith("load_tuple") else load
+    dispatch = {code: listed(load) if load.__name__.startswith("load_tuple") else
+                charged(load) if load.__name__[5:] in ("reduce", "build", "inst", "obj") else load
                 for code, load in pickle._Unpickler.dispatch.items() if load.__name__ != "load_frozenset"}
+
+    def __init__(self, file, **how):
+        super().__init__(file, **how)
+        self.file = file
 
     def find_class(self, module, name):
         name = f"{module.replace('._core.', '.core.')}.{name}"

@@ -32,7 +32,7 @@ from data import Packed, built_in, generator, shapes
 from diffusion import TARGETS, WEIGHTINGS, Diffusion, loss_weight
 from fid import fd_pixels
 from files import BadInput, Parser, progress, read, read_json, replace, run
-from sample import draw, load_checkpoint
+from sample import draw, load_checkpoint, to_device
 
 
 # ------------------------------------------------------------- gradients of the timesteps (section 3.2)
@@ -320,7 +320,7 @@ def load(path, args):
     if not 1 <= args.K <= diffusion.T:
         raise BadInput(f"--K: found {args.K}, expected 1 to {diffusion.T}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device), diffusion.to(device), data
+    return to_device(model, device), diffusion.to(device), data
 
 
 def measured(args, loaded, n, seed):

@@ -422,6 +422,25 @@ def test_pickles_that_allocate(tmp_path):
     refused([("tensors", path) for path in written(tmp_path, {"both.pt": both})], tmp_path, "foreign", megabytes=600)
 
 
+def test_pickles_that_copy_their_parts_again_and_again(tmp_path):
+    """A part named by two bytes costs what it holds, each time that an object is called with it or takes it as state."""
+    text = pickle.BINUNICODE + struct.pack("<I", 500_000) + 500_000 * b"x" + b"q\0"
+    pairs = b"]q\0(" + b"".join(b"]q\1(K\1K\2e" for _ in range(20_000)) + b"e"
+    state = b"}q\0(" + b"".join(b"J" + struct.pack("<i", i) + b"K\1" for i in range(20_000)) + b"u"
+    again = lambda part, name, how: part + b"0c" + name + b"\nq\5" + b"0" + 3000 * (b"h\5" + how + b"0")
+    jobs = []
+    for k, content in enumerate((again(text, b"_codecs\nencode", b"h\0h\0\x86R"),
+                                 again(pairs, b"collections\nOrderedDict", b"h\0\x85R"),
+                                 again(state, b"collections\nOrderedDict", b")Rh\0b"))):
+        content = b"\x80\2" + content + b"]."
+        (tmp_path / f"{k}.pt").write_bytes(zipped({"archive/data.pkl": content, "archive/version": b"3\n"}))
+        (tmp_path / f"data_batch_{k}").write_bytes(content)
+        jobs += [("tensors", tmp_path / f"{k}.pt"), ("batch", tmp_path / f"data_batch_{k}")]
+    for found, text, seconds, peak, deeds in judge(jobs, tmp_path):
+        assert found == "refused" and "copies its parts too often" in text, (found, text)
+        assert seconds < 10 and peak < 700, (seconds, peak)
+
+
 def test_what_is_no_tensor_number_or_name_is_left_out(tmp_path):
     shared = torch.ones(3)
     torch.save(dict(model=shared, ema=shared[1:], third=shared, a={1, 2}, b={None: 3, "x": 1}, c=2 ** 99, d=b"x", e=[None, 2],

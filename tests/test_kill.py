@@ -30,7 +30,6 @@ def dying(words, folder, env, log, moment, share, count):
     """
     import data
     import files
-    import train
     import vae
     data.CHUNK, vae.load_vae = 4, lambda path: Toy()
     pid, seen, fsync, progress = os.getpid(), [], os.fsync, data.progress

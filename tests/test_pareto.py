@@ -20,15 +20,6 @@ from test_train import distance
 TINY = ("--batch-size", 8, "--sample-steps", 1, "--log-every", 5, "--size", 8)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These networks are so small that a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def network(T=40):
     """A small network whose head is not near 0, as after training."""
     torch.manual_seed(0)

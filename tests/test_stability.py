@@ -20,15 +20,6 @@ from model_vit import ViT
 from sample import read, to_uint8
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These networks are so small that a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def table(path):
     return list(csv.DictReader(path.open()))
 

@@ -4,6 +4,7 @@ import torch
 from conftest import relative
 
 from model_unet import SIZES, Attention, Classifier, ResBlock, UNet, classifier_from_adm, from_adm
+from sample import to_device
 
 KINDS = {"unet_adm": dict(heads=2), "unet_plain": dict(head_channels=16), "unet_ldm": dict(heads=1, img_size=8)}
 
@@ -299,6 +300,17 @@ def test_same_result_another_way(options):
     model.to(memory_format=torch.channels_last)
     for found, value in zip(run(model, x.to(memory_format=torch.channels_last)), expected):
         assert relative(found, value) < 1e-5
+
+
+@pytest.mark.parametrize("kind, layout", [("cpu", torch.contiguous_format), ("cuda", torch.channels_last)])
+def test_layout_and_dtype_on_a_device(kind, layout):
+    model, seen = small(**VARIANTS[0]).double(), []
+    real = model.to
+    model.to = lambda device, dtype, memory_format: seen.append(device) or real(torch.device("cpu"), dtype, memory_format=memory_format)
+    for dtype in (None, torch.float32):                                      # kept, set
+        assert to_device(model, torch.device(kind), dtype) is model
+        assert {p.dtype for p in model.parameters()} == {dtype or torch.float64} and seen[-1].type == kind
+        assert all(p.is_contiguous(memory_format=layout) for p in model.parameters() if p.ndim == 4)
 
 
 @pytest.mark.slow
