@@ -81,6 +81,18 @@ def finish(processes, timeout=240):
     return max(abs(process.exitcode) for process in processes)
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def group(processes):
+    """The environment of each process of a group, as torchrun or a cluster's scheduler sets it; of one alone none."""
+    shared = dict(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    return [{**shared, "RANK": str(k), "LOCAL_RANK": str(k)} for k in range(processes)] if processes > 1 else [{}]
+
+
 @pytest.fixture
 def script(tmp_path, monkeypatch, capsys):
     """script("train.py", "--steps", 3, ...) runs one of the project's scripts in an empty folder, on one thread, checks
@@ -99,13 +111,8 @@ def script(tmp_path, monkeypatch, capsys):
             assert exit.value.code == 2 and len(text.splitlines()) == 1, text
             return text
         files = [tmp_path.parent / f"{tmp_path.name}.{rank}.txt" for rank in range(processes)]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            group = dict(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1",
-                         MASTER_PORT=str(free.getsockname()[1]))
-        ranks = [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {} for rank in range(processes)]
         found = finish([fork(file, tmp_path, *words, env={**rank, **dict(env)}, change=change, whole=whole)
-                        for file, rank in zip(files, ranks)], timeout)
+                        for file, rank in zip(files, group(processes))], timeout)
         text = "".join(file.read_text() for file in files)
         assert found == code and (code == 1 or "Traceback" not in text), text
         return text
@@ -114,7 +121,7 @@ def script(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def start_fork(tmp_path):
-    """start_fork(..., change=None) -> (running process, file of its output): script's fork, not waited for."""
+    """start_fork(..., env=(), change=None) -> (running process, file of its output): script's fork, not waited for."""
     running = []
 
     def call(*words, **how):

@@ -3,13 +3,11 @@ disks, folders that vanish, processes that die, counters past 32 bits, long runs
 """
 import copy
 import fcntl
-import functools
 import itertools
 import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +15,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, group
 from PIL import Image
 
 import data
@@ -339,13 +337,6 @@ def rank_of(pid, folder):
         return None
 
 
-def one_of_two(rank, port):
-    """As torchrun starts it, or a cluster's scheduler."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    small()
-
-
 TWO = (*TINY, "--dtype", "float64", "--lr", 1e-3, "--decay", 0, "--warmup", 1)
 
 
@@ -362,11 +353,8 @@ def goes_on(script, folder):
 @pytest.mark.parametrize("dies", [0, 1])
 def test_a_process_of_two_dies(dies, script, start_fork, tmp_path):
     """The other one, which nobody ends, does so by itself within a minute, with one line."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     run = ("train.py", *TWO, "--steps", 10 ** 6, "--save-every", 3, "--out", "run")
-    both = [start_fork(*run, change=functools.partial(one_of_two, rank, port)) for rank in range(2)]
+    both = [start_fork(*run, env=rank, change=small) for rank in group(2)]
     (victim, _), (other, file) = both[dies], both[1 - dies]
     until((tmp_path / "run/ckpt.pt").exists, other)
     victim.kill()

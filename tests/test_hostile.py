@@ -554,7 +554,7 @@ def test_headers_of_arrays_that_lie(tmp_path):
         "meta.json": json.dumps(META).encode()}
     code = Planted(os.system, f"touch {tmp_path}/planted")
     objects = io.BytesIO()
-    np.save(objects, np.array([code] * 4), allow_pickle=True)
+    np.save(objects, np.array([code] * 4), allow_pickle=True)                # what a stranger may send; never loaded so
     odd = [array((10 ** 12, 3, 8, 8), "|u1"), array((4, 3, 8, 8), "|O"), objects.getvalue(), pickle.dumps(code), b"",
         array("(4, __import__('os').system('touch x'))"),
            array("(-4, -3, 8, 8)", "|u1"), array("(" * 3000), array((4, 3, 8, 8), "|u1", "'x': " + "-" * 3000 + "1"),

@@ -4,11 +4,11 @@ import csv
 import json
 import re
 import signal
-import socket
 import time
 
 import pytest
 import torch
+from conftest import free_port
 
 from data import built_in
 from diffusion import Diffusion
@@ -94,9 +94,7 @@ def test_processes_and_accumulation_do_not_change_the_run(script, tmp_path):
 def test_two_nodes_meet_and_do_not_change_the_run(script, start_script, tmp_path):
     words = (*TINY, "--steps", 3, "--dtype", "float64", "--lr", 1e-3)
     script("train.py", *words, "--out", "one", whole=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     nodes = [start_script("train.py", *words, "--out", "nodes", torchrun=("--nnodes=2", f"--node-rank={i}", "--nproc-per-node=1",
                                                                           "--master-addr=127.0.0.1", f"--master-port={port}"))
              for i in range(2)]
