@@ -234,6 +234,11 @@ def replace(path, write, previous=None):
         part.unlink(missing_ok=True)
 
 
+def write_json(path, value):
+    """A JSON file, whole or absent."""
+    replace(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
+
+
 def hash_file(path):
     """SHA-256 of a file, as hexadecimal digits."""
     digest = hashlib.sha256()

@@ -1,15 +1,13 @@
-"""Checkpoint -> images. `python sample.py --ckpt out/shapes/ckpt.pt` draws a grid and needs nothing else.
+"""Checkpoint -> images. `python sample.py --ckpt out/shapes` draws a grid and needs nothing else.
 
     python sample.py --ckpt CKPT --n 50000 --out DIR          # PNG files, for FID; or --out FILE.npz
     torchrun --nproc-per-node 8 sample.py --ckpt CKPT --count 50000 --out DIR   # the same images, sooner
-    python sample.py --ckpt ema_0.9999_large.pt               # the paper's released weights, known by shape
+    python sample.py --ckpt ema_0.9999_large.pt               # released weights, known by their shapes
 
-Image k depends on (checkpoint, seed, k) alone: not on the batch size, the number of processes, or having been
-stopped. The same command finishes what a killed one began.
+Image k depends on the checkpoint, the seed and k: not on the batch size, the number of processes, or a stop in
+between. The same command finishes what a killed one began.
 """
 import json
-import math
-import os
 import shutil
 import time
 import zipfile
@@ -19,143 +17,80 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import generator, imagenet, load_image, tile
+import model_unet
+import model_vit
+from data import class_names, generator, load_image, tile
 from diffusion import SOLVERS, TARGETS, Diffusion, sampler
-from files import BadInput, Parser, hash_file, lock, progress, read, read_json, replace, run
-from model_unet import UNet, classifier_from_adm, from_adm, load
-from model_vit import ViT, from_official
+from files import (BadInput, Parser, at_least, between, hash_file, processes, progress, read, read_json, replace,
+                   run, say, write_json)
 from vae import load_vae
 
 
-# ------------------------------------------------------------------------------------------- checkpoints
+# ----------------------------------------------------------------------------------------------- networks
 
-RELEASED = {  # channels, classes, width, depth (ViT) or side (UNet): the published weights of that shape
-    (4, 1000, 1152, 28): ("ema_0.9999_xl.pt", dict(target="x0", sample_steps=50, cfg=1.5)),       # FID 2.06
-    (3, 1000, 1024, 21): ("ema_0.9999_large.pt", dict(target="eps", sample_steps=20, cfg=1.5)),   # FID 2.28
-    (3, 1000, 192, 64):  ("ADM's 64x64_diffusion.pt", dict(target="eps", sample_steps=50, cfg=1.0)),
+MODELS = {  # name: (class, its arguments). A network of yours is one more row, and its import
+    **{name: (model_vit.ViT, size) for name, size in model_vit.SIZES.items()},
+    **{name: (model_unet.UNet, size) for name, size in model_unet.SIZES.items()},
 }
 
 
 def build_model(config):
-    """The network that a run's config describes, freshly initialised."""
-    network = config["network"]
-    return UNet(**network) if "channels" in network else ViT(**network)
+    """The network of a run, freshly initialised."""
+    network, _ = MODELS[config["model"]]
+    return network(**config["network"])
 
 
 def to_device(model, device, dtype=None):
-    """The network there, its weights in channels_last, whose layout convolutions pass on; but not on a CPU,
-    whose group norm is slow in it (a training step of the UNets takes 1.02 to 1.31 times as long).
+    """The network there. On a GPU its convolutions are faster in channels_last; a CPU's group norm is not, and
+    a training step of the UNets would take 1.02 to 1.31 times as long.
     """
     layout = torch.preserve_format if device.type == "cpu" else torch.channels_last
     return model.to(device, dtype, memory_format=layout)
 
 
-ENTRIES = dict(dataset=str, schedule=str, target=str, T=int, step=int, sample_steps=int, classes=list,
-               ema=(int, float), drop=(int, float), cfg=(int, float))
-OPTIONAL = dict(interval=list, vae=dict, vae_file=str)
+def load_checkpoint(path, raw=False, target=None):
+    """-> (network in eval mode, config) of a checkpoint, a run folder, or released weights.
 
-
-def check(config, tensors):
-    """ValueError for a config that train.py never wrote, before anything of its sizes takes memory or time: a
-    network has no more blocks than tensors.
-    """
-    for key, kind in {**ENTRIES, **OPTIONAL}.items():
-        value = config[key] if key in ENTRIES else config.get(key)
-        if not isinstance(value, kind) and (key in ENTRIES or value is not None):
-            raise ValueError(f"{key} is {type(value).__name__}")
-    net, names, span = config["network"], config["classes"], config.get("interval") or [0, 0]
-    blocks = net["depth"] if "depth" in net else net["res_blocks"] * len(net["channel_mult"])
-    if not (blocks <= tensors and 1 <= net["img_size"] <= 2048 and net["in_channels"] in (3, 4)):
-        raise ValueError(f"{blocks} blocks, {net['in_channels']} channels, side {net['img_size']}")
-    if not (1 <= config["T"] == net.get("T", config["T"]) <= 1e6 and 1 <= config["sample_steps"] <= 1e4):
-        raise ValueError(f"T is {config['T']}, sample_steps {config['sample_steps']}")
-    if len(names) != net["num_classes"] or any(type(name) is not str for name in names):
-        raise ValueError(f"{len(names)} class names for {net['num_classes']} classes")
-    if len(span) != 2 or any(type(t) is not int for t in span):
-        raise ValueError("interval is not of two timesteps")
-    Diffusion(config["schedule"], config["T"], config["target"])
-    if (net.get("heads") or 1) < 1 or any(type(net.get(key, True)) is not bool
-                                      for key in ("scale_shift", "resblock_updown", "short_run")):
-        raise ValueError(f"heads {net.get('heads')}, or a switch that is neither on nor off")
-
-
-def load_checkpoint(path, raw=False, target=None, schedule=None, heads=None, head_channels=None, size=None):
-    """-> (network in eval mode, config). Our checkpoints, EMA weights unless raw, or weights alone: the
-    paper's released files and guided-diffusion's or latent-diffusion's, for which `target` says what they
-    predict (a file with learned sigma predicts eps), and the last four what else they do not show. Raises
-    BadInput for anything else.
+    Of a checkpoint the EMA weights are taken, unless raw. Released weights are the paper's, guided-diffusion's
+    or latent-diffusion's; `target` says what they predict where their shapes do not. Raises BadInput.
     """
     state = read(path)
-    if not {"model", "ema", "config"} & state.keys():
-        try:
-            model = from_official(state, heads) if "pos_embed" in state else \
-                from_adm(state, size, heads, head_channels)
-            latents = getattr(model, "context_dim", None)                # of latent-diffusion
-            if model.in_channels not in (3, 4) or model.in_channels == 3 and latents:
-                raise ValueError(f"{model.in_channels} channels that are neither RGB nor this autoencoder's")
-            rows, classes = (len(state.get(name, ())) for name in ("out.2.weight", "label_emb.weight"))
-        except Exception as error:                                       # whatever damage makes them raise
-            raise BadInput(f"{path}: no checkpoint of this project, and {error}") from None
-        learned_sigma = rows == 2 * model.in_channels                        # ADM's, of eps
-        linear = learned_sigma and model.img_size >= 128                     # its schedule from that side on
-        usual = dict(target="eps" if learned_sigma else None, sample_steps=50, cfg=1.0)
-        shape = (model.pos_embed.shape[2], len(model.blocks)) if "pos_embed" in state else \
-            (model.time_embed[0].in_features, model.img_size)
-        known = RELEASED.get((model.in_channels, model.num_classes, *shape), (None, usual))
-        name, usual = known if learned_sigma or "pos_embed" in state else (None, usual)
-        target = target or usual["target"]
-        if target is None:
-            raise BadInput(f"{path}: weights alone do not say what they predict; give --target")
-        network = dict(img_size=model.img_size, in_channels=model.in_channels, num_classes=model.num_classes)
-        null = classes != model.num_classes                              # has a row of the null label
-        names = list(imagenet())[2] if model.num_classes == 1000 else []
-        config = dict(dataset=name or "official", network=network, schedule="linear" if linear else "cosine",
-                      T=1000, step=None, ema=None, drop=0.15 * null, classes=list(names)) | usual
-        return model.eval(), config | dict(target=target, schedule=schedule or config["schedule"])
-    if missing := {"model", "ema", "step", "config"} - state.keys():
-        raise BadInput(f"{path}: not a checkpoint of this project ({', '.join(sorted(missing))} missing)")
+    if "config" not in state:
+        return load_released(path, state, target)
     try:
-        config, weights = {**state["config"], "step": state["step"]}, state["model" if raw else "ema"]
-        check(config, len(weights))
-        model = load(lambda: build_model(config), weights, "the network in config")
-    except Exception as error:                                           # whatever damage makes them raise
-        why = " ".join(str(error).split())[:200]
-        raise BadInput(f"{path}: weights and config disagree ({why})") from None
-    for key, value in (("target", target), ("schedule", schedule)):
-        if value not in (None, config[key]):
-            raise BadInput(f"--{key} {value}: {path} was trained with {config[key]}")
-    for key, value in (("heads", heads), ("head-channels", head_channels), ("size", size)):
-        if value is not None:
-            raise BadInput(f"--{key} {value}: {path} is a checkpoint of this project, which says it itself")
+        config = {**state["config"], "step": state["step"]}
+        model = build_model(config)
+        model.load_state_dict(state["model" if raw else "ema"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise BadInput(f"{path}: weights and config disagree ({error!r:.200})") from None
+    if target not in (None, config["target"]):
+        raise BadInput(f"--target {target}: {path} was trained with {config['target']}")
     return model.eval(), config
 
 
-# ------------------------------------------------------------------------------------------------ images
-
-def to_uint8(x):
-    """[-1, 1] -> 0 .. 255, rounded half up and clipped: the one place where images become bytes."""
-    return (127.5 * x + 128).clamp(0, 255).floor().to(torch.uint8)
-
-
-def start(seed, k, labels, network):
-    """Label and unit normal noise (C,S,S) that image k begins with. labels: "random" draws the label,
-    "balanced" is k modulo the number of classes, a list is gone through in turn.
-    """
-    g, count = generator("image", seed, k), max(network["num_classes"], 1)
-    drawn = int(torch.randint(count, (), generator=g))                   # always drawn: the noise is the same
-    label = drawn if labels == "random" else k % count if labels == "balanced" else labels[k % len(labels)]
-    return label, torch.randn(network["in_channels"], network["img_size"], network["img_size"], generator=g)
+def load_released(path, state, target=None):
+    """-> (network, config) of weights alone; config holds what sampling needs."""
+    try:
+        model = model_vit.from_official(state) if "pos_embed" in state else model_unet.from_adm(state)
+    except ValueError as error:
+        raise BadInput(f"{path}: no checkpoint of this project, and {error}") from None
+    config = dict(model.public, T=1000, step=None, ema=None, interval=None)
+    config["target"] = target or config["target"]
+    if config["target"] is None:
+        raise BadInput(f"{path}: weights do not say what they predict; give --target")
+    config["network"] = dict(in_channels=model.in_channels)
+    config["class_names"] = class_names("imagenet64") if model.num_classes == 1000 else []
+    return model.eval(), config
 
 
 def find_vae(config, device, path=None):
-    """The autoencoder (float32) that turns the network's samples into images, None where they are images:
-    the file `path`, else the one the checkpoint's data were encoded with. Raises BadInput.
+    """The autoencoder (float32) that turns the network's latents into images, None where it draws images:
+    the file `path`, or the one that the training data were encoded with. Raises BadInput.
     """
-    if config["network"]["in_channels"] == 3 and path:
-        raise BadInput(f"--vae {path}: the network draws images, not latents")
     if config["network"]["in_channels"] == 3:
+        if path:
+            raise BadInput(f"--vae {path}: the network draws images, not latents")
         return None
-    known = (config.get("vae") or {}).get("sha256")
     path = path or config.get("vae_file")
     if not path:
         raise BadInput("the network draws latents: give the autoencoder's weights with --vae FILE")
@@ -164,224 +99,251 @@ def find_vae(config, device, path=None):
     except ValueError as error:
         raise BadInput(f"--vae: {error}") from None
     vae.sha256 = hash_file(path)
-    if known not in (None, vae.sha256):
-        print(f"warning: {path} is not the file that the training data were encoded with")
+    if config.get("vae") not in (None, vae.sha256):
+        say(f"warning: {path} is not the file that the training data were encoded with")
     return vae.to(device)
 
 
-def find_classifier(path, config):
-    """The noisy classifier in `path`, which guides this network; for one without classes the labels are the
-    classifier's. Raises BadInput.
-    """
+def find_classifier(path, model):
+    """ADM's noisy classifier in `path`, for images of this network. Raises BadInput."""
     try:
-        classifier = classifier_from_adm(read(path)).eval().requires_grad_(False)
+        classifier = model_unet.classifier_from_adm(read(path)).eval().requires_grad_(False)
     except ValueError as error:
         raise BadInput(f"--classifier {path}: {error}") from None
-    network = config["network"]
     for key in ("img_size", "in_channels", "num_classes"):
-        found, expected = getattr(classifier, key), network[key]
-        if found != expected and not (key == "num_classes" and expected == 0):
+        found, expected = getattr(classifier, key), getattr(model, key)
+        if found != expected:
             raise BadInput(f"--classifier {path}: {key} is {found}, the network's is {expected}")
-    network["num_classes"] = classifier.num_classes
     return classifier
+
+
+# ------------------------------------------------------------------------------------------------- images
+
+def to_uint8(x):
+    """[-1, 1] -> 0 .. 255, rounded half up and clipped: the one place where images become bytes."""
+    return (127.5 * x + 128).clamp(0, 255).floor().to(torch.uint8)
+
+
+def start(seed, k, labels, model):
+    """Label and unit normal noise (C,S,S) that image k of a network begins with.
+
+    labels: "random" draws one, "balanced" is k modulo the number of classes, a list is gone through in turn.
+    """
+    g = generator("image", seed, k)
+    count = max(model.num_classes, 1)
+    drawn = int(torch.randint(count, (), generator=g))                       # always drawn: the noise is the same
+    noise = torch.randn(model.in_channels, model.img_size, model.img_size, generator=g)
+    if labels == "random":
+        return drawn, noise
+    if labels == "balanced":
+        return k % count, noise
+    return labels[k % len(labels)], noise
 
 
 def draw(model, config, ks, seed=0, labels="balanced", vae=None, **how):
     """The images of numbers ks, uint8 (N,3,S,S); `how` is what `sampler` takes: steps, cfg, solver, ..."""
-    y, z = zip(*(start(seed, k, labels, config["network"]) for k in ks))
+    y, z = zip(*[start(seed, k, labels, model) for k in ks])
     weight = next(model.parameters())                                        # its device and dtype are used
-    y = torch.tensor(y, device=weight.device) if config["network"]["num_classes"] else None
+    z = torch.stack(z).to(weight)
+    y = torch.tensor(y, device=weight.device) if model.num_classes else None
     diffusion = Diffusion(config["schedule"], config["T"], config["target"])
-    x = sampler(model, diffusion, torch.stack(z).to(weight), y, **how)
-    return to_uint8(x if vae is None else vae.decode_latent(x.float())).cpu()
+    x = sampler(model, diffusion, z, y, **how)
+    if vae:
+        x = vae.decode_latent(x.float())
+    return to_uint8(x).cpu()
 
 
-def grid(model, config, path, n=None, **how):
+def grid(model, config, path, n=None, batch_size=64, **how):
     """Draw n images (8 a class by default) into one PNG, one class to a column where they fit."""
-    num_classes = config["network"]["num_classes"]
-    columns = num_classes if 2 <= num_classes <= 16 else 8
+    columns = model.num_classes if 2 <= model.num_classes <= 16 else 8
     n = n or 8 * columns
-    parts = [range(i, min(i + 64, n)) for i in range(0, n, 64)]
-    images = torch.cat([draw(model, config, ks, **how) for ks in parts]).numpy()
+    batches = [range(i, min(i + batch_size, n)) for i in range(0, n, batch_size)]
+    images = torch.cat([draw(model, config, ks, **how) for ks in batches]).numpy()
     sheet = tile(images, columns)
     scale = max(1, 64 // images.shape[-1])                                   # small images are shown larger
     sheet = sheet.resize((sheet.width * scale, sheet.height * scale), Image.NEAREST)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    replace(path, lambda f: sheet.save(f, "PNG"))
+    replace(path, lambda file: sheet.save(file, "PNG"))
     return path
 
 
-def save_npz(path, folder, n, size, labels):
-    """PNG files 0 .. n-1 -> npz with arr_0 uint8 (n,S,S,3) and arr_1 labels, never all in memory."""
-    def write(out):
-        with zipfile.ZipFile(out, "w") as archive:
+def png(folder, k):
+    return folder / f"{k:06d}.png"
+
+
+def save_folder(folder, n, batch_size, images_of):
+    """Images 0 .. n-1 as PNG files, each process its share; what is there already is left alone.
+
+    A batch that is not whole is drawn anew, since the bits of an image may depend on its batch.
+    """
+    rank, world, _ = processes()
+    mine = range(rank, n, world)
+    batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
+    todo = [ks for ks in batches if not all(png(folder, k).exists() for k in ks)]
+    total, done, since = sum(map(len, todo)), 0, time.monotonic()
+    for ks in todo:
+        for k, image in zip(ks, images_of(ks).permute(0, 2, 3, 1).numpy()):
+            if not png(folder, k).exists():
+                picture = Image.fromarray(image)
+                replace(png(folder, k), lambda file: picture.save(file, "PNG", compress_level=1))
+        done += len(ks)
+        if rank == 0:
+            progress("images", done, total, since)
+
+
+def wait_for_others(folder, n):
+    """Return when the other processes, too, have written their share."""
+    while missing := sum(not png(folder, k).exists() for k in range(n)):
+        if not folder.exists():
+            raise BadInput(f"--out {folder}: was removed")
+        print(f"\rwaiting for {missing:,} images of other processes   ", end="", flush=True)
+        time.sleep(1)
+
+
+def save_npz(path, folder, n, labels):
+    """PNG files 0 .. n-1 -> npz with arr_0 uint8 (n,S,S,3) and arr_1 labels, one image in memory at a time."""
+    side = load_image(png(folder, 0)).width
+
+    def write(file):
+        with zipfile.ZipFile(file, "w") as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-                header = dict(descr="|u1", fortran_order=False, shape=(n, size, size, 3))
+                header = dict(descr="|u1", fortran_order=False, shape=(n, side, side, 3))
                 np.lib.format.write_array_header_1_0(member, header)
                 for k in range(n):
-                    file = folder / f"{k:06d}.png"
-                    image = load_image(file)
-                    if image.size != (size, size):
-                        raise BadInput(f"{file}: found {image.size}, expected {size, size}")
-                    member.write(image.tobytes())
+                    member.write(load_image(png(folder, k)).tobytes())
             with archive.open("arr_1.npy", "w") as member:
                 np.lib.format.write_array(member, np.array(labels, dtype=np.int64))
     replace(path, write)
 
 
 def claim(folder, protocol):
-    """Make `folder` the place of this protocol; one that holds other samples is refused."""
+    """Make `folder` the place of this protocol. Raises BadInput where it holds other samples."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock(folder)
-    file, used = folder / "protocol.json", any(folder.glob("*.png"))     # in this order: others may start
-    if file.exists():
-        try:
-            before = read_json(file)
-        except BadInput:
-            raise BadInput(f"{file}: damaged, expected the protocol of the samples beside it") from None
-        if other := [key for key in {**before, **protocol} if before.get(key) != protocol.get(key)]:
-            key = other[0]
-            found = before.get(key)
-            raise BadInput(f"--out {folder}: holds samples with {key} {found!r}, not {protocol.get(key)!r}")
-    elif used:
-        raise BadInput(f"--out {folder}: holds images without protocol.json; choose a new folder")
-    else:
-        replace(file, lambda f: f.write(json.dumps(protocol, indent=1).encode()))
+    file = folder / "protocol.json"
+    used = any(folder.glob("*.png"))             # before the next line: other processes may have begun
+    if not file.exists():
+        if used:
+            raise BadInput(f"--out {folder}: holds images without protocol.json; choose a new folder")
+        return write_json(file, protocol)
+    before = read_json(file)
+    for key in {**before, **protocol}:
+        found, expected = before.get(key), protocol.get(key)
+        if found != expected:
+            raise BadInput(f"--out {folder}: holds samples with {key} {found!r}, not {expected!r}")
 
 
-def parse_classes(text, config):
-    """"3,glass" -> [3, 5]: class names of the checkpoint, one of several in a name, or numbers."""
-    names, count, labels = config.get("classes", []), config["network"]["num_classes"], []
-    for part in (part.strip() for part in text.split(",")):
-        found = [k for k, name in enumerate(names) if part == name] or \
-            [k for k, name in enumerate(names) if part.lower() in name.lower().split(", ")] or \
-            [int(part) if part.isdecimal() and len(part) < 10 else -1]
+# ------------------------------------------------------------------------------------------- command line
+
+def parse_classes(text, names, count):
+    """"3,glass" -> [3, 5]: class names, one of several in a name, or numbers. Raises BadInput."""
+    labels = []
+    for part in text.split(","):
+        part = part.strip()
+        found = [k for k, name in enumerate(names) if part == name]
+        if not found:                                                        # "goldfish" of "goldfish, Carassius"
+            found = [k for k, name in enumerate(names) if part.lower() in name.lower().split(", ")]
+        if not found and part.isdecimal():
+            found = [k for k in range(count) if k == int(part[:9])]
+        if not found:
+            raise BadInput(f"--classes {part}: expected names or numbers of the {count} classes {names[:10]}")
         if len(found) > 1:
             numbers = " and ".join(map(str, found))
             raise BadInput(f"--classes {part}: classes {numbers} have this name; give the number")
         labels += found
-    if not all(0 <= label < count for label in labels):
-        raise BadInput(f"--classes {text}: expected names or numbers of the {count} classes {names[:10]}")
     return labels
 
 
 def parse():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--ckpt", required=True, help="checkpoint, run folder, or a released .pt of the paper")
-    add("--out", help="grid .png (default: samples.png beside the checkpoint), folder of PNGs, or .npz")
-    add("--n", "--count", type=int, help="number of images (default: 8 a class in a grid, else 64);\n"
-                                         "--count under torchrun, whose own parser stumbles over --n")
-    add("--cfg", type=float, help="guidance scale, 1 = none (default: the preset's)")
-    add("--steps", type=int, help="sampling steps (default: the preset's)")
-    add("--solver", choices=SOLVERS, default="heun")
-    add("--interval", type=int, nargs=2, metavar=("LO", "HI"), help="guide only for LO <= t <= HI")
-    add("--classes", help="comma-separated class names or numbers, gone through in turn")
-    add("--labels", choices=("random", "balanced"), help="default: balanced in a grid, else random")
-    add("--seed", type=int, default=0)
+    add("--ckpt", required=True, help="checkpoint, run folder, or released weights")
+    add("--out", type=Path, help="grid .png (default: samples.png beside the checkpoint), folder of PNGs, or .npz")
+    add("--n", "--count", type=at_least(1), help="number of images (default: 8 a class in a grid, else 64); "
+        "--count under torchrun, whose own parser stumbles over --n")
+    add("--cfg", type=between(0, 1000), help="guidance scale, 1 = none (default: the preset's)")
+    add("--steps", type=at_least(1, 10_000), help="sampling steps (default: the preset's)")
+    add("--solver", choices=SOLVERS, default="heun", help="heun takes 2 steps - 1 evaluations, the others 1 a step")
+    add("--interval", type=at_least(0), nargs=2, metavar=("LO", "HI"), help="guide only for LO <= t <= HI")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--classes", help="comma-separated class names or numbers, gone through in turn")
+    either.add_argument("--labels", choices=("random", "balanced"), help="(default: balanced in a grid, else random)")
+    add("--seed", type=at_least(0), default=0, help="of labels and noise")
     add("--raw", action="store_true", help="the weights themselves instead of their EMA")
-    add("--batch-size", type=int, default=64, help="images at a time in each process")
+    add("--batch-size", type=at_least(1), default=64, help="images at a time in each process")
     add("--vae", help="autoencoder of a latent model (default: the one its data were encoded with)")
     add("--classifier", help="ADM's noisy classifier, 64x64_classifier.pt: guide by its gradient")
-    add("--classifier-scale", type=float, help="factor of that gradient (default: 1)")
-    add("--target", choices=TARGETS, help="what released weights predict, where their shape does not tell")
-    add("--schedule", choices=("cosine", "linear"), help="of released weights (default: linear for ADM's of\n"
-                                                         "side 128 and more, else cosine)")
-    add("--heads", type=int, help="attention heads of released weights, where the width does not tell")
-    add("--head-channels", type=int, help="or their width, of a UNet")
-    add("--size", type=int, help="side that a released UNet draws, if not 8 x 2^(levels - 1)")
+    add("--classifier-scale", type=between(0, 1000), default=1.0, help="factor of that gradient")
+    add("--target", choices=TARGETS, help="what released weights predict, where their shapes do not tell")
     return parser.parse_args()
 
 
-def settle(args, config, ckpt):
-    """Flags and checkpoint -> keyword arguments for `draw`. Raises BadInput where they contradict."""
-    net, cfg = config["network"], config["cfg"] if args.cfg is None else args.cfg
-    if cfg != 1 and not (net["num_classes"] and config["drop"]):
-        lack = "label drop" if net["num_classes"] else "classes"
-        raise BadInput(f"--cfg {cfg}: {ckpt} was trained without {lack}, expected 1")
-    if not 0 <= cfg < math.inf:
-        raise BadInput(f"--cfg: found {cfg}, expected a number >= 0")
-    if args.classes is not None and args.labels:
-        raise BadInput("--classes and --labels: give one of the two")
-    for flag, value in (("n", args.n), ("steps", args.steps), ("batch-size", args.batch_size)):
-        if value is not None and value < 1:
-            raise BadInput(f"--{flag}: found {value}, expected at least 1")
-    if args.classifier_scale is not None and not (args.classifier and 0 <= args.classifier_scale < math.inf):
-        raise BadInput(f"--classifier-scale {args.classifier_scale}: expected a number >= 0 and --classifier")
-    if args.interval and cfg == 1 and not args.classifier:
-        raise BadInput(f"--interval {args.interval}: there is no guidance at --cfg 1")
-    interval = args.interval or (config.get("interval") if cfg != 1 else None)
-    if interval and not 0 <= interval[0] <= interval[1] < config["T"]:
-        raise BadInput(f"--interval {interval}: expected 0 <= LO <= HI < {config['T']}")
+def settle(args, model, config):
+    """Flags and checkpoint -> the keyword arguments of `draw` that are numbers and words. Raises BadInput."""
+    cfg = config["cfg"] if args.cfg is None else args.cfg
+    interval = args.interval or config["interval"]
+    if cfg != 1 and not config["drop"]:
+        raise BadInput(f"--cfg {cfg}: {args.ckpt} was trained without classes or without label drop, expected 1")
+    if cfg == 1 and not args.classifier:
+        if args.interval:
+            raise BadInput(f"--interval {args.interval}: there is no guidance at --cfg 1")
+        interval = None
+    if interval and not interval[0] <= interval[1] < config["T"]:
+        raise BadInput(f"--interval {interval}: expected LO <= HI < {config['T']}")
     labels = args.labels or ("balanced" if args.out.suffix == ".png" else "random")
-    labels = labels if args.classes is None else parse_classes(args.classes, config)
-    return dict(steps=args.steps or config["sample_steps"], cfg=cfg, interval=interval,
-                solver=args.solver, seed=args.seed, labels=labels)
+    if args.classes:
+        labels = parse_classes(args.classes, config["class_names"], model.num_classes)
+    steps = args.steps or config["sample_steps"]
+    return dict(steps=steps, cfg=cfg, interval=interval, solver=args.solver, seed=args.seed, labels=labels)
 
 
 def main():
     args = parse()
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))   # no process group is needed
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    model, config = load_checkpoint(args.ckpt, args.raw, args.target, args.schedule, args.heads,
-                                    args.head_channels, args.size)
-    ckpt = Path(args.ckpt) / "ckpt.pt" if Path(args.ckpt).is_dir() else Path(args.ckpt)
-    args.out = Path(args.out or ckpt.parent / "samples.png")
+    rank, _, device = processes()
+    ckpt = Path(args.ckpt)
+    ckpt = ckpt / "ckpt.pt" if ckpt.is_dir() else ckpt
+    args.out = args.out or ckpt.parent / "samples.png"
     if args.out.suffix not in ("", ".png", ".npz") and not args.out.is_dir():
         raise BadInput(f"--out {args.out}: expected a .png grid, an .npz, or a folder for PNGs")
-    classifier = find_classifier(args.classifier, config) if args.classifier else None
-    how = settle(args, config, ckpt)
+    model, config = load_checkpoint(ckpt, args.raw, args.target)
+    classifier = find_classifier(args.classifier, model) if args.classifier else None
+    how = settle(args, model, config)
     weights = "raw" if args.raw else f"EMA {config['ema']}" if config["ema"] else "as released"
-    if rank == 0:
-        print(f"{ckpt}: {config['target']} prediction, weights: {weights} @ step {config['step']}; "
-              f"{how['solver']} {how['steps']} steps, cfg {how['cfg']}", flush=True)
-    to_device(model, device)
+    say(f"{ckpt}: {config['target']} prediction, weights: {weights} @ step {config['step']}; "
+        f"{how['solver']} {how['steps']} steps, cfg {how['cfg']}")
+
     torch.backends.cudnn.allow_tf32 = False                                  # float32 means float32
+    model = to_device(model, device)
     vae = find_vae(config, device, args.vae)
-    scale = 1.0 if args.classifier_scale is None else args.classifier_scale
-    tools = dict(vae=vae, classifier=classifier and to_device(classifier, device), classifier_scale=scale)
+    tools = dict(vae=vae)
+    if classifier:
+        tools.update(classifier=to_device(classifier, device), classifier_scale=args.classifier_scale)
     if args.out.suffix == ".png":
         if rank == 0:
-            print(grid(model, config, args.out, args.n, **tools, **how).resolve())
+            grid(model, config, args.out, args.n, args.batch_size, **tools, **how)
+            print(args.out.resolve())
         return
 
-    network = config["network"]
-    size = network["img_size"] * (8 if vae else 1)
-    # images into a folder, each under its number, those that are there already left alone
-    n, npz = args.n or 64, args.out.suffix == ".npz"
+    # images into a folder, each under its number; an npz is made of such a folder
+    n = args.n or 64
+    npz = args.out.suffix == ".npz"
     folder = args.out.with_name(args.out.name + ".parts") if npz else args.out
-    if npz and args.out.exists():                                        # written last, before the clean-up
-        if rank == 0 and not folder.exists():
-            raise BadInput(f"--out {args.out}: exists already")
-        return shutil.rmtree(folder, ignore_errors=True) if rank == 0 else None
-    guide = dict(vae=vae.sha256) if vae else {}
-    guide |= dict(classifier=hash_file(args.classifier), classifier_scale=scale) if classifier else {}
-    protocol = dict(checkpoint=hash_file(ckpt), step=config["step"], weights=weights, n=n, dtype="float32",
-                    **how, **guide, target=config["target"], dataset=config["dataset"], size=size)
+    if npz and args.out.exists():
+        raise BadInput(f"--out {args.out}: exists already")
+    protocol = dict(checkpoint=hash_file(ckpt), step=config["step"], weights=weights, n=n, dtype="float32", **how,
+                    target=config["target"], dataset=config["dataset"])
+    if vae:
+        protocol.update(vae=vae.sha256)
+    if classifier:
+        protocol.update(classifier=hash_file(args.classifier), classifier_scale=args.classifier_scale)
     claim(folder, protocol)
-    path = lambda k: folder / f"{k:06d}.png"
-    mine = range(rank, n, world)                                         # a batch that is not whole is drawn
-    parts = [mine[i:i + args.batch_size] for i in range(0, len(mine), args.batch_size)]  # anew: the same bits
-    todo, since = [ks for ks in parts if not all(path(k).exists() for k in ks)], time.monotonic()
-    for i, ks in enumerate(todo, 1):
-        for k, image in zip(ks, draw(model, config, ks, **tools, **how).permute(0, 2, 3, 1).numpy()):
-            if not path(k).exists():
-                replace(path(k), lambda f: Image.fromarray(image).save(f, "PNG", compress_level=1))
-        if rank == 0:
-            progress("images", sum(map(len, todo[:i])), sum(map(len, todo)), since)
-    if rank:
+    save_folder(folder, n, args.batch_size, lambda ks: draw(model, config, ks, **tools, **how))
+    if rank > 0:
         return
-    while missing := sum(not path(k).exists() for k in range(n)):            # the other processes' share
-        if not folder.exists():
-            raise BadInput(f"--out {folder}: was removed")
-        print(f"\rwaiting for {missing:,} images of other processes   ", end="", flush=True)
-        time.sleep(1)
+    wait_for_others(folder, n)
     if npz:
-        labels = [start(args.seed, k, how["labels"], network)[0] for k in range(n)]
-        text = json.dumps(protocol, indent=1).encode()
-        replace(args.out.with_suffix(".protocol.json"), lambda f: f.write(text))
-        save_npz(args.out, folder, n, size, labels)
+        labels = [start(args.seed, k, how["labels"], model)[0] for k in range(n)]
+        write_json(args.out.with_suffix(".protocol.json"), protocol)
+        save_npz(args.out, folder, n, labels)
         shutil.rmtree(folder, ignore_errors=True)
     print(args.out.resolve())
 

@@ -18,17 +18,21 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import sample  # noqa: E402
 import train  # noqa: E402
 from files import run  # noqa: E402
+from model_vit import ViT  # noqa: E402
 
-SMALL = dict(dim=32, depth=2, heads=2)               # what vit-tiny is in tests of anything but the network itself
-WHOLE = train.SIZES["vit-tiny"]
+# what vit-tiny is in tests of anything but the network itself
+SMALL = ViT, dict(dim=32, depth=2, heads=2, short_run=True)
+WHOLE = sample.MODELS["vit-tiny"]
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: minutes long; run with -m slow")
-    config.option.markexpr = config.option.markexpr or "not slow"
+    config.addinivalue_line("markers", "slow: long; run with -m slow")
+    config.addinivalue_line("markers", "demo: the whole demos, 10 minutes; run with -m demo")
+    config.option.markexpr = config.option.markexpr or "not slow and not demo"
 
 
 @pytest.fixture
@@ -43,13 +47,13 @@ def golden():
 
 METHOD = multiprocessing.get_start_method()          # of a script's own workers, which a fork would change
 FORKS = multiprocessing.get_context("forkserver")    # of a process that has only imported: a start costs no imports
-FORKS.set_forkserver_preload(["conftest", "train", "pareto", "torch._dynamo"])   # the last: of meta tensors
+FORKS.set_forkserver_preload(["conftest", "train"])   # the last: of meta tensors
 
 
 def forked(words, folder, env, file, change=None, whole=False):
     """A script as if started by itself: its folder, environment, arguments, output, exit code; first change()."""
     if not whole:                                                            # nor 2,560 images for one printed line
-        train.SIZES["vit-tiny"], train.sanity = SMALL, lambda *_: (0, 0)
+        sample.MODELS["vit-tiny"], train.sanity = SMALL, lambda *_: (0, 0)
     os.chdir(folder)
     os.environ.update(env)
     torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
@@ -103,7 +107,7 @@ def script(tmp_path, monkeypatch, capsys):
     def call(*words, code=0, processes=1, env=(), timeout=240, change=None, whole=False):
         if code == 2 and not change and processes == 1:
             monkeypatch.chdir(tmp_path)
-            monkeypatch.setitem(train.SIZES, "vit-tiny", WHOLE if whole else SMALL)
+            monkeypatch.setitem(sample.MODELS, "vit-tiny", WHOLE if whole else SMALL)
             monkeypatch.setattr(sys, "argv", [str(ROOT / words[0]), *map(str, words[1:])])
             with pytest.raises(SystemExit) as exit:
                 run(importlib.import_module(Path(words[0]).stem).main)
