@@ -74,7 +74,7 @@ def load_released(path, state, target=None):
         model = model_vit.from_official(state) if "pos_embed" in state else model_unet.from_adm(state)
     except ValueError as error:
         raise BadInput(f"{path}: no checkpoint of this project, and {error}") from None
-    config = dict(model.public, T=1000, step=None, ema=None, interval=None)
+    config = dict(model.public, T=1000, step=None, ema=None)
     config["target"] = target or config["target"]
     if config["target"] is None:
         raise BadInput(f"{path}: weights do not say what they predict; give --target")
@@ -110,10 +110,9 @@ def find_classifier(path, model):
         classifier = model_unet.classifier_from_adm(read(path)).eval().requires_grad_(False)
     except ValueError as error:
         raise BadInput(f"--classifier {path}: {error}") from None
-    for key in ("img_size", "in_channels", "num_classes"):
-        found, expected = getattr(classifier, key), getattr(model, key)
-        if found != expected:
-            raise BadInput(f"--classifier {path}: {key} is {found}, the network's is {expected}")
+    found, expected = ((net.in_channels, net.img_size, net.num_classes) for net in (classifier, model))
+    if found != expected:
+        raise BadInput(f"--classifier {path}: is for channels, side, classes {found}, the network for {expected}")
     return classifier
 
 
@@ -153,13 +152,16 @@ def draw(model, config, ks, seed=0, labels="balanced", vae=None, **how):
     return to_uint8(x).cpu()
 
 
+def batches_of(ks, size):
+    return [ks[i:i + size] for i in range(0, len(ks), size)]
+
+
 def grid(model, config, path, n=None, batch_size=64, **how):
     """Draw n images (8 a class by default) into one PNG, one class to a column where they fit."""
     columns = model.num_classes if 2 <= model.num_classes <= 16 else 8
-    n = n or 8 * columns
-    batches = [range(i, min(i + batch_size, n)) for i in range(0, n, batch_size)]
-    images = torch.cat([draw(model, config, ks, **how) for ks in batches]).numpy()
-    sheet = tile(images, columns)
+    batches = batches_of(range(n or 8 * columns), batch_size)
+    images = torch.cat([draw(model, config, ks, **how) for ks in batches])
+    sheet = tile(images.numpy(), columns)
     scale = max(1, 64 // images.shape[-1])                                   # small images are shown larger
     sheet = sheet.resize((sheet.width * scale, sheet.height * scale), Image.NEAREST)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -177,8 +179,7 @@ def save_folder(folder, n, batch_size, images_of):
     A batch that is not whole is drawn anew, since the bits of an image may depend on its batch.
     """
     rank, world, _ = processes()
-    mine = range(rank, n, world)
-    batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
+    batches = batches_of(range(rank, n, world), batch_size)
     todo = [ks for ks in batches if not all(png(folder, k).exists() for k in ks)]
     total, done, since = sum(map(len, todo)), 0, time.monotonic()
     for ks in todo:
@@ -239,16 +240,12 @@ def parse_classes(text, names, count):
     labels = []
     for part in text.split(","):
         part = part.strip()
-        found = [k for k, name in enumerate(names) if part == name]
-        if not found:                                                        # "goldfish" of "goldfish, Carassius"
-            found = [k for k, name in enumerate(names) if part.lower() in name.lower().split(", ")]
-        if not found and part.isdecimal():
-            found = [k for k in range(count) if k == int(part[:9])]
-        if not found:
-            raise BadInput(f"--classes {part}: expected names or numbers of the {count} classes {names[:10]}")
-        if len(found) > 1:
-            numbers = " and ".join(map(str, found))
-            raise BadInput(f"--classes {part}: classes {numbers} have this name; give the number")
+        exact = [k for k, name in enumerate(names) if part == name]
+        one_of_several = [k for k, name in enumerate(names) if part.lower() in name.lower().split(", ")]
+        number = [k for k in range(count) if part == str(k)]
+        found = exact or one_of_several or number
+        if len(found) != 1:
+            raise BadInput(f"--classes {part}: fits classes {found}, expected a name or number of one of {count}")
         labels += found
     return labels
 
@@ -280,13 +277,11 @@ def parse():
 def settle(args, model, config):
     """Flags and checkpoint -> the keyword arguments of `draw` that are numbers and words. Raises BadInput."""
     cfg = config["cfg"] if args.cfg is None else args.cfg
-    interval = args.interval or config["interval"]
+    interval = args.interval
     if cfg != 1 and not config["drop"]:
         raise BadInput(f"--cfg {cfg}: {args.ckpt} was trained without classes or without label drop, expected 1")
-    if cfg == 1 and not args.classifier:
-        if args.interval:
-            raise BadInput(f"--interval {args.interval}: there is no guidance at --cfg 1")
-        interval = None
+    if interval and cfg == 1 and not args.classifier:
+        raise BadInput(f"--interval {interval}: there is no guidance at --cfg 1")
     if interval and not interval[0] <= interval[1] < config["T"]:
         raise BadInput(f"--interval {interval}: expected LO <= HI < {config['T']}")
     labels = args.labels or ("balanced" if args.out.suffix == ".png" else "random")
@@ -307,7 +302,9 @@ def main():
     model, config = load_checkpoint(ckpt, args.raw, args.target)
     classifier = find_classifier(args.classifier, model) if args.classifier else None
     how = settle(args, model, config)
-    weights = "raw" if args.raw else f"EMA {config['ema']}" if config["ema"] else "as released"
+    weights = f"EMA {config['ema']}" if config["ema"] else "as released"
+    if args.raw:
+        weights = "raw"
     say(f"{ckpt}: {config['target']} prediction, weights: {weights} @ step {config['step']}; "
         f"{how['solver']} {how['steps']} steps, cfg {how['cfg']}")
 

@@ -74,16 +74,16 @@ def preset(dataset, model=None, target=None):
     without a row takes the data set's first one, with the betas and weight decay of its kind.
     """
     rows = [dict(zip(COLUMNS, row)) for row in PRESETS]
-    rows = [row for row in rows if row["dataset"] == dataset] or [rows[-1]]
-    model = model or rows[0]["model"]
-    rows = [row for row in rows if row["model"] == model] or [rows[0]]
-    row = next((row for row in rows if row["target"] == target), rows[0])
+    if dataset not in [row["dataset"] for row in rows]:
+        rows = [row for row in rows if row["dataset"] == "folder"]
+    wanted = dict(dataset=dataset, model=model, target=target)
+    row = max(rows, key=lambda row: [row[key] == wanted[key] for key in wanted])     # the first of the best
+    model = model or row["model"]
     kind = dict(betas=[.99, .99], weight_decay=0.03)
     if MODELS[model][0] is model_unet.UNet:
         kind = dict(betas=[.9, .999], weight_decay=0.0)
-    found = DEFAULT | kind | row | row["other"] | dict(dataset=dataset, model=model)
-    del found["other"]
-    return found
+    other = row.pop("other")
+    return DEFAULT | kind | row | other | dict(dataset=dataset, model=model)
 
 
 # ---------------------------------------------------------------------------------- the config of a run
@@ -91,8 +91,7 @@ def preset(dataset, model=None, target=None):
 # checkpoint, and on --resume it becomes the flags' defaults.
 
 MACHINE = "out resume accum compile grad_ckpt data_on_gpu dry_run new_weighting".split()
-SWITCH = argparse.BooleanOptionalAction
-FREE = "steps cfg sample_steps interval data vae_file log_every save_every sample_every weighting".split()
+FREE = "steps cfg sample_steps data vae_file log_every save_every sample_every".split()
 
 
 def weighting_name(text):
@@ -105,8 +104,10 @@ def parse():
     """-> the flags, and the state of the run to resume, None for a new one. What is left out of the command line
     takes the preset's value, on --resume the run's own.
     """
-    first = Parser(add_help=False)
-    add = first.add_argument
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    count, share, switch = at_least(1), between(0, 1, below=True), argparse.BooleanOptionalAction
+    # the run
     add("--dataset", default="shapes", help=f"{', '.join(DATASETS)}, or any packed data/NAME")
     add("--model", choices=MODELS, help="network")
     add("--target", choices=TARGETS, help="what the network predicts")
@@ -114,58 +115,57 @@ def parse():
         "table FILE.csv whose column `weight` has T rows")
     add("--out", type=Path, help="folder of the run (default: out/DATASET)")
     add("--resume", action="store_true", help="go on with the run in --out")
-    known, _ = first.parse_known_args()
-    out = known.out or Path("out") / known.dataset
-    state = read(out) if known.resume else None
-    if state and not {"model", "ema", "optimizer", "step", "config", "tally"} <= state.keys():
-        raise BadInput(f"{out}: its ckpt.pt is no checkpoint to resume from")
-
-    parser = Parser(__doc__, parents=[first])
-    add = parser.add_argument
     # the data
     add("--data", help="packed folder (default: data/DATASET)")
     add("--size", type=at_least(1, 1024), help="image side, free for the built-in shapes alone (default: 16)")
-    add("--classes", type=at_least(0), help="0: unconditional, whatever the labels (default: as many as there are)")
-    add("--flip", action=SWITCH, help="mirror half of the images (default: all data sets but shapes, no latents)")
+    add("--classes", type=int, choices=[0], help="train without the labels")
+    add("--flip", action=switch, help="mirror half of the images (default: all data sets but shapes, no latents)")
     # the paper
-    add("--patch", type=at_least(1), help="patch side of a ViT (default: 4 pixels, 2 of latents)")
+    add("--patch", type=count, help="patch side of a ViT (default: 4 pixels, 2 of latents)")
     add("--gamma", type=positive, default=5.0, help="clamp of min_snr, max_snr and soft_min_snr")
     add("--timesteps", default="uniform", help="density of t: uniform, clts, laplace, logit_normal, cosine_scaled, or "
         "with parameters clts:MU:STEP (a share of T, the curriculum's last step), laplace:MU:B, ...")
-    add("--curriculum", type=at_least(1), help="last step of clts's curriculum")
-    add("--importance", action=SWITCH, default=False,
+    add("--curriculum", type=count, help="last step of clts's curriculum")
+    add("--importance", action=switch, default=False,
         help="divide the loss by q T: the density serves the objective of uniform t")
     add("--schedule", choices=("cosine", "linear"), help="noise schedule")
     add("--T", type=at_least(1, 1_000_000), help="timesteps")
     # optimisation
-    add("--steps", type=at_least(1), help="total optimizer steps, those before a --resume included; with --decay "
+    add("--steps", type=count, help="total optimizer steps, those before a --resume included; with --decay "
         "another total is another learning rate, not the same run prolonged")
-    add("--batch-size", type=at_least(1, 1_000_000), help="global: images per optimizer step, over all processes")
+    add("--batch-size", type=at_least(1, 10 ** 6), help="global: images per optimizer step, over all processes")
     add("--lr", type=positive, help="peak learning rate of AdamW")
     add("--warmup", type=at_least(0), help="steps of linear warm-up")
     add("--decay", type=between(0, 1), help="share of the run, at its end, in which the rate falls linearly to 0")
-    add("--betas", type=between(0, 1, below=True), nargs=2, help="of AdamW")
+    add("--betas", type=share, nargs=2, help="of AdamW")
     add("--weight-decay", type=between(0, 1000), help="of AdamW")
-    add("--drop", type=between(0, 1, below=True), help="how often a label becomes the null label, for guidance")
-    add("--ema", type=between(0, 1, below=True), help="rate of the exponential moving average of the weights")
+    add("--drop", type=share, help="how often a label becomes the null label, for guidance")
+    add("--ema", type=share, help="rate of the exponential moving average of the weights")
     add("--dtype", choices=("float32", "bfloat16", "float64"), help="bfloat16 is autocast",
         default="bfloat16" if torch.cuda.is_available() else "float32")
     add("--seed", type=at_least(0), default=0, help="of everything random")
     # sample grids
     add("--cfg", type=between(0, 1000), help="guidance scale")
     add("--sample-steps", type=at_least(1, 10_000), help="Heun steps")
-    add("--interval", type=at_least(0), nargs=2, metavar=("LO", "HI"), help="guide only for LO <= t <= HI")
     # this machine: none of these changes the result
-    add("--accum", type=at_least(1), default=1, help="micro-batches per step and process, for small memories")
+    add("--accum", type=count, default=1, help="micro-batches per step and process, for small memories")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--grad-ckpt", action="store_true", help="keep the blocks' inputs and compute the rest again for the gradient: "
         "less memory, more time")
     add("--data-on-gpu", action="store_true", help="hold the whole data set in the device's memory")
-    add("--log-every", type=at_least(1), default=100, help="steps between log lines")
-    add("--save-every", type=at_least(1), default=1000, help="steps between checkpoints; the last is always saved")
+    add("--log-every", type=count, default=100, help="steps between log lines")
+    add("--save-every", type=count, default=1000, help="steps between checkpoints; the last is always saved")
     add("--sample-every", type=at_least(0), default=0, help="steps between sample grids; 0: only at the end")
     add("--dry-run", action="store_true", help="print configuration, FLOPs, speed and days, no more")
-    parser.set_defaults(**(state["config"] if state else preset(known.dataset, known.model, known.target)))
+
+    words = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
+    known = parser.parse_args(words)                                         # what was written, to find the rest
+    out = known.out or Path("out") / known.dataset
+    state = read(out) if known.resume else None
+    if state and not {"model", "ema", "optimizer", "step", "config", "tally"} <= state.keys():
+        raise BadInput(f"{out}: its ckpt.pt is no checkpoint to resume from")
+    defaults = state["config"] if state else preset(known.dataset, known.model, known.target)
+    parser.set_defaults(**defaults)
     args = parser.parse_args()
     args.out = out.resolve()
     args.new_weighting = known.weighting is not None
@@ -201,8 +201,6 @@ def open_data(args):
         data = Packed(folder)
     if args.size not in (None, data.size):
         raise BadInput(f"--size: found {args.size}, {folder} has {data.size}")
-    if args.classes not in (None, 0, len(data.classes)):
-        raise BadInput(f"--classes: found {args.classes}, {folder} has {len(data.classes)}, or 0")
     if name in DATASETS and data.latents != (name == "imagenet256"):
         raise BadInput(f"{folder}: found {'latents' if data.latents else 'images'}; {name} is the other kind")
     if name in DATASETS and len(data.classes) != DATASETS[name][1]:
@@ -221,48 +219,40 @@ def open_data(args):
 
 
 def settle(args, data):
-    """Put into the flags what the data decide. What is settled already stays, so that a run can go on."""
+    """-> config: the flags, with what the data decide. What is settled already stays, so that a run can go on."""
+    config = {key: value for key, value in vars(args).items() if key not in MACHINE}
     network, arguments = MODELS[args.model]
     parameters = inspect.signature(network).parameters
-    args.size = data.size
-    args.class_names = data.classes
-    args.classes = len(data.classes)
-    if args.flip is None:
-        args.flip = args.dataset != "shapes" and not data.latents
-    if args.flip and data.latents:
-        raise BadInput("--flip: latents cannot be mirrored; vae.py --mirror encodes both")
-    if not data.classes:
-        args.drop, args.cfg = 0.0, 1.0
-    if args.cfg != 1 and not args.drop:
-        raise BadInput(f"--cfg {args.cfg}: a model trained with --drop 0 cannot be guided, expected 1")
-    if args.interval and not args.interval[0] <= args.interval[1] < args.T:
-        raise BadInput(f"--interval: found {args.interval}, expected LO <= HI < {args.T}")
-    args.network = dict(arguments, img_size=data.size, in_channels=data.channels, num_classes=len(data.classes))
+    shape = dict(img_size=data.size, in_channels=data.channels, num_classes=len(data.classes))
     if "patch_size" in parameters:
-        args.patch = args.patch or (2 if data.latents else 4)
-        args.network["patch_size"] = args.patch
+        config["patch"] = shape["patch_size"] = args.patch or (2 if data.latents else 4)
     elif args.patch:
         raise BadInput(f"--patch {args.patch}: {args.model} has no patches")
     if "T" in parameters:
-        args.network["T"] = args.T
-    args.fingerprint = fingerprint(data.meta)
-    args.vae = data.meta.get("vae")
-    args.vae_file = data.meta.get("vae_file")
+        shape["T"] = args.T
+    if args.flip is None:
+        config["flip"] = args.dataset != "shapes" and not data.latents
+    elif args.flip and data.latents:
+        raise BadInput("--flip: latents cannot be mirrored; vae.py --mirror encodes both")
+    if not data.classes:
+        config.update(drop=0.0, cfg=1.0)
+    if config["cfg"] != 1 and not config["drop"]:
+        raise BadInput(f"--cfg {args.cfg}: a model trained with --drop 0 cannot be guided, expected 1")
+    config.update(size=data.size, classes=len(data.classes), class_names=data.classes, network=arguments | shape,
+                  fingerprint=fingerprint(data.meta), vae=data.meta.get("vae"), vae_file=data.meta.get("vae_file"))
+    return json.loads(json.dumps(config))                                    # as in config.json: no tuples
 
 
-def config_of(args, state):
-    """-> config, what the run depends on. Raises BadInput where a flag contradicts the run that is resumed."""
-    config = {key: value for key, value in vars(args).items() if key not in MACHINE}
-    config = json.loads(json.dumps(config))                                  # as in config.json: no tuples
-    saved = state["config"] if state else config
+def compare(config, saved, out):
+    """Raise BadInput where a flag, or the data, contradict the run that is resumed. A name of a weighting may
+    become a file, and one file another.
+    """
+    free = [*FREE, "weighting"] if config["weighting"].endswith(".csv") else FREE
     for key, value in config.items():
-        if value != saved[key] and key not in FREE:
-            raise BadInput(f"--{key.replace('_', '-')}: found {value}, the run in {args.out} has {saved[key]}")
-    if config["weighting"] != saved["weighting"] and config["weighting"] in WEIGHTINGS:
-        raise BadInput(f"--weighting: found {config['weighting']}, the run in {args.out} has {saved['weighting']}")
+        if value != saved.get(key) and key not in free:
+            raise BadInput(f"--{key.replace('_', '-')}: found {value}, the run in {out} has {saved.get(key)}")
     if config["steps"] != saved["steps"] and config["decay"]:
         say(f"warning: --steps was {saved['steps']}: the past was not that of a {config['steps']}-step run")
-    return config
 
 
 # --------------------------------------------------------------------------- everything random in one step
@@ -271,10 +261,9 @@ def draw_step(data, config, diffusion, step, rows):
     """Everything random in one step, drawn for the whole global batch and cut to this process's rows."""
     B, N, seed = config["batch_size"], len(data), config["seed"]
     g = generator("step", seed, step)
-    places = torch.arange(step * B, (step + 1) * B)                          # in an endless sequence of epochs
-    indices = [epoch_order(N, seed, epoch)[places[places // N == epoch] % N]
-               for epoch in (places // N).unique().tolist()]
-    x0, y = data.batch(torch.cat(indices).numpy(), g, rows)
+    places = range(step * B, (step + 1) * B)                                 # in an endless sequence of epochs
+    indices = [epoch_order(N, seed, place // N)[place % N] for place in places]
+    x0, y = data.batch(indices, g, rows)
     t, ratio = diffusion.draw(B, g, step)
     noise = torch.randn(B, *x0.shape[1:], generator=g)
     dropped = torch.rand(B, generator=g) < config["drop"]
@@ -285,17 +274,16 @@ def draw_step(data, config, diffusion, step, rows):
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(N, seed, epoch):
-    """Permutation of 0 .. N-1 for one epoch."""
-    return torch.randperm(N, generator=generator("epoch", seed, epoch))
+    """Permutation of 0 .. N-1 for one epoch, a numpy array (N,)."""
+    return torch.randperm(N, generator=generator("epoch", seed, epoch)).numpy()
 
 
 def ahead(make, first, last, threads=1):
-    """make(first), ..., make(last - 1), each prepared in a thread while as many steps before it run."""
+    """make(first), ..., make(last - 1), each prepared in a thread while the steps before it run."""
     with ThreadPoolExecutor(threads) as pool:
-        jobs = [pool.submit(make, step) for step in range(first, min(first + threads, last))]
+        jobs = [pool.submit(make, first + i) for i in range(threads)]
         for step in range(first, last):
-            if step + threads < last:
-                jobs.append(pool.submit(make, step + threads))
+            jobs.append(pool.submit(make, step + threads))
             yield jobs.pop(0).result()
 
 
@@ -379,7 +367,7 @@ def cut_log(out, step):
 def sanity(model, config, data, n=256):
     """FD-pixels to 2,048 of the data's images, of n samples and of n real images that were not trained on."""
     how = dict(steps=config["sample_steps"], cfg=config["cfg"])
-    drawn = torch.cat([draw(model, config, range(k, k + 64), **how) for k in range(0, n, 64)])
+    drawn = draw(model, config, range(n), **how)
     real, _ = shapes(range(2048), config["size"])
     unseen, _ = shapes(range(len(data), len(data) + n), config["size"])
     return fd_pixels(drawn, real), fd_pixels(unseen, real)
@@ -387,7 +375,7 @@ def sanity(model, config, data, n=256):
 
 # ------------------------------------------------------------------------------------------------- dry run
 
-def dry_run(args, config, parts, micro, world, device):
+def dry_run(config, model, ema, optimizer, diffusion, parts, micro, world, device):
     """Print the configuration, FLOPs, and what a step of `parts` times `micro` images takes here, measured on
     random numbers: a micro-batch, or on a CPU as many of its images as take seconds.
     """
@@ -401,31 +389,23 @@ def dry_run(args, config, parts, micro, world, device):
     n = micro
     if device.type == "cpu":
         n = max(1, min(micro, int(100 / forward)))
-    model, ema, optimizer = make_networks(args, config, device)
-    diffusion, _ = make_diffusion(args, config, None)
-    x = torch.randn(n, C, S, S, device=device, dtype=next(model.parameters()).dtype)
+    x = torch.randn(n, C, S, S, device=device).to(next(model.parameters()).dtype)
     t = torch.zeros(n, dtype=torch.long, device=device)
+    batch = x, t, x, t, torch.ones_like(t)
     tally = torch.zeros(10, 4, dtype=torch.float64, device=device)
     skipped = torch.zeros((), device=device)
-    moments = []
     for _ in range(2):                                                       # the first is not warm
-        for work in (lambda: backward(model, diffusion.to(device), (x, t, x, t, torch.ones_like(t)), tally, config),
-                     lambda: update(model, ema, optimizer, config, 0, skipped)):
-            since = time.monotonic()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            moments.append(time.monotonic() - since)
-    _, _, passes, last = moments
-    step = parts * micro / n * passes + last
+        since = time.monotonic()
+        backward(model, diffusion, batch, tally, config)
+        update(model, ema, optimizer, config, 0, skipped)
+        skipped.item()                                                       # waits for the device
+        step = (time.monotonic() - since) * parts * micro / n
     rate = parts * micro * world / step
-    hours = config["steps"] * step / 3600
-    memory = 5 * sum(p.numel() * p.element_size() for p in model.parameters()) / 2 ** 30
+    days = config["steps"] * step / 86_400
     print(f"{forward:,.1f} GFLOP an image forward, {3 * forward:,.1f} in training")
-    print(f"weights, gradients, moments and EMA take {memory:.2f} GiB a process, what the network computes comes on top")
-    print(f"dry run: {rate:,.2f} images/s, {step * 1e3:,.0f} ms a step ({last * 1e3:,.0f} of it the update), "
-          f"{rate * 3 * forward / 1e3:,.2f} TFLOP/s; measured with {n} images, without data and communication")
-    print(f"{config['steps']:,} steps: {hours:,.1f} hours, {hours / 24:,.1f} days")
+    print(f"dry run: {rate:,.2f} images/s, {step * 1e3:,.0f} ms a step, {rate * 3 * forward / 1e3:,.2f} TFLOP/s; "
+          f"measured with {n} images at a time, without data and communication")
+    print(f"{config['steps']:,} steps: {24 * days:,.1f} hours, {days:,.1f} days")
 
 
 # --------------------------------------------------------------------------------------- what a run consists of
@@ -433,12 +413,11 @@ def dry_run(args, config, parts, micro, world, device):
 def read_weights(path, T):
     """(T,) weights of the x0 loss from a CSV file with a column `weight`. Raises BadInput."""
     try:
-        with open(path, newline="") as file:
-            weights = torch.tensor([float(row["weight"]) for row in csv.DictReader(file)], dtype=torch.float64)
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"--weighting {path}: expected a column `weight` of numbers ({error!r})") from None
-    if len(weights) != T or not (weights.isfinite() & (weights >= 0)).all():
-        raise BadInput(f"--weighting {path}: expected {T} numbers of 0 or more, found {len(weights)} numbers")
+        weights = torch.from_numpy(np.genfromtxt(path, delimiter=",", names=True)["weight"])
+    except ValueError as error:
+        raise BadInput(f"--weighting {path}: expected a column `weight` of numbers ({error})") from None
+    if weights.shape != (T,) or not (weights.isfinite() & (weights >= 0)).all():
+        raise BadInput(f"--weighting {path}: expected {T} rows of numbers of 0 or more")
     return weights
 
 
@@ -459,8 +438,8 @@ def make_diffusion(args, config, state):
     return diffusion, weights
 
 
-def make_networks(args, config, device):
-    """-> model, its moving average, optimizer, freshly initialised."""
+def make_networks(args, config, device, state=None):
+    """-> model, its moving average, optimizer: freshly initialised, or as in a checkpoint's state."""
     torch.manual_seed(config["seed"])
     dtype = torch.float64 if config["dtype"] == "float64" else torch.float32
     model = to_device(build_model(config), device, dtype)
@@ -468,20 +447,14 @@ def make_networks(args, config, device):
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), config["lr"], config["betas"],
                                   weight_decay=config["weight_decay"], fused=True)
-    return model, ema, optimizer
-
-
-def restore(state, model, ema, optimizer, ckpt):
-    """Load a checkpoint's state into what make_networks returned. Raises BadInput where it does not fit."""
-    try:
+    if state:
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         for p, moments in optimizer.state.items():
             if moments["exp_avg"].shape != p.shape:
                 raise ValueError("optimizer moments of another shape")
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise BadInput(f"{ckpt}: weights and config disagree ({error!r:.200})") from None
+    return model, ema, optimizer
 
 
 def picture(ema, config, out, step, device):
@@ -491,8 +464,7 @@ def picture(ema, config, out, step, device):
         vae = find_vae(config, device)
     except BadInput as error:
         return f"no grid: {error}"
-    return grid(ema, config, path, steps=config["sample_steps"], cfg=config["cfg"], interval=config["interval"],
-                vae=vae)
+    return grid(ema, config, path, steps=config["sample_steps"], cfg=config["cfg"], vae=vae)
 
 
 def introduce(args, config, model, diffusion, data, micro, world, device):
@@ -508,101 +480,99 @@ def introduce(args, config, model, diffusion, data, micro, world, device):
         say(f"warning: an EMA of {config['ema']} averages over more steps than the run's {config['steps']}")
 
 
+def save(ckpt, **state):
+    """Write a checkpoint -> its stamp, by which a run knows its own."""
+    replace(ckpt, lambda file: torch.save(state, file))
+    return stamp(ckpt)
+
+
+def stamp(ckpt):
+    return ckpt.stat().st_mtime_ns if ckpt.exists() else None
+
+
 def main():
     args, state = parse()
     rank, world, device = processes()
     ckpt = args.out / "ckpt.pt"
     if ckpt.exists() and not (args.resume or args.dry_run):
         raise BadInput(f"--out {args.out}: holds a run already; go on with --resume or choose another folder")
-    B = args.batch_size
-    if B % (world * args.accum):
-        raise BadInput(f"--batch-size {B}: global, must divide by {world} processes x --accum {args.accum}")
-    micro = B // (world * args.accum)
-    rows = slice(rank * B // world, (rank + 1) * B // world)
-
-    # ------------------------------------------------------------------ data, config, network, optimizer
+    micro, rest = divmod(args.batch_size, world * args.accum)
+    if rest:
+        raise BadInput(f"--batch-size {args.batch_size}: must divide by {world} processes x --accum {args.accum}")
     data = open_data(args)
-    settle(args, data)
-    config = config_of(args, state)
+    config = settle(args, data)
     data.flip = config["flip"]
-    steps = config["steps"]
-    first = state["step"] if state else 0
-    if first > steps:
-        raise BadInput(f"--steps: found {steps}, the run in {args.out} has done {first}")
+    if state:
+        compare(config, state["config"], args.out)
+        if state["step"] > config["steps"]:
+            raise BadInput(f"--steps: found {config['steps']}, the run in {args.out} has done {state['step']}")
     if config["dtype"] == "bfloat16":
         torch.set_float32_matmul_precision("high")                           # TF32 where autocast leaves float32
     try:
         diffusion, weights = make_diffusion(args, config, state)
-        model, ema, optimizer = make_networks(args, config, device)
-    except ValueError as error:
+        model, ema, optimizer = make_networks(args, config, device, state)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if state:
+            error = f"{ckpt}: weights and config disagree ({error!r:.200})"
         raise BadInput(str(error)) from None
     diffusion.to(device)
     introduce(args, config, model, diffusion, data, micro, world, device)
     if args.dry_run:
-        return rank or dry_run(args, config, args.accum, micro, world, device)
+        return rank or dry_run(config, model, ema, optimizer, diffusion, args.accum, micro, world, device)
     tally = torch.zeros(10, 4, dtype=torch.float64, device=device)           # sums since the last log line
-    if state:
-        restore(state, model, ema, optimizer, ckpt)
-        if rank == 0:
-            tally += state["tally"].to(tally)
+    if state and rank == 0:
+        tally += state["tally"].to(tally)
+    first = state["step"] if state else 0
     state = None                                                             # its memory is needed
-    if args.compile:
-        torch._dynamo.config.suppress_errors = True                          # no compiler: a warning, and eager
-        model.compile()                                                      # in place: names stay plain
-    net, control = model, None
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        control = dist.new_group(backend="gloo")                             # for the stop signal, off the GPU
-        net = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
-    if args.data_on_gpu:
-        data.to(device)
     if rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         write_json(args.out / "config.json", config)
         cut_log(args.out, first)
     say(f"writing to {args.out}")
+    if args.compile:
+        torch._dynamo.config.suppress_errors = True                          # no compiler: a warning, and eager
+        model.compile()                                                      # in place: names stay plain
+    if args.data_on_gpu:
+        data.to(device)
+    train(args, config, data, diffusion, weights, model, ema, optimizer, tally, first)
 
-    def stamp():
-        return ckpt.stat().st_mtime_ns if ckpt.exists() else None
 
-    def save(step, total):
-        nonlocal ours
-        if stamp() != ours:
-            raise BadInput(f"--out {args.out}: another run is writing there")
-        state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step,
-                     config=config, tally=total.cpu())
-        if weights is not None:
-            state["weight"] = weights
-        replace(ckpt, lambda file: torch.save(state, file))
-        ours = stamp()
-    ours = stamp()
-
-    # -------------------------------------------------------------------------------------- training loop
-    signals, lost, done, stop = [], "", first, 0
+def train(args, config, data, diffusion, weights, model, ema, optimizer, tally, first):
+    """The training loop, from step `first` on."""
+    rank, world, device = processes()
+    ckpt = args.out / "ckpt.pt"
+    steps, B = config["steps"], config["batch_size"]
+    dtype = next(model.parameters()).dtype
+    net, control = model, None
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        control = dist.new_group(backend="gloo")                             # for the stop signal, off the GPU
+        net = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
+    signals = []
 
     def remember(number, frame):
         signals.append(number)
         signal.signal(number, signal.SIG_DFL)                                # a second Ctrl-C interrupts at once
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, remember)
-    skipped = torch.zeros((), device=device)
-    dtype = next(model.parameters()).dtype
+    signal.signal(signal.SIGINT, remember)
+    signal.signal(signal.SIGTERM, remember)
 
     def make_batch(step):
-        parts = draw_step(data, config, diffusion, step, rows)
+        parts = draw_step(data, config, diffusion, step, slice(rank * B // world, (rank + 1) * B // world))
         return [part.pin_memory() if device.type == "cuda" and part.device.type == "cpu" else part for part in parts]
-    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    threads = max(1, min(4, cores)) if device.type == "cuda" else 1          # a CPU's cores train
-    batches = ahead(make_batch, first, steps, threads)
+    batches = ahead(make_batch, first, steps, threads=4 if device.type == "cuda" else 1)
+    skipped = torch.zeros((), device=device)                                 # updates left out since the last save
+    ours = stamp(ckpt)
     since, waited, mark = time.monotonic(), 0.0, first
+    lost, stop, done = "", 0, first
     for step in range(first, steps):
         # data: prepared by a thread, already cut to this process
         now = time.monotonic()
         x0, t, noise, y, scale = (part.to(device, non_blocking=True) for part in next(batches))
+        batch = x0.to(dtype), t, noise.to(dtype), y, scale
         waited += time.monotonic() - now
 
         # loss and gradients, then update of weights and EMA
-        backward(net, diffusion, (x0.to(dtype), t, noise.to(dtype), y, scale), tally, config, args.accum, world)
+        backward(net, diffusion, batch, tally, config, args.accum, world)
         update(model, ema, optimizer, config, step, skipped)
 
         # stop signal, agreed on by all processes
@@ -612,24 +582,24 @@ def main():
             flag = torch.tensor([stop])
             dist.all_reduce(flag, dist.ReduceOp.MAX, group=control)
             stop = int(flag)
-
-        # is all still finite?
         last = done == steps
         logs = last or done % config["log_every"] == 0
         saves = last or stop or done % config["save_every"] == 0
         if not (logs or saves):
             continue
+
+        # is all still finite?
         total = tally.clone()
         if world > 1:
             dist.all_reduce(total)
-        count = int(skipped)
-        if count:
-            say(f"warning: up to step {done:,}, gradients were not finite in {count:,} steps; their updates were left out")
+        if skipped > 0:
+            say(f"warning: up to step {done:,}, gradients were not finite in {int(skipped):,} steps; their updates "
+                "were left out")
             skipped.zero_()
-        every = [*model.parameters(), *ema.parameters()]
+        norms = torch._foreach_norm([*model.parameters(), *ema.parameters()])
         if total[:, 3].sum() == 0:
             lost = f"all losses since step {mark:,}"
-        elif not torch.stack(torch._foreach_norm(every)).sum().isfinite():
+        elif not torch.stack(norms).sum().isfinite():
             lost = f"weights at step {done:,}"
         if lost:
             break
@@ -639,9 +609,9 @@ def main():
             took = time.monotonic() - since
             metrics = metrics_of(done, total)
             metrics.update(images_per_s=(done - mark) * B / took, data_share=waited / took)
+            left = (steps - done) * took / (done - mark) / 60
             say(f"step {done:,} / {steps:,}   loss {metrics['loss']:.4f}   {config['target']} mse {metrics['mse']:.4f}   "
-                f"{metrics['images_per_s']:,.0f} images/s   data {metrics['data_share']:.1%}   "
-                f"{(steps - done) * took / (done - mark) / 60:.1f} min left")
+                f"{metrics['images_per_s']:,.0f} images/s   data {metrics['data_share']:.1%}   {left:.1f} min left")
             if rank == 0:
                 log(metrics, args.out)
             since, waited, mark = time.monotonic(), 0.0, done
@@ -650,26 +620,27 @@ def main():
         if rank == 0 and config["sample_every"] and done % config["sample_every"] == 0 and not last:
             say(picture(ema, config, args.out, done, device))
         if rank == 0 and saves:
-            save(done, total)
+            if stamp(ckpt) != ours:
+                raise BadInput(f"--out {args.out}: another run is writing there")
+            table = {} if weights is None else dict(weight=weights)
+            ours = save(ckpt, model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=done,
+                        config=config, tally=total.cpu(), **table)
         if stop:
             break
 
-    # ------------------------------------------------------------------------------------------------ end
     if world > 1:
         leave_group()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if lost:
         say(f"{lost} are not finite; an earlier checkpoint was left as it is: {ckpt}")
         sys.exit(3)
     if stop:
         say(f"stopped; checkpoint of step {done}: {ckpt}; go on with --resume")
         sys.exit(128 + stop)
+    if rank == 0 and config["dataset"] == "shapes":
+        found, floor = sanity(ema, config, data)
+        say(f"FD-pixels {found:.3f} of 256 samples (256 other real images: {floor:.3f})")
     if rank == 0:
-        if config["dataset"] == "shapes":
-            found, floor = sanity(ema, config, data)
-            print(f"FD-pixels {found:.3f} of 256 samples (256 other real images: {floor:.3f})", flush=True)
-        print(picture(ema, config, args.out, steps, device))
+        say(picture(ema, config, args.out, steps, device))
 
 
 if __name__ == "__main__":
