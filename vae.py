@@ -54,9 +54,10 @@ class Attention(nn.Module):
 
     def forward(self, x):                                                    # (B,C,H,W)
         h = self.norm(x)
-        q, k, v = (f(h).flatten(2).mT[:, None] for f in (self.q, self.k, self.v))   # (B,1,HW,C), one head
-        h = F.scaled_dot_product_attention(q, k, v)[:, 0].mT                 # (B,C,HW)
-        return self.proj_out(h.unflatten(2, x.shape[2:])).add_(x)
+        heads = [layer(h).flatten(2).mT[:, None] for layer in (self.q, self.k, self.v)]
+        h = F.scaled_dot_product_attention(*heads)                           # (B,1,HW,C), one head
+        h = h[:, 0].mT.unflatten(2, x.shape[2:])                             # (B,C,H,W)
+        return self.proj_out(h).add_(x)
 
 
 class Downsample(nn.Module):
@@ -76,7 +77,8 @@ class Upsample(nn.Module):
         self.conv = conv3(channels, channels)
 
     def forward(self, x):                                                    # (B,C,H,W) -> (B,C,2H,2W)
-        sums = F.avg_pool2d(F.pad(self.conv.weight, (1, 1, 1, 1)), 2, 1, divisor_override=1)
+        padded = F.pad(self.conv.weight, (1, 1, 1, 1))
+        sums = F.avg_pool2d(padded, 2, stride=1, divisor_override=1)         # of 2 x 2 neighbours
         weight = sums.flip(2, 3).transpose(0, 1)                         # (in,out,4,4)
         return F.conv_transpose2d(x, weight, self.conv.bias, stride=2, padding=1)
 
@@ -124,7 +126,8 @@ class VAE(nn.Module):
                         "1": level(512, 256, 3, upsample=Upsample(256)),
                         "0": level(256, 128, 3)}),
             norm_out=norm(128), silu=nn.SiLU(inplace=True), conv_out=conv3(128, 3))
-        self.quant_conv, self.post_quant_conv = nn.Conv2d(8, 8, 1), nn.Conv2d(4, 4, 1)
+        self.quant_conv = nn.Conv2d(8, 8, 1)
+        self.post_quant_conv = nn.Conv2d(4, 4, 1)
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)      # faster
 
     @torch.no_grad()
@@ -227,21 +230,22 @@ def load_vae(path_or_state_dict):
 # --------------------------------------------------------------------------- command line: images -> latents
 
 def encoder(vae, device, dtype, threads):
-    """-> encode(images uint8 (n,3,S,S)), the mean and std of their latents, float16 (n,8,S/8,S/8)."""
-    def encode(images):
+    """-> encode(images uint8 (n,3,S,S)), the mean and std of their latents, float16 (n,8,S/8,S/8).
+
+    On a CPU every image has one thread, as a convolution rounds differently on another number of them.
+    """
+    def encode_part(images):
         x = images.to(device).float().div_(127.5).sub_(1)
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            moments = vae.moments(x).float()
-        return torch.cat(mean_std(moments), 1).half().cpu()
+            moments = vae.moments(x)
+        return torch.cat(mean_std(moments.float()), 1).half().cpu()
 
-    def encode_each(images):
-        if device.type != "cpu":
-            return encode(torch.from_numpy(images)).numpy()
-        # every image has one thread: a convolution rounds differently on another number of them
+    def encode(images):
+        size = 1 if device.type == "cpu" else len(images)
+        parts = torch.from_numpy(images).split(size)
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            parts = pool.map(encode, torch.from_numpy(images).split(1))
-            return torch.cat(list(parts)).numpy()
-    return encode_each
+            return torch.cat(list(pool.map(encode_part, parts))).numpy()
+    return encode
 
 
 def main():
@@ -271,11 +275,10 @@ def main():
     except ValueError as error:
         raise BadInput(str(error)) from None
     digest = hash_file(args.vae)
-    known = dict(sha256=digest, name=FILES.get(digest))
-    say(f"{args.vae}: {known['name'] or 'unknown autoencoder'}, {dtype}")
-    pack(args.src, args.size, args.out, args.split, args.classes, args.dataset, args.workers or threads,
-         args.mirror, encoder(vae, device, dtype, threads), rank, world, vae=known,
-         vae_file=os.path.abspath(args.vae), scale=SCALE, dtype=dtype,
+    say(f"{args.vae}: {FILES.get(digest, 'unknown autoencoder')}, {dtype}")
+    pack(args.src, args.size, args.out, args.split, args.classes, args.dataset,
+         workers=args.workers or threads, mirror=args.mirror, encode=encoder(vae, device, dtype, threads),
+         rank=rank, world=world, vae=digest, vae_file=os.path.abspath(args.vae), scale=SCALE, dtype=dtype,
          content="posterior mean, std of images in [-1, 1], unscaled")
 
 

@@ -220,12 +220,13 @@ def test_killed_and_restarted_pack_has_the_same_bytes(script, tmp_path):
     """600 images make 3 files; killed before plan.json, in the middle, before labels.npy and before meta.json."""
     pictures(tmp_path / "src", *(f"{k % 2}/{k}.png" for k in range(600)))
     words = ("data.py", "--src", "src", "--size", 8, "--out")
-    script(*words, "whole")
+    script(*words, "whole/pack")
     for moment in (1, 3, 5, 6):
-        script(*words, f"killed{moment}", code=9, change=functools.partial(dies, moment))
-        assert not (tmp_path / f"killed{moment}/meta.json").exists()
-        script(*words, f"killed{moment}", "--workers", moment)
-        assert contents(tmp_path / f"killed{moment}") == contents(tmp_path / "whole")
+        out = tmp_path / f"killed{moment}/pack"
+        script(*words, out, code=9, change=functools.partial(dies, moment))
+        assert not (out / "meta.json").exists()
+        script(*words, out, "--workers", moment)
+        assert contents(out) == contents(tmp_path / "whole/pack")
 
 
 # --------------------------------------------------------------------------------------------- the papers' data sets
