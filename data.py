@@ -10,6 +10,7 @@ meta.json, which comes last: a folder without it is an unfinished pack, and the 
 """
 import colorsys
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -204,7 +205,7 @@ def load_array(file, dtype, shape):
     if array.dtype != dtype or array.shape != shape:
         raise BadInput(f"{file}: found {array.dtype} {array.shape}, meta.json promises {dtype} {shape}")
     content = torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8).numpy()
-    return content[array.offset:].view(dtype).reshape(shape)
+    return content[array.offset:].view(dtype).reshape(shape)             # behind the header
 
 
 def shards(dir, kind, count):
@@ -299,7 +300,8 @@ def center_crop(image, size):
 
 def celeba_crop(image, size):
     """ScoreSDE's crop of CelebA's aligned images: the central 140 x 140, then bilinear with antialiasing."""
-    return np.asarray(image.crop((19, 39, 159, 179)).resize((size, size), Image.BILINEAR))
+    centre = image.crop((19, 39, 159, 179))
+    return np.asarray(centre.resize((size, size), Image.BILINEAR))
 
 
 @functools.cache
@@ -315,7 +317,7 @@ def read_image(src, size, dataset, name):
     if dataset != "celeba64":
         return center_crop(image, size).transpose(2, 0, 1)
     if image.size != (178, 218):
-        raise BadInput(f"{path}: found {image.width} x {image.height} pixels, expected img_align_celeba's 178 x 218")
+        raise BadInput(f"{path}: found {image.width} x {image.height} pixels, img_align_celeba has 178 x 218")
     return celeba_crop(image, size).transpose(2, 0, 1)
 
 
@@ -324,10 +326,8 @@ def read_image(src, size, dataset, name):
 def image_names(src):
     """Names of the images in a folder, its sub-folders and theirs, or in a .zip; hidden files are left out."""
     if src.is_dir():
-        names = []
-        for top, _, files in os.walk(src, followlinks=True):
-            folder = Path(top).relative_to(src)
-            names += [(folder / file).as_posix() for file in files]
+        found = glob.glob("**", root_dir=src, recursive=True)
+        names = [name.replace(os.sep, "/") for name in found]
     elif zipfile.is_zipfile(src):
         names = open_zip(src).namelist()
     else:
@@ -366,29 +366,6 @@ def imagenet():
     table = Path(__file__).parent / "assets" / "imagenet.txt"
     lines = table.read_text().splitlines()       # wnid, number in the ILSVRC kit, name
     return dict(line.split(" ", 2)[::2] for line in lines)
-
-
-def list_imagenet(src):
-    """ILSVRC's training folders, one a wnid: all of them and no others."""
-    names, labels, folders = list_images(src)
-    known = imagenet()
-    wrong = sorted(known.keys() ^ folders)
-    if wrong:
-        raise BadInput(f"--src {src}: found {len(folders)} class folders, expected ImageNet's 1,000 wnids; "
-                       f"lacks, or should not have, {wrong[0]}")
-    return names, labels, list(known.values())
-
-
-CELEBA = {"train": ("000001", "162770"), "val": ("162771", "182637"), "test": ("182638", "202599")}
-
-
-def list_celeba(src, split):
-    """CelebA's aligned images of one split, by their numbers, as list_eval_partition.txt divides them."""
-    if split not in CELEBA:
-        raise BadInput(f"--split {split}: expected {', '.join(CELEBA)}")
-    first, last = CELEBA[split]
-    names = [name for name in image_names(src) if first <= Path(name).stem <= last]
-    return names, [0] * len(names), []
 
 
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -432,6 +409,9 @@ def class_names(dataset):
     return list(imagenet().values()) if dataset in IMAGENETS else []
 
 
+CELEBA = {"train": ("000001", "162770"), "val": ("162771", "182637"), "test": ("182638", "202599")}
+
+
 def listing(src, size, dataset, split):
     """-> read, names, labels, class names, crop, filter of a data set of the papers or any folder of images.
 
@@ -441,10 +421,19 @@ def listing(src, size, dataset, split):
         images, labels = read_cifar10(src, split)
         return images.__getitem__, range(len(images)), labels, CIFAR10, "as published", "as published"
     read = functools.partial(read_image, src, size, dataset)
-    if dataset == "celeba64":
-        return read, *list_celeba(src, split), "center 140 (ScoreSDE)", "bilinear, antialiased"
-    found = list_imagenet(src) if dataset in IMAGENETS else list_images(src)
-    return read, *found, "center (ADM)", "box halving, then bicubic"
+    names, labels, classes = list_images(src)
+    if dataset == "celeba64":                    # divided by number, as in list_eval_partition.txt
+        first, last = CELEBA.get(split, ("", ""))
+        names = [name for name in names if first <= Path(name).stem <= last]
+        return read, names, [0] * len(names), [], "center 140 (ScoreSDE)", "bilinear, antialiased"
+    if dataset in IMAGENETS:
+        known = imagenet()
+        wrong = sorted(known.keys() ^ classes)
+        if wrong:
+            raise BadInput(f"--src {src}: found {len(classes)} class folders, expected ImageNet's 1,000 wnids; "
+                           f"{wrong[0]} is lacking, or is none of them")
+        classes = list(known.values())
+    return read, names, labels, classes, "center (ADM)", "box halving, then bicubic"
 
 
 # ------------------------------------------------------------------------------------------------- packing
@@ -467,9 +456,10 @@ def begin(out, meta):
     for name in ("plan.json", "meta.json"):
         if (out / name).exists():
             found = read_json(out / name)
-            other = [key for key in meta if key not in NAMES and found.get(key) != meta[key]]
+            keys = (meta | found).keys() - set(NAMES)
+            other = sorted(key for key in keys if found.get(key) != meta.get(key))
             if other:
-                raise BadInput(f"--out {out}: holds a pack of another {' and '.join(other)}; expected a new folder")
+                raise BadInput(f"--out {out}: holds a pack of another {', '.join(other)}; expected a new folder")
             return name == "meta.json"
     if arrays:
         raise BadInput(f"--out {out}: holds {arrays[0].name} and no plan.json; expected a new folder")
@@ -524,7 +514,9 @@ def fill(parts, row, encode, workers, rank, world):
     """Write this process's share of the files; the next one's images are read while one is encoded."""
     own = list(parts)[rank::world]
     todo = [file for file in own if not file.exists()]
-    since, start = time.monotonic(), len(own) - len(todo)
+    total = sum(len(parts[file]) for file in own)
+    done = start = total - sum(len(parts[file]) for file in todo)
+    since = time.monotonic()
     with ThreadPoolExecutor(workers) as pool:
         coming = [pool.map(row, parts[file]) for file in todo[:1]]
         for k, file in enumerate(todo, 1):
@@ -533,8 +525,9 @@ def fill(parts, row, encode, workers, rank, world):
             if encode:
                 images = encode(images)
             replace(file, lambda f: np.save(f, images))
+            done += len(images)
             if rank == 0:
-                progress(f"files of {SHARD} images", start + k, len(own), since, start)
+                progress("packed", done, total, since, start)
 
 
 def tile(images, columns):
@@ -560,8 +553,7 @@ def check(dir):
         return print("latents: no contact sheet; vae.py made them")
     sheet = Path(dir) / "sheet.png"
     picks = np.linspace(0, len(data) - 1, min(64, len(data))).astype(int)
-    image = tile(data.images[picks], 8)
-    replace(sheet, lambda file: image.save(file, "PNG"))
+    replace(sheet, lambda file: tile(data.images[picks], 8).save(file, "PNG"))
     print(f"contact sheet: {sheet.resolve()}")
 
 

@@ -193,12 +193,13 @@ def load_vae(path_or_state_dict):
 
     Names are CompVis's or diffusers' in either spelling, in a `state_dict` or not, after `first_stage_model.`
     or not; `loss.*` and `model_ema.*` are dropped, and attention weights may lack their trailing dimensions.
-    Raises ValueError of one line.
+    Raises BadInput, a ValueError of one line.
     """
-    where, state = "state dict", path_or_state_dict
+    from files import BadInput, read
+    state, where = path_or_state_dict, "state dict"
     if not isinstance(state, dict):
-        from files import read
-        where, state = state, read(state)
+        where = state
+        state = read(where)
     if isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     state = {str(name): value for name, value in state.items()}
@@ -223,7 +224,7 @@ def load_vae(path_or_state_dict):
         model.load_state_dict(found)
     except RuntimeError as error:
         lines = " ".join(str(error).split())
-        raise ValueError(f"{where}: not Stable Diffusion's autoencoder: {lines[:300]}") from None
+        raise BadInput(f"{where}: not Stable Diffusion's autoencoder: {lines[:300]}") from None
     return model
 
 
@@ -270,10 +271,7 @@ def main():
     threads = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     torch.backends.cudnn.allow_tf32 = False                                  # float32 means float32
     dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    try:
-        vae = load_vae(args.vae).to(device)
-    except ValueError as error:
-        raise BadInput(str(error)) from None
+    vae = load_vae(args.vae).to(device)
     digest = hash_file(args.vae)
     say(f"{args.vae}: {FILES.get(digest, 'unknown autoencoder')}, {dtype}")
     pack(args.src, args.size, args.out, args.split, args.classes, args.dataset,

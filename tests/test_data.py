@@ -199,7 +199,7 @@ def test_a_folder_that_holds_another_pack_is_refused(script, tmp_path):
     assert "another size" in script(*words, 32, code=2)
     (tmp_path / "out/meta.json").rename(tmp_path / "out/plan.json")          # as if unfinished
     (tmp_path / "src/cat/2.png").unlink()
-    assert "another count and listing" in script(*words, 16, code=2)
+    assert "another count, listing" in script(*words, 16, code=2)
     (tmp_path / "out/plan.json").unlink()
     assert "no plan.json" in script(*words, 16, code=2)
 
