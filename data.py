@@ -67,7 +67,8 @@ def arc(x, radius, start, stop):
 
 def heart():
     a = 2 * np.pi * np.arange(48) / 48
-    y = np.cos(np.outer(a, [1, 2, 3, 4])) @ [13, -5, -2, -1]
+    waves = np.cos(np.outer(a, [1, 2, 3, 4]))
+    y = waves @ [13, -5, -2, -1]
     return np.sin(a) ** 3 - 1j * y / 16
 
 
@@ -83,14 +84,16 @@ SHAPES = {  # name: outline in the unit circle, x + y j with y pointing down; a 
     "glass":    [np.array([-.8 - 1j, .8 - 1j, .12 + 0j,
                            .8 + 1j, -.8 + 1j, -.12 + 0j])],
     "heart":    [heart()],
-    "moon":     [np.concatenate([arc(0, 1, 0.3, 1.7), arc(0.588, 0.809, 1.5, 0.5)])],
+    "moon":     [np.append(arc(0, 1, 0.3, 1.7),
+                           arc(0.588, 0.809, 1.5, 0.5))],
 }
 
 
 def colour(rng, darkest, brightest):
     """Random red, green and blue, 0 .. 255, of a brightness from darkest to brightest."""
-    hue, saturation, value = rng.random(), rng.uniform(0.2, 1), rng.uniform(darkest, brightest)
-    return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, value))
+    hue, saturation = rng.random(), rng.uniform(0.2, 1)
+    parts = colorsys.hsv_to_rgb(hue, saturation, rng.uniform(darkest, brightest))
+    return tuple(round(255 * part) for part in parts)
 
 
 def draw_shape(index, size):
@@ -98,7 +101,8 @@ def draw_shape(index, size):
     rng = random.Random(index)                   # numbers in a fixed order, none of them dependent on size
     shape, ground = colour(rng, 0.8, 1), colour(rng, 0.1, 0.4)
     centre = complex(rng.uniform(.42, .58), rng.uniform(.42, .58))
-    scale, angle = rng.uniform(.31, .42), rng.uniform(-.3, .3)
+    scale = rng.uniform(.31, .42)
+    angle = rng.uniform(-.3, .3)
     side = 4 * size
     image = Image.new("RGB", (side, side), ground)
     outlines = list(SHAPES.values())[index % len(SHAPES)]
@@ -126,7 +130,8 @@ class Images:
     """
 
     def __init__(self, images, labels, meta, flip=False):
-        self.images, self.labels, self.meta, self.flip = images, labels, meta, flip
+        self.images, self.labels = images, labels
+        self.meta, self.flip = meta, flip
         self.latents = images.shape[1] == 8
         self.size = images.shape[2]
         self.channels = 4 if self.latents else 3
@@ -189,7 +194,8 @@ def built_in(size, count=100_000, flip=False):
     """The first `count` shapes as a data set; each is drawn where it is read, 0.1 ms an image."""
     images = Rows((count, 3, size, size), functools.partial(draw_shape, size=size))
     labels = np.arange(count, dtype=np.int64) % len(SHAPES)
-    meta = dict(dataset="shapes", split="train", count=count, size=size, classes=list(SHAPES))
+    meta = dict(dataset="shapes", split="train", count=count, size=size,
+                classes=list(SHAPES))
     return Images(images, labels, meta, flip)
 
 
@@ -204,7 +210,8 @@ def load_array(file, dtype, shape):
         raise BadInput(f"{file}: cannot be read ({error})") from None
     if array.dtype != dtype or array.shape != shape:
         raise BadInput(f"{file}: found {array.dtype} {array.shape}, meta.json promises {dtype} {shape}")
-    content = torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8).numpy()
+    size = file.stat().st_size
+    content = torch.from_file(str(file), size=size, dtype=torch.uint8).numpy()
     return content[array.offset:].view(dtype).reshape(shape)             # behind the header
 
 
@@ -376,8 +383,8 @@ CIFAR10_SPLITS = {"train": [f"data_batch_{k}" for k in range(1, 6)], "test": ["t
 
 class Batch(pickle.Unpickler):
     """Reads a batch of CIFAR-10, a dict of numpy arrays and lists, and knows no other name than theirs."""
-    known = {"ndarray": np.ndarray, "dtype": np.dtype, "_reconstruct": np.zeros(0).__reduce__()[0],
-             "encode": str.encode}
+    known = {"ndarray": np.ndarray, "dtype": np.dtype, "encode": str.encode,
+             "_reconstruct": np.zeros(0).__reduce__()[0]}
 
     def find_class(self, module, name):
         if name not in self.known:
@@ -397,7 +404,8 @@ def read_cifar10(src, split):
             batch = Batch(file, encoding="latin1").load()
             images.append(batch["data"].reshape(-1, 3, 32, 32))
             labels += batch["labels"]
-    except (OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError, tarfile.TarError) as error:
+    except (OSError, EOFError, KeyError, ValueError,
+            pickle.UnpicklingError, tarfile.TarError) as error:
         raise BadInput(f"--src {src}: no CIFAR-10 of --split {split} as published ({error!r})") from None
     return np.concatenate(images), labels
 
@@ -409,7 +417,11 @@ def class_names(dataset):
     return list(imagenet().values()) if dataset in IMAGENETS else []
 
 
-CELEBA = {"train": ("000001", "162770"), "val": ("162771", "182637"), "test": ("182638", "202599")}
+CELEBA = {  # first and last number of each split
+    "train": ("000001", "162770"),
+    "val":   ("162771", "182637"),
+    "test":  ("182638", "202599"),
+}
 
 
 def listing(src, size, dataset, split):
@@ -468,8 +480,8 @@ def begin(out, meta):
     return False
 
 
-def pack(src, size, out, split="train", classes=None, dataset=None, workers=None, mirror=False,
-         encode=None, rank=0, world=1, **more):
+def pack(src, size, out, split="train", classes=None, dataset=None, workers=None,
+         mirror=False, encode=None, rank=0, world=1, **more):
     """Pack the images below `src` into folder `out`; after a kill it goes on, to the same bytes.
 
     With mirror every image comes twice, as it is and mirrored. encode(images uint8 (n,3,S,S)) -> the array to store
@@ -487,8 +499,9 @@ def pack(src, size, out, split="train", classes=None, dataset=None, workers=None
     digest = hashlib.sha256(json.dumps([*zip(names, labels)]).encode())
     copies = 2 if mirror else 1
     count = len(names) * copies
-    meta = dict(dataset=dataset, split=split, count=count, size=size, classes=folders, mirror=mirror,
-                listing=digest.hexdigest(), crop=crop, filter=filter, **more)
+    meta = dict(dataset=dataset, split=split, count=count, size=size,
+                classes=folders, listing=digest.hexdigest(), mirror=mirror,
+                crop=crop, filter=filter, **more)
     if begin(out, meta):
         return say(f"{out}: already packed, {count:,} images")
 
@@ -544,16 +557,16 @@ def tile(images, columns):
 def check(dir):
     """Print what a packed folder holds and draw 64 of its images."""
     data = Packed(dir)
-    print(json.dumps({key: value for key, value in data.meta.items() if key != "classes"}))
-    counts = np.bincount(data.labels)
+    print(json.dumps(data.meta | dict(classes=len(data.classes))))
+    counts = np.bincount(data.labels, minlength=len(data.classes))
     for label, name in enumerate(data.classes):
         print(f"{label:5d}  {counts[label]:9,}  {name!r}")
-    print(f"{len(data):,} images, {len(data.classes)} classes")
     if data.latents:
         return print("latents: no contact sheet; vae.py made them")
     sheet = Path(dir) / "sheet.png"
-    picks = np.linspace(0, len(data) - 1, min(64, len(data))).astype(int)
-    replace(sheet, lambda file: tile(data.images[picks], 8).save(file, "PNG"))
+    picks = np.linspace(0, len(data) - 1, min(64, len(data)))
+    image = tile(data.images[picks], 8)
+    replace(sheet, lambda file: image.save(file, "PNG"))
     print(f"contact sheet: {sheet.resolve()}")
 
 

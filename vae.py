@@ -54,8 +54,9 @@ class Attention(nn.Module):
 
     def forward(self, x):                                                    # (B,C,H,W)
         h = self.norm(x)
-        heads = [layer(h).flatten(2).mT[:, None] for layer in (self.q, self.k, self.v)]
-        h = F.scaled_dot_product_attention(*heads)                           # (B,1,HW,C), one head
+        layers = (self.q, self.k, self.v)
+        q, k, v = (layer(h).flatten(2).mT[:, None] for layer in layers)      # (B,1,HW,C), one head
+        h = F.scaled_dot_product_attention(q, k, v)
         h = h[:, 0].mT.unflatten(2, x.shape[2:])                             # (B,C,H,W)
         return self.proj_out(h).add_(x)
 
@@ -117,23 +118,29 @@ class VAE(nn.Module):
                        level(256, 512, 2, downsample=Downsample(512)),
                        level(512, 512, 2)),
             mid=middle(512),
-            norm_out=norm(512), silu=nn.SiLU(inplace=True), conv_out=conv3(512, 8))
+            norm_out=norm(512),
+            silu=nn.SiLU(inplace=True),
+            conv_out=conv3(512, 8))
+        up = {"3": level(512, 512, 3, upsample=Upsample(512)),               # counted as in down
+              "2": level(512, 512, 3, upsample=Upsample(512)),
+              "1": level(512, 256, 3, upsample=Upsample(256)),
+              "0": level(256, 128, 3)}
         self.decoder = chain(
             conv_in=conv3(4, 512),
             mid=middle(512),
-            up=chain(**{"3": level(512, 512, 3, upsample=Upsample(512)),     # counted as in down
-                        "2": level(512, 512, 3, upsample=Upsample(512)),
-                        "1": level(512, 256, 3, upsample=Upsample(256)),
-                        "0": level(256, 128, 3)}),
-            norm_out=norm(128), silu=nn.SiLU(inplace=True), conv_out=conv3(128, 3))
+            up=chain(**up),
+            norm_out=norm(128),
+            silu=nn.SiLU(inplace=True),
+            conv_out=conv3(128, 3))
         self.quant_conv = nn.Conv2d(8, 8, 1)
         self.post_quant_conv = nn.Conv2d(4, 4, 1)
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)      # faster
 
     @torch.no_grad()
     def run(self, first, then, x, pixels):
-        images = max(1, 2 ** (20 if x.is_cuda else 17) // pixels)            # at 256 x 256: 16 or 2 at a time
-        parts = x.contiguous(memory_format=torch.channels_last).split(images)
+        at_once = 2 ** 20 if x.is_cuda else 2 ** 17                          # 16 or 2 images of 256 x 256
+        x = x.contiguous(memory_format=torch.channels_last)
+        parts = x.split(max(1, at_once // pixels))
         return torch.cat([then(first(part)) for part in parts]).contiguous()
 
     def moments(self, x):
@@ -275,8 +282,9 @@ def main():
     digest = hash_file(args.vae)
     say(f"{args.vae}: {FILES.get(digest, 'unknown autoencoder')}, {dtype}")
     pack(args.src, args.size, args.out, args.split, args.classes, args.dataset,
-         workers=args.workers or threads, mirror=args.mirror, encode=encoder(vae, device, dtype, threads),
-         rank=rank, world=world, vae=digest, vae_file=os.path.abspath(args.vae), scale=SCALE, dtype=dtype,
+         workers=args.workers or threads, mirror=args.mirror,
+         encode=encoder(vae, device, dtype, threads), rank=rank, world=world,
+         vae=digest, vae_file=os.path.abspath(args.vae), scale=SCALE, dtype=dtype,
          content="posterior mean, std of images in [-1, 1], unscaled")
 
 
