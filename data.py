@@ -564,7 +564,7 @@ def check(dir):
     if data.latents:
         return print("latents: no contact sheet; vae.py made them")
     sheet = Path(dir) / "sheet.png"
-    picks = np.linspace(0, len(data) - 1, min(64, len(data)))
+    picks = np.linspace(0, len(data) - 1, min(64, len(data))).astype(int)
     image = tile(data.images[picks], 8)
     replace(sheet, lambda file: image.save(file, "PNG"))
     print(f"contact sheet: {sheet.resolve()}")
