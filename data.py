@@ -1,12 +1,12 @@
 """Images in, batches out: the built-in shapes, the packed format, and `python data.py` that makes it.
 
-    python data.py --src DIR --size 64 --out data/NAME       # sub-folders are the classes (or none); restartable
+    python data.py --src DIR --size 64 --out data/NAME       # sub-folders are the classes, or none
     python data.py --dataset imagenet64 --src ILSVRC/train   # as the papers prepare it, into data/imagenet64
     python data.py --check data/NAME                         # counts, classes and a contact sheet
 
-A packed folder holds images_00000.npy, images_00001.npy, ..., each uint8 (256,3,S,S) and the last one shorter, or
-latents_00000.npy, ..., float16 (256,8,S/8,S/8), which vae.py writes. Beside them lie labels.npy, int64 (N,), and
-meta.json, which comes last: a folder without it is an unfinished pack, and the same command goes on with it.
+A packed folder holds images_00000.npy, images_00001.npy, ..., each uint8 (256,3,S,S), the last one shorter,
+or latents_00000.npy, ..., float16 (256,8,S/8,S/8), which vae.py writes. Beside them lie labels.npy, int64
+(N,), and meta.json. That comes last: until then plan.json is there, and the same command goes on after a kill.
 """
 import colorsys
 import functools
@@ -53,7 +53,7 @@ def generator(purpose, seed, k):
     return torch.Generator().manual_seed((first + k) % 2 ** 32)
 
 
-# ----------------------------------------------------------------------------------- the built-in images
+# ---------------------------------------------------------------------------------------- the built-in images
 
 def polygon(corners, turn=0.0):
     """Corners of a regular polygon on the unit circle, from straight up, turned by a share of a full turn."""
@@ -119,14 +119,15 @@ def shapes(indices, size):
     return images, np.asarray(indices, dtype=np.int64) % len(SHAPES)
 
 
-# ------------------------------------------------------------------------------------ batches (training)
+# ----------------------------------------------------------------------------------------- batches (training)
 
 class Images:
     """images, labels int64 (N,) and meta (dict), from anywhere, as batches for training.
 
-    images are uint8 (N,3,S,S), or latents: float16 (N,8,S,S), mean and std of the posterior, unscaled. Anything
-    with a shape that gives the rows of an array of indices will do. meta["classes"] lists the names of the classes,
-    meta["scale"] is the factor of latents. Raises BadInput for labels that are not int64 or not 0 .. classes - 1.
+    images are uint8 (N,3,S,S), or latents: float16 (N,8,S,S), mean and std of the posterior, unscaled.
+    Anything with a shape that gives the rows of an array of indices will do. meta["classes"] lists the names
+    of the classes, meta["scale"] is the factor of latents. Raises BadInput for labels that are not int64 or lie
+    outside 0 .. classes - 1.
     """
 
     def __init__(self, images, labels, meta, flip=False):
@@ -140,7 +141,8 @@ class Images:
         if labels.dtype != np.int64 or labels.shape != (len(images),):
             raise BadInput(f"{found}, expected int64 ({len(images)},)")
         if labels.min() < 0 or labels.max() >= max(1, len(self.classes)):
-            raise BadInput(f"{found} from {labels.min()} to {labels.max()}, expected {len(self.classes)} classes")
+            raise BadInput(f"{found} from {labels.min()} to {labels.max()}, "
+                           f"expected {len(self.classes)} classes")
 
     def __len__(self):
         return len(self.images)
@@ -257,7 +259,7 @@ class Packed(Images):
         super().__init__(images, labels, meta, flip)
 
 
-# ------------------------------------------------------------------------------- image files and their crops
+# -------------------------------------------------------------------------------- image files and their crops
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")   # no others: Pillow runs Ghostscript for some
 DAMAGE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile,
@@ -317,7 +319,7 @@ def open_zip(path):
 
 
 def read_image(src, size, dataset, name):
-    """uint8 (3,size,size) of the image `name` in a folder or .zip; the papers' data are read as the papers did."""
+    """uint8 (3,size,size) of the image `name` in a folder or .zip, of the papers' data as they read it."""
     archive = open_zip(src) if src.is_file() else None
     path = name if archive else src / name
     image = load_image(path, dataset in DATASETS, archive)
@@ -331,7 +333,7 @@ def read_image(src, size, dataset, name):
 # ------------------------------------------------------------------------ what is on disk -> names and labels
 
 def image_names(src):
-    """Names of the images in a folder, its sub-folders and theirs, or in a .zip; hidden files are left out."""
+    """Names of the images in a folder and those below it, or in a .zip; hidden files are left out."""
     if src.is_dir():
         found = glob.glob("**", root_dir=src, recursive=True)
         names = [name.replace(os.sep, "/") for name in found]
@@ -349,8 +351,8 @@ def image_names(src):
 def list_images(src):
     """Names of the images in a fixed order, label of each, class names.
 
-    The folders below the one that all images share are the classes, sorted by name, or by number where all are
-    numbers. Images in no such folder have no classes.
+    The folders below the one that all images share are the classes, sorted by name, or by number where all
+    are numbers. Images in no such folder have no classes.
     """
     names = image_names(src)
     shared = os.path.commonpath([os.path.dirname(name) for name in names])
@@ -442,13 +444,13 @@ def listing(src, size, dataset, split):
         known = imagenet()
         wrong = sorted(known.keys() ^ classes)
         if wrong:
-            raise BadInput(f"--src {src}: found {len(classes)} class folders, expected ImageNet's 1,000 wnids; "
-                           f"{wrong[0]} is lacking, or is none of them")
+            raise BadInput(f"--src {src}: found {len(classes)} class folders, expected ImageNet's 1,000 "
+                           f"wnids; {wrong[0]} is lacking, or is none of them")
         classes = list(known.values())
     return read, names, labels, classes, "center (ADM)", "box halving, then bicubic"
 
 
-# ------------------------------------------------------------------------------------------------- packing
+# ---------------------------------------------------------------------------------------------------- packing
 
 NAMES = ("dataset", "vae_file")                  # in a pack's meta, what it goes by
 
@@ -471,7 +473,8 @@ def begin(out, meta):
             keys = (meta | found).keys() - set(NAMES)
             other = sorted(key for key in keys if found.get(key) != meta.get(key))
             if other:
-                raise BadInput(f"--out {out}: holds a pack of another {', '.join(other)}; expected a new folder")
+                raise BadInput(f"--out {out}: holds a pack of another {', '.join(other)}; "
+                               "expected a new folder")
             return name == "meta.json"
     if arrays:
         raise BadInput(f"--out {out}: holds {arrays[0].name} and no plan.json; expected a new folder")
@@ -484,9 +487,9 @@ def pack(src, size, out, split="train", classes=None, dataset=None, workers=None
          mirror=False, encode=None, rank=0, world=1, **more):
     """Pack the images below `src` into folder `out`; after a kill it goes on, to the same bytes.
 
-    With mirror every image comes twice, as it is and mirrored. encode(images uint8 (n,3,S,S)) -> the array to store
-    in their place, as vae.py does. Of several processes the one of number `rank` makes every `world`-th file. `more`
-    goes into meta.json. Raises BadInput.
+    With mirror every image comes twice, as it is and mirrored. encode(images uint8 (n,3,S,S)) -> the array to
+    store in their place, as vae.py does. Of several processes the one of number `rank` makes every `world`-th
+    file. `more` goes into meta.json. Raises BadInput.
     """
     src, out = Path(src), Path(out)
     dataset = dataset or out.name
@@ -594,8 +597,8 @@ def main():
             download(CIFAR10_URL, args.src, CIFAR10_SHA256, "--src")
     side = DATASETS.get(dataset, [args.size])[0]
     if not (args.src and dataset and side) or args.size not in (None, side):
-        raise BadInput("expected --src DIR --size S --out data/NAME, or a --dataset of the papers, which has its own "
-                       "size, and its --src or, of cifar10, --download")
+        raise BadInput("expected --src DIR --size S --out data/NAME, or a --dataset of the papers, which has "
+                       "its own size, and its --src or, of cifar10, --download")
     out = args.out or f"data/{dataset}"
     pack(args.src, side, out, args.split, args.classes, dataset, args.workers)
 

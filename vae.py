@@ -171,7 +171,7 @@ def mean_std(moments):
     return mean, (logvar.clamp(-30, 20) / 2).exp()
 
 
-# ------------------------------------------------------------------------------------------- the weights
+# ------------------------------------------------------------------------------------------------ the weights
 
 FILES = {  # SHA-256: repository of stabilityai on huggingface.co, container
     "c6a580b13a5bc05a5e16e4dbb80608ff2ec251a162311590c1f34c013d7f3dab": "sd-vae-ft-mse-original .ckpt",
@@ -235,7 +235,7 @@ def load_vae(path_or_state_dict):
     return model
 
 
-# --------------------------------------------------------------------------- command line: images -> latents
+# ---------------------------------------------------------------------------- command line: images -> latents
 
 def encoder(vae, device, dtype, threads):
     """-> encode(images uint8 (n,3,S,S)), the mean and std of their latents, float16 (n,8,S/8,S/8).

@@ -70,7 +70,7 @@ def test_shapes_are_the_same_scene_at_any_size():
     assert np.abs(shrunk - small[::-1]).mean() > 20
 
 
-# ------------------------------------------------------------------------------------- image files and their crops
+# -------------------------------------------------------------------------------- image files and their crops
 
 def saved(path, image, **how):
     image.save(path, **how)
@@ -143,7 +143,7 @@ def test_celeba_crop_is_scoresdes_antialiased_bilinear():
     assert np.abs(error).max() < 1
 
 
-# ------------------------------------------------------------------------------------------------------ packing
+# ---------------------------------------------------------------------------------------------------- packing
 
 def test_pack_and_check(script, tmp_path):
     pets(tmp_path / "src")
@@ -242,7 +242,7 @@ def dies(moment):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kills")
 def test_killed_and_restarted_pack_has_the_same_bytes(script, tmp_path):
-    """600 images make 3 files; killed before plan.json, in the middle, before labels.npy and before meta.json."""
+    """600 images make 3 files. Killed before plan.json, between files, before labels.npy and meta.json."""
     pictures(tmp_path / "src", *(f"{k % 2}/{k}.png" for k in range(600)))
     words = ("data.py", "--src", "src", "--size", 8, "--out")
     script(*words, "whole/pack")
@@ -254,11 +254,11 @@ def test_killed_and_restarted_pack_has_the_same_bytes(script, tmp_path):
         assert contents(out) == contents(tmp_path / "whole/pack")
 
 
-# --------------------------------------------------------------------------------------------- the papers' data sets
+# -------------------------------------------------------------------------------------- the papers' data sets
 
 def test_imagenet(script, tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 3                                                         # upside down, which the papers did not see
+    exif[0x0112] = 3                                                         # upside down, not for the papers
     picture().save(tmp_path / "one.JPEG", exif=exif)
     for wnid in WNIDS:
         (tmp_path / "train" / wnid).mkdir(parents=True)
@@ -323,16 +323,20 @@ def python2(rows, labels):
     def text(string):
         return b"U" + bytes([len(string)]) + string
     count, size = len(rows).to_bytes(2, "little"), rows.nbytes.to_bytes(4, "little")
-    parts = [b"\x80\x02}(", text(b"data"), b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85",
-             text(b"b"), b"tR(K\x01M", count, b"M\x00\x0c\x86cnumpy\ndtype\n(", text(b"u1"), b"K\x00K\x01tR(K\x03",
-             text(b"|"), b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89", b"T", size, rows.tobytes(), b"tb",
-             text(b"labels"), b"]("]
-    return b"".join(parts) + b"".join(b"K" + bytes([label]) for label in labels) + b"eu."
+    parts = [
+        b"\x80\x02}(", text(b"data"),
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85", text(b"b"),
+        b"tR(K\x01M", count, b"M\x00\x0c\x86cnumpy\ndtype\n(", text(b"u1"),
+        b"K\x00K\x01tR(K\x03", text(b"|"), b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89",
+        b"T", size, rows.tobytes(),
+        b"tb", text(b"labels"), b"]("]
+    parts += [b"K" + bytes([label]) for label in labels]
+    return b"".join(parts) + b"eu."
 
 
 @pytest.fixture
 def cifar(tmp_path):
-    """-> (images, labels): six batches of 20 in cifar-10-batches-py and its tar.gz, old pickles and new ones."""
+    """-> (images, labels) of six batches of 20, in a folder and its tar.gz, pickled then and now."""
     rows = np.random.RandomState(1).randint(0, 256, (120, 3072), np.uint8)
     labels = [k % 10 for k in range(120)]
     names = [f"data_batch_{k}" for k in range(1, 6)] + ["test_batch"]
@@ -378,7 +382,7 @@ def test_foreign_and_damaged_batches_are_refused_and_not_run(cifar, script, tmp_
     assert not (tmp_path / "planted").exists()
 
 
-# ------------------------------------------------------------------------------------------- packs and batches
+# ------------------------------------------------------------------------------------------ packs and batches
 
 def write_pack(folder, images, labels, **meta):
     for file, rows in data.shards(folder, "images", len(images)).items():

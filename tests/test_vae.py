@@ -1,4 +1,4 @@
-"""The autoencoder against golden values, its weights in every naming and container, and packing as latents."""
+"""The autoencoder against golden values, its weights in every naming, and packing as latents."""
 import functools
 import shutil
 import subprocess
@@ -167,7 +167,7 @@ def test_the_file_stands_alone(tmp_path):
     assert found.stdout.split() == [b"248"], found.stderr
 
 
-# ------------------------------------------------------------------------------------------------- the weights
+# ------------------------------------------------------------------------------------------------ the weights
 
 def test_names_are_those_of_diffusers(values, tiny):
     assert layout(to_diffusers(tiny)) == golden_layout(values, "diffusers")
@@ -235,7 +235,7 @@ def test_other_checkpoints_are_refused(state):
         load_vae(state)
 
 
-# -------------------------------------------------------------------------------------------- images -> latents
+# ------------------------------------------------------------------------------------------ images -> latents
 
 def test_encoding_is_the_same_on_any_number_of_threads(model):
     images, cpu = shapes(range(3), 32)[0], torch.device("cpu")
