@@ -6,7 +6,7 @@
 
 A packed folder holds images_00000.npy, images_00001.npy, ..., each uint8 (256,3,S,S), the last one shorter,
 or latents_00000.npy, ..., float16 (256,8,S/8,S/8), which vae.py writes. Beside them lie labels.npy, int64
-(N,), and meta.json. That comes last: until then plan.json is there, and the same command goes on after a kill.
+(N,), and meta.json. That comes last: until then plan.json is there, and the same command goes on.
 """
 import colorsys
 import functools
@@ -126,8 +126,8 @@ class Images:
 
     images are uint8 (N,3,S,S), or latents: float16 (N,8,S,S), mean and std of the posterior, unscaled.
     Anything with a shape that gives the rows of an array of indices will do. meta["classes"] lists the names
-    of the classes, meta["scale"] is the factor of latents. Raises BadInput for labels that are not int64 or lie
-    outside 0 .. classes - 1.
+    of the classes, meta["scale"] is the factor of latents. Raises BadInput for labels that are not int64 or
+    lie outside 0 .. classes - 1.
     """
 
     def __init__(self, images, labels, meta, flip=False):
