@@ -1,121 +1,148 @@
 """Images in, batches out: the built-in shapes, the packed format, and `python data.py` that makes it.
 
-    python data.py --src DIR --size 64 --out data/NAME   # sub-folders are the classes (or none); restartable
+    python data.py --src DIR --size 64 --out data/NAME       # sub-folders are the classes, or none
     python data.py --dataset imagenet64 --src ILSVRC/train   # as the papers prepare it, into data/imagenet64
-    python data.py --check data/NAME                     # counts, classes and a contact sheet
+    python data.py --check data/NAME                         # counts, classes and a contact sheet
 
-A packed folder holds images.npy, uint8 (N,3,S,S), or latents.npy, float16 (N,8,S/8,S/8), which vae.py writes,
-labels.npy, int64 (N,), and meta.json, which is written last: a folder without it is an unfinished pack.
+A packed folder holds images_00000.npy, images_00001.npy, ..., each uint8 (256,3,S,S), the last one shorter,
+or latents_00000.npy, ..., float16 (256,8,S/8,S/8), which vae.py writes. Beside them lie labels.npy, int64
+(N,), and meta.json. That comes last: until then plan.json is there, and the same command goes on.
 """
 import colorsys
 import functools
+import glob
 import hashlib
 import json
-import math
-import multiprocessing
 import os
+import pickle
 import random
 import re
-import threading
+import tarfile
 import time
 import zipfile
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from files import (ARCHIVES, Arrays, BadInput, Parser, StandIn, download, hash_file, lock, open_archive,
-                   open_zip, opened, progress, read_json, replace, run, silent, unlock)
+from files import BadInput, Parser, at_least, download, progress, read_json, replace, run, say
 
+SHARD = 256                                      # images in a file of a packed folder
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-CHUNK = 64                                       # images that a worker packs at a time
+IMAGENETS = ("imagenet64", "imagenet128", "imagenet256")                     # the last as latents, by vae.py
 DATASETS = {  # what these names promise: side, classes, images in the training set
     "shapes":      (16,  8,      100_000),
     "cifar10":     (32,  10,     50_000),
     "celeba64":    (64,  0,      162_770),
     "imagenet64":  (64,  1000, 1_281_167),
     "imagenet128": (128, 1000, 1_281_167),
-    "imagenet256": (256, 1000, 1_281_167),       # as latents, which vae.py makes
+    "imagenet256": (256, 1000, 1_281_167),
 }
 
 
 def generator(purpose, seed, k):
     """A CPU generator for number k of a purpose ("step" 7 of seed 0): the same numbers on every machine.
+
     PyTorch's mt19937 takes 32 bits, so k is added to a hash of the rest: no two of 2^32 k are alike.
     """
     digest = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
-    return torch.Generator().manual_seed((int.from_bytes(digest[:4], "little") + k) % 2 ** 32)
+    first = int.from_bytes(digest[:4], "little")
+    return torch.Generator().manual_seed((first + k) % 2 ** 32)
 
 
-# ----------------------------------------------------------------------------------- the built-in images
+# ---------------------------------------------------------------------------------------- the built-in images
 
 def polygon(corners, turn=0.0):
     """Corners of a regular polygon on the unit circle, from straight up, turned by a share of a full turn."""
-    angles = [2 * math.pi * (turn - 0.25 + i / corners) for i in range(corners)]
-    return [(math.cos(a), math.sin(a)) for a in angles]
+    return np.exp(2j * np.pi * (turn - 0.25 + np.arange(corners) / corners))
 
 
 def arc(x, radius, start, stop):
-    """48 points of a circle around (x, 0)."""
-    angles = [start + (stop - start) * i / 47 for i in range(48)]
-    return [(x + radius * math.cos(a), radius * math.sin(a)) for a in angles]
+    """48 points of a circle around x, from angle start to angle stop, both in half turns."""
+    return x + radius * np.exp(1j * np.pi * np.linspace(start, stop, 48))
 
 
-def heart(a):
-    y = 13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)
-    return math.sin(a) ** 3, -y / 16
+def heart():
+    a = 2 * np.pi * np.arange(48) / 48
+    waves = np.cos(np.outer(a, [1, 2, 3, 4]))
+    y = waves @ [13, -5, -2, -1]
+    return np.sin(a) ** 3 - 1j * y / 16
 
 
-CIRCLE = arc(0, 1, 0, 2 * math.pi)
-SHAPES = {  # name: outline in the unit circle; a second outline is a hole
-    "circle":   [CIRCLE],
-    "ring":     [CIRCLE, [(x / 2, y / 2) for x, y in CIRCLE]],
+SHAPES = {  # name: outline in the unit circle, x + y j with y pointing down; a second outline is a hole
+    "circle":   [arc(0, 1, 0, 2)],
+    "ring":     [arc(0, 1, 0, 2), arc(0, 0.5, 0, 2)],
     "square":   [polygon(4, turn=0.125)],
     "triangle": [polygon(3)],
-    "cross":    [[(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3),
-                  (.3, 1), (-.3, 1), (-.3, .3), (-1, .3), (-1, -.3), (-.3, -.3)]],
-    "glass":    [[(-.8, -1), (.8, -1), (.12, 0), (.8, 1), (-.8, 1), (-.12, 0)]],
-    "heart":    [[heart(2 * math.pi * i / 48) for i in range(48)]],
-    "moon":     [arc(0, 1, 0.3 * math.pi, 1.7 * math.pi) + arc(0.588, 0.809, 1.5 * math.pi, 0.5 * math.pi)],
+    "cross":    [np.array([-.3 - 1j, .3 - 1j, .3 - .3j,
+                           1 - .3j, 1 + .3j, .3 + .3j,
+                           .3 + 1j, -.3 + 1j, -.3 + .3j,
+                           -1 + .3j, -1 - .3j, -.3 - .3j])],
+    "glass":    [np.array([-.8 - 1j, .8 - 1j, .12 + 0j,
+                           .8 + 1j, -.8 + 1j, -.12 + 0j])],
+    "heart":    [heart()],
+    "moon":     [np.append(arc(0, 1, 0.3, 1.7),
+                           arc(0.588, 0.809, 1.5, 0.5))],
 }
 
 
+def colour(rng, darkest, brightest):
+    """Random red, green and blue, 0 .. 255, of a brightness from darkest to brightest."""
+    hue, saturation = rng.random(), rng.uniform(0.2, 1)
+    parts = colorsys.hsv_to_rgb(hue, saturation, rng.uniform(darkest, brightest))
+    return tuple(round(255 * part) for part in parts)
+
+
 def draw_shape(index, size):
-    """uint8 (size,size,3) of class index % 8: free colours, mild changes of place, scale and angle."""
+    """uint8 (3,size,size) of class index % 8: free colours, mild changes of place, scale and angle."""
     rng = random.Random(index)                   # numbers in a fixed order, none of them dependent on size
-    shape = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.2, 1), rng.uniform(0.8, 1))
-    ground = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.2, 1), rng.uniform(0.1, 0.4))
-    x0, y0, scale, angle = (rng.uniform(*r) for r in ((.42, .58), (.42, .58), (.31, .42), (-.3, .3)))
-    c, s = scale * math.cos(angle), scale * math.sin(angle)
-    fill = [tuple(round(255 * value) for value in colour) for colour in (shape, ground)]
-    image = Image.new("RGB", (4 * size, 4 * size), fill[1])
-    for outline, colour in zip(list(SHAPES.values())[index % len(SHAPES)], fill):
-        ImageDraw.Draw(image).polygon([(4 * size * (x0 + x * c - y * s), 4 * size * (y0 + x * s + y * c))
-                                       for x, y in outline], fill=colour)
-    return np.asarray(image.reduce(4))           # 4 x 4 averages: anti-aliased
+    shape, ground = colour(rng, 0.8, 1), colour(rng, 0.1, 0.4)
+    centre = complex(rng.uniform(.42, .58), rng.uniform(.42, .58))
+    scale = rng.uniform(.31, .42)
+    angle = rng.uniform(-.3, .3)
+    side = 4 * size
+    image = Image.new("RGB", (side, side), ground)
+    outlines = list(SHAPES.values())[index % len(SHAPES)]
+    for outline, fill in zip(outlines, (shape, ground)):
+        points = side * (centre + scale * np.exp(1j * angle) * outline)
+        ImageDraw.Draw(image).polygon(points.view(float).tolist(), fill)     # x, y, x, y, ...
+    image = image.reduce(4)                      # 4 x 4 averages: anti-aliased
+    return np.asarray(image).transpose(2, 0, 1)
 
 
 def shapes(indices, size):
     """uint8 (N,3,size,size) and int64 labels (N,); image i depends on i and size alone."""
-    images = np.stack([draw_shape(int(i), size) for i in indices]).transpose(0, 3, 1, 2)
-    return np.ascontiguousarray(images), np.array([int(i) % len(SHAPES) for i in indices], dtype=np.int64)
+    images = np.array([draw_shape(int(i), size) for i in indices])
+    return images, np.asarray(indices, dtype=np.int64) % len(SHAPES)
 
 
-# ------------------------------------------------------------------------------------ batches (training)
+# ----------------------------------------------------------------------------------------- batches (training)
 
 class Images:
     """images, labels int64 (N,) and meta (dict), from anywhere, as batches for training.
 
     images are uint8 (N,3,S,S), or latents: float16 (N,8,S,S), mean and std of the posterior, unscaled.
+    Anything with a shape that gives the rows of an array of indices will do. meta["classes"] lists the names
+    of the classes, meta["scale"] is the factor of latents. Raises BadInput for labels that are not int64 or
+    lie outside 0 .. classes - 1.
     """
 
     def __init__(self, images, labels, meta, flip=False):
-        self.images, self.labels, self.meta, self.flip = images, labels, meta, flip
+        self.images, self.labels = images, labels
+        self.meta, self.flip = meta, flip
         self.latents = images.shape[1] == 8
-        self.size, self.channels, self.classes = images.shape[2], 4 if self.latents else 3, meta["classes"]
+        self.size = images.shape[2]
+        self.channels = 4 if self.latents else 3
+        self.classes = meta["classes"]
+        found = f"labels of {meta.get('dataset', 'the data')}: found {labels.dtype} {labels.shape}"
+        if labels.dtype != np.int64 or labels.shape != (len(images),):
+            raise BadInput(f"{found}, expected int64 ({len(images)},)")
+        if labels.min() < 0 or labels.max() >= max(1, len(self.classes)):
+            raise BadInput(f"{found} from {labels.min()} to {labels.max()}, "
+                           f"expected {len(self.classes)} classes")
 
     def __len__(self):
         return len(self.images)
@@ -129,123 +156,144 @@ class Images:
         """
         chosen = np.asarray(indices)[rows]
         x = torch.as_tensor(self.images[chosen]).float()
+        y = torch.from_numpy(self.labels[chosen])
         if self.latents:
             mean, std = x.chunk(2, 1)
             if generator is not None:
                 noise = torch.randn(len(indices), *mean.shape[1:], generator=generator)[rows]
                 mean = mean + std * noise.to(mean.device)
-            return mean * self.meta["scale"], torch.from_numpy(self.labels[chosen])
+            return mean * self.meta["scale"], y
         x.div_(127.5).sub_(1)
         if self.flip and generator is not None:
             flip = torch.rand(len(indices), generator=generator)[rows] < 0.5
             x[flip] = x[flip].flip(3)
-        return x, torch.from_numpy(self.labels[chosen])
+        return x, y
 
     def to(self, device):
         """Hold all the images in the device's memory."""
-        first = torch.as_tensor(self.images[np.arange(1)])
-        whole = torch.empty(len(self), *first.shape[1:], dtype=first.dtype, device=device)
-        for i in range(0, len(self), 4096):
-            whole[i:i + 4096] = torch.as_tensor(self.images[np.arange(i, min(i + 4096, len(self)))])
-        self.images = whole
+        dtype = torch.float16 if self.latents else torch.uint8
+        held = torch.empty(self.images.shape, dtype=dtype, device=device)
+        for part in np.array_split(np.arange(len(self)), 1 + len(self) // 4096):
+            held[part] = torch.as_tensor(self.images[part]).to(device)
+        self.images = held
         return self
 
 
-class Drawn:
-    """The built-in images as an array (N,3,size,size) that is drawn where it is read, 0.1 ms an image."""
+class Rows:
+    """An array of this shape whose rows are made or found one by one, by row(i)."""
 
-    def __init__(self, count, size):
-        self.shape = (count, 3, size, size)
+    def __init__(self, shape, row):
+        self.shape, self.row = shape, row
 
     def __len__(self):
         return self.shape[0]
 
     def __getitem__(self, indices):
-        return shapes(indices, self.shape[2])[0]
+        return np.array([self.row(int(i)) for i in indices])
 
 
 def built_in(size, count=100_000, flip=False):
-    """The first `count` shapes as a data set."""
-    meta = dict(dataset="shapes", split="train", count=count, size=size, classes=list(SHAPES))
-    return Images(Drawn(count, size), np.arange(count) % len(SHAPES), meta, flip)
+    """The first `count` shapes as a data set; each is drawn where it is read, 0.1 ms an image."""
+    images = Rows((count, 3, size, size), functools.partial(draw_shape, size=size))
+    labels = np.arange(count, dtype=np.int64) % len(SHAPES)
+    meta = dict(dataset="shapes", split="train", count=count, size=size,
+                classes=list(SHAPES))
+    return Images(images, labels, meta, flip)
+
+
+def load_array(file, dtype, shape):
+    """A .npy file of this dtype and shape, memory-mapped. Raises BadInput.
+
+    The map is PyTorch's, which holds no file open: a process may open some 1,000 alone.
+    """
+    try:
+        array = np.load(file, mmap_mode="r")
+    except (OSError, EOFError, ValueError) as error:
+        raise BadInput(f"{file}: cannot be read ({error})") from None
+    if array.dtype != dtype or array.shape != shape:
+        raise BadInput(f"{file}: found {array.dtype} {array.shape}, meta.json promises {dtype} {shape}")
+    size = file.stat().st_size
+    content = torch.from_file(str(file), size=size, dtype=torch.uint8).numpy()
+    return content[array.offset:].view(dtype).reshape(shape)             # behind the header
+
+
+def shards(dir, kind, count):
+    """The files that hold `count` rows and the rows of each: {DIR/KIND_00000.npy: range(0, 256), ...}"""
+    parts = {}
+    for start in range(0, count, SHARD):
+        file = dir / f"{kind}_{start // SHARD:05d}.npy"
+        parts[file] = range(start, min(start + SHARD, count))
+    return parts
+
+
+def load_shards(dir, kind, dtype, shape):
+    """The rows in the files of a packed folder as one array (N,C,S,S). Raises BadInput."""
+    maps = []
+    for file, rows in shards(dir, kind, shape[0]).items():
+        maps.append(load_array(file, dtype, (len(rows), *shape[1:])))
+    return Rows(shape, lambda i: maps[i // SHARD][i % SHARD])
 
 
 class Packed(Images):
-    """A packed folder, memory-mapped. Raises BadInput where it is none, unfinished or contradicts itself."""
+    """A packed folder, memory-mapped; images.npy or latents.npy may stand in for the shards.
 
-    @silent()
+    Raises BadInput for a folder that is none, unfinished or contradicts itself.
+    """
+
     def __init__(self, dir, flip=False):
         dir = Path(dir)
-        if not (dir / "meta.json").is_file():
-            state = "an unfinished pack" if (dir / "packing.json").exists() else "no packed data set"
-            raise BadInput(f"{dir}: {state}, no meta.json; python data.py --src ... --out {dir} makes it")
+        if not (dir / "meta.json").exists():
+            raise BadInput(f"{dir}: no packed data set, or an unfinished one, as it has no meta.json; "
+                           f"python data.py --src ... --out {dir} makes it")
         meta = read_json(dir / "meta.json")
-        try:
-            kind = "latents" if (dir / "latents.npy").exists() else "images"
-            if not all((dir / f"{name}.npy").is_file() for name in (kind, "labels")):    # a pipe would block
-                raise TypeError(f"{kind}.npy, labels.npy: expected files")
-            images, labels = (np.load(dir / f"{name}.npy", mmap_mode="r") for name in (kind, "labels"))
-            (channels, side), dtype = ((8, meta["size"] // 8), "float16") if kind == "latents" else \
-                                      ((3, meta["size"]), "uint8")
-            shape, names = (meta["count"], channels, side, side), meta["classes"]
-            if kind == "latents" and not (type(meta["scale"]) is float and 0 < meta["scale"] < math.inf):
-                raise ValueError("scale: expected a positive number")
-            if any(type(meta.get(key, "")) is not str for key in ("dataset", "split", "vae_file")):
-                raise TypeError("dataset, split, vae_file: expected names")
-            if type(meta.get("vae") or {}) is not dict:
-                raise TypeError("vae: expected a JSON object")
-            if type(names) is not list or any(type(name) is not str for name in names):
-                raise TypeError("classes: expected a list of names")
-            if any(type(number) is not int or number < 1 for number in shape):
-                raise TypeError("count, size: expected positive numbers")
-            if any(type(array) is not np.memmap for array in (images, labels)):
-                raise TypeError("images, labels: expected .npy files")
-        except Exception as error:                                       # whatever damage makes numpy raise
-            raise BadInput(f"{dir}: damaged pack ({type(error).__name__}: {error})") from None
-        for name, array, expected in ((kind, images, (np.dtype(dtype), shape)),
-                                      ("labels", labels, (np.dtype("int64"), shape[:1]))):
-            if (array.dtype, array.shape) != expected:
-                raise BadInput(f"{dir}/{name}.npy: found {array.dtype} {array.shape}, meta.json promises "
-                               f"{expected[0]} {expected[1]}")
-        labels = np.array(labels)
-        low, high = labels.min(initial=0), labels.max(initial=0)
-        if low < 0 or high >= max(1, len(names)):
-            raise BadInput(f"{dir}/labels.npy: found {low} .. {high}, expected {len(names)} classes")
+        count, size = meta["count"], meta["size"]
+        kind, dtype, shape = "images", "uint8", (count, 3, size, size)
+        if "scale" in meta:
+            kind, dtype, shape = "latents", "float16", (count, 8, size // 8, size // 8)
+        whole = dir / f"{kind}.npy"
+        if whole.exists():
+            images = load_array(whole, dtype, shape)
+        else:
+            images = load_shards(dir, kind, dtype, shape)
+        labels = load_array(dir / "labels.npy", "int64", (count,))
         super().__init__(images, labels, meta, flip)
 
 
-# ------------------------------------------------------------------------------- image files and their crops
+# -------------------------------------------------------------------------------- image files and their crops
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")   # no others: Pillow runs Ghostscript for some
-Image.MAX_IMAGE_PIXELS = 1 << 26                 # Pillow refuses twice as many, 134 million
+DAMAGE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile,
+          Image.DecompressionBombError)          # what Pillow and zipfile raise for damaged files
 
 
-@silent()
-def load_image(path, plain=False):
-    """Any image file -> 8-bit RGB as a person sees it: upright by EXIF, 16-bit grey scaled to 8, see-through
-    parts on white, CMYK and palettes converted; `plain` converts and no more, as the papers did. Raises
-    BadInput that names the file where it cannot be read.
+def load_image(path, plain=False, archive=None):
+    """Any image file, or member of a ZipFile -> 8-bit RGB as a person sees it.
+
+    It is upright by EXIF, 16-bit grey is scaled to 8, see-through parts lie on white, CMYK and palettes are
+    converted. `plain` converts and no more, as the papers did. Raises BadInput that names the file.
     """
     try:
-        with opened(Path(path)) as file, Image.open(file, formats=FORMATS) as image:
+        with (archive.open(path) if archive else open(path, "rb")) as file:
+            image = Image.open(file, formats=FORMATS)
             image.load()
-            if max(image.size) > 400 * min(image.size):
-                raise BadInput(f"{image.width} x {image.height} pixels are too narrow to crop a square from")
-            rgb = lambda image: image if image.mode == "RGB" else image.convert("RGB")     # spare a copy
-            if plain:
-                return rgb(image)
-            ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith("I"):                                   # 16 bits; convert() would clip
-                grey = np.asarray(image).astype(np.int32).clip(0, 65535)
-                image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
-            elif image.mode == "F":
-                raise BadInput("floating-point pixels have no agreed range")
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return rgb(image)
-    except Exception as error:                                           # whatever damage makes Pillow raise
+        if not plain:
+            image = as_seen(image)
+        return image.convert("RGB")
+    except DAMAGE as error:
         raise BadInput(f"{path}: cannot be read as an image ({error})") from None
+
+
+def as_seen(image):
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):               # 16 bits, which convert() would clip
+        grey = np.asarray(image).astype(np.int32).clip(0, 65535)
+        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    if image.mode == "F":
+        raise BadInput("floating-point pixels have no agreed range")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image
 
 
 def center_crop(image, size):
@@ -253,434 +301,306 @@ def center_crop(image, size):
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
-    top, left = (image.height - size) // 2, (image.width - size) // 2
+    width, height = round(image.width * scale), round(image.height * scale)
+    image = image.resize((width, height), Image.BICUBIC)
+    top, left = (height - size) // 2, (width - size) // 2
     return np.asarray(image)[top:top + size, left:left + size]
 
 
 def celeba_crop(image, size):
-    """ScoreSDE's crop of CelebA's aligned images, uint8 (size,size,3): the central 140 x 140, then bilinear
-    with antialiasing.
-    """
+    """ScoreSDE's crop of CelebA's aligned images: the central 140 x 140, then bilinear with antialiasing."""
+    centre = image.crop((19, 39, 159, 179))
+    return np.asarray(centre.resize((size, size), Image.BILINEAR))
+
+
+@functools.cache
+def open_zip(path):
+    return zipfile.ZipFile(path)
+
+
+def read_image(src, size, dataset, name):
+    """uint8 (3,size,size) of the image `name` in a folder or .zip, of the papers' data as they read it."""
+    archive = open_zip(src) if src.is_file() else None
+    path = name if archive else src / name
+    image = load_image(path, dataset in DATASETS, archive)
+    if dataset != "celeba64":
+        return center_crop(image, size).transpose(2, 0, 1)
     if image.size != (178, 218):
-        raise BadInput(f"found {image.width} x {image.height} pixels, expected img_align_celeba's 178 x 218")
-    return np.asarray(image.crop((19, 39, 159, 179)).resize((size, size), Image.BILINEAR))
+        raise BadInput(f"{path}: found {image.width} x {image.height} pixels, img_align_celeba has 178 x 218")
+    return celeba_crop(image, size).transpose(2, 0, 1)
 
 
-@silent()
-def read_batch(path):
-    """A published batch of small images, a pickle or .npz -> uint8 (N,3,S,S), labels as published (N,)."""
-    try:
-        with opened(path) as file:
-            if path.suffix == ".npz":
-                open_zip(file, file.seek(0, 2))
-                file.seek(0)
-            kept = np.load(file) if path.suffix == ".npz" else Arrays(file, encoding="latin1").load()
-            rows, labels = (part.array() if isinstance(part, StandIn) else part
-                            for part in (kept["data"], kept["labels"]))
-        if type(labels) is list and all(type(label) is int for label in labels):
-            labels = np.array(labels)
-        side = math.isqrt(rows.shape[1] // 3)
-        if rows.dtype != np.uint8 or labels.dtype.kind != "i" or not len(labels) == len(rows) > 0:
-            raise TypeError(f"data {rows.dtype} {rows.shape}, labels {labels.dtype}")
-        return rows.reshape(len(rows), 3, side, side), labels.astype(np.int64)
-    except Exception as error:                                           # whatever damage makes them raise
-        why = error if isinstance(error, BadInput) else f"damaged, {type(error).__name__}: {error}"
-        raise BadInput(f"{path}: not a batch of images ({why})") from None
+# ------------------------------------------------------------------------ what is on disk -> names and labels
 
-
-held_batch = functools.lru_cache(maxsize=1)(read_batch)                      # a worker reads row after row
-
-
-def square(path, size, dataset=None):
-    """uint8 (3,size,size) of an image file, or of row `path.name` of a published batch. The papers' data sets
-    are read as the papers did, which knew no EXIF.
-    """
-    if path.name.isdecimal():
-        image = held_batch(path.parent)[0][int(path.name)]
-        if image.shape[1] != size:
-            raise BadInput(f"{path.parent}: found images of side {image.shape[1]}, expected {size}")
-        return image
-    image = load_image(path, plain=dataset in DATASETS)
-    try:
-        return (celeba_crop if dataset == "celeba64" else center_crop)(image, size).transpose(2, 0, 1)
-    except BadInput as error:
-        raise BadInput(f"{path}: {error}") from None
-
-
-# ------------------------------------------------------------------------ what is on disk -> paths and labels
-
-def entries(src):
-    """-> (base, names below it): the files in a folder or an archive, and its folders, which end with "/". An
-    archive's only folder is unwrapped; hidden files are left out.
-    """
-    def stop(error):
-        raise error
+def image_names(src):
+    """Names of the images in a folder and those below it, or in a .zip; hidden files are left out."""
     if src.is_dir():
-        names, seen = [], set()
-        for top, folders, files in os.walk(src, onerror=stop, followlinks=True):
-            if (real := os.path.realpath(top)) in seen:
-                raise BadInput(f"--src {src}: {top} links to {real}, which is there already")
-            seen.add(real)
-            below = [*(f"{name}/" for name in folders), *files]
-            names += [os.path.join(top, name)[len(str(src)) + 1:] for name in below]
-    elif not src.is_file() or src.suffix.lower() not in ARCHIVES:
-        raise BadInput(f"--src {src}: no such folder, .zip or .tar.gz")
+        found = glob.glob("**", root_dir=src, recursive=True)
+        names = [name.replace(os.sep, "/") for name in found]
+    elif zipfile.is_zipfile(src):
+        names = open_zip(src).namelist()
     else:
-        try:
-            kept = open_archive(src, os.getpid())
-            names = kept.namelist() if isinstance(kept, zipfile.ZipFile) else \
-                [member.name + "/" * member.isdir() for member in kept if member.isdir() or member.isreg()]
-        except Exception as error:                                       # whatever damage makes them raise
-            raise BadInput(f"--src {src}: cannot be read as an archive ({error})") from None
-        if odd := [name for name in names if re.search(r"^/|//|\\|(^|/)\.\.(/|$)", name)]:
-            raise BadInput(f"--src {src}: holds {odd[0]!r}, expected names relative to its top")
-        names = [name.removeprefix("./") for name in names]                  # of tar czf x.tar.gz .
-    names = [name for name in names if name and not re.search(r"(^|/)(\.|__MACOSX)", name)]
-    base = os.path.commonprefix([name.partition("/")[:2] for name in names])      # the only folder at the top
-    if src.is_file() and base[1:] == ("/",):
-        return src / base[0], [name[len(base[0]) + 1:] for name in names if name != base[0] + "/"]
-    return src, names
+        raise BadInput(f"--src {src}: no such folder or .zip")
+    hidden = re.compile(r"(^|/)(\.|__MACOSX)")
+    names = [name for name in names if name.lower().endswith(SUFFIXES) and not hidden.search(name)]
+    if not names:
+        raise BadInput(f"--src {src}: no images found ({' '.join(SUFFIXES)})")
+    return sorted(names)
 
 
 def list_images(src):
-    """Paths below src in a fixed order, label of each, class names. Sub-folders of src are the classes,
-    sorted by name (by number where all are numbers); a folder without sub-folders has none.
+    """Names of the images in a fixed order, label of each, class names.
+
+    The folders below the one that all images share are the classes, sorted by name, or by number where all
+    are numbers. Images in no such folder have no classes.
     """
-    base, names = entries(Path(src))
-    folders = sorted({name.partition("/")[0] for name in names if "/" in name})
-    if all(folder.isascii() and folder.isdecimal() for folder in folders):
-        folders.sort(key=int)
-    label = {folder: number for number, folder in enumerate(folders)}
-    images = [name.split("/") for name in names if name.lower().endswith(SUFFIXES)]
-    if loose := [name for name, *below in images if folders and not below]:
-        raise BadInput(f"{base / loose[0]}: an image beside class folders ({folders[0]}, ...) has no class")
-    if not images:
-        raise BadInput(f"--src {src}: no images found ({' '.join(SUFFIXES)})")
-    images.sort(key=lambda parts: (label.get(parts[0], 0), parts))
-    labels = [label.get(parts[0], 0) for parts in images]
-    return [base.joinpath(*parts) for parts in images], np.array(labels, dtype=np.int64), folders
+    names = image_names(src)
+    shared = os.path.commonpath([os.path.dirname(name) for name in names])
+    below = [name[len(shared):].strip("/") for name in names]
+    folders = [os.path.dirname(name).partition("/")[0] for name in below]
+    classes = sorted(set(folders))
+    if classes == [""]:
+        return names, [0] * len(names), []
+    if "" in classes:
+        loose = names[folders.index("")]
+        raise BadInput(f"{src}/{loose}: lies beside the class folders {classes[1]}, ..., so it has no class")
+    if all(name.isdecimal() for name in classes):
+        classes.sort(key=int)
+    label = {name: number for number, name in enumerate(classes)}
+    return names, [label[folder] for folder in folders], classes
 
 
 def imagenet():
-    """-> ImageNet's 1,000 wnids, sorted as the labels are, their numbers in the ILSVRC kit, their names."""
+    """ImageNet's 1,000 classes, {wnid: name}, in the order of the labels."""
     table = Path(__file__).parent / "assets" / "imagenet.txt"
-    return zip(*(line.split(" ", 2) for line in table.read_text().splitlines()))
-
-
-def list_imagenet(src):
-    """ILSVRC's training folders, one a wnid: all of them and no others."""
-    paths, labels, folders = list_images(src)
-    wnids, _, names = imagenet()
-    if lacking := sorted(set(wnids) - set(folders)) or sorted(set(folders) - set(wnids)):
-        which = "lacks" if lacking[0] in wnids else "is no class:"
-        raise BadInput(f"--src {src}: found {len(folders)} class folders, expected ImageNet's 1,000 wnids; "
-                       f"{which} {lacking[0]}")
-    return paths, labels, list(names)
-
-
-def list_celeba(src, split):
-    """CelebA's aligned images of one split, by their numbers in list_eval_partition.txt, or .csv, if it lies
-    with them, else by the ranges of numbers that it holds: train to 162,770, val to 182,637, test to 202,599.
-    """
-    src = Path(src)
-    splits = ("train", "val", "test")
-    if split not in splits:
-        raise BadInput(f"--split {split}: expected {', '.join(splits)}")
-    base, names = entries(src)
-    names = [name for name in names if name.lower().endswith(SUFFIXES)]
-    found = {Path(name).stem: base / name for name in names}
-    if len(found) != len(names):
-        raise BadInput(f"--src {src}: holds several images of one number, expected img_align_celeba alone")
-    right = lambda number: re.fullmatch("[0-9]{6}", number) and 1 <= int(number) <= 202_599
-    if odd := [path for number, path in found.items() if not right(number)]:
-        raise BadInput(f"{odd[0]}: expected CelebA's aligned images, 000001.jpg to 202599.jpg")
-    tables = [folder / kit / f"list_eval_partition{end}" for folder in (src, *src.resolve().parents[:2])
-              for kit in ("", "Eval") for end in (".txt", ".csv")]
-    if table := next((table for table in tables if table.is_file()), None):
-        text = table.read_text(encoding="utf-8-sig", errors="replace")
-        lines = re.findall(r"^([0-9]{6})\.\w+[\t ,]+([012])\s*$", text, re.M)
-        part = {number: int(k) for number, k in lines}
-        if len(part) != len(set(lines)):
-            raise BadInput(f"{table}: has two lines for one image")
-    else:
-        part = {number: (int(number) > 162_770) + (int(number) > 182_637) for number in found}
-    if lost := sorted(found.keys() - part.keys()):
-        raise BadInput(f"{table}: has no line for {found[lost[0]].name}")
-    paths = [path for number, path in sorted(found.items()) if splits[part[number]] == split]
-    if not paths:
-        raise BadInput(f"--src {src}: no images of the {split} split found")
-    return paths, np.zeros(len(paths), dtype=np.int64), []
+    lines = table.read_text().splitlines()       # wnid, number in the ILSVRC kit, name
+    return dict(line.split(" ", 2)[::2] for line in lines)
 
 
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
-CIFAR10_FILE = ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-                "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce")
-BATCHES = {("cifar10", "train"): r"data_batch_(\d+)", ("cifar10", "test"): r"test_batch()",
-           ("imagenet64", "train"): r"train_data_batch_(\d+)", ("imagenet64", "val"): r"val_data()"}
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+CIFAR10_SPLITS = {"train": [f"data_batch_{k}" for k in range(1, 6)], "test": ["test_batch"]}
 
 
-def list_batches(src, dataset, split):
-    """Published batches of small images, CIFAR-10's or the downsampled ImageNet's, or () where there are
-    none; path `FILE/k` is row k.
-    """
-    if (dataset, split) not in BATCHES:
-        return ()
-    pattern = re.compile(BATCHES[dataset, split] + r"(\.npz)?")
-    base, names = entries(Path(src))
-    matches = [(pattern.fullmatch(name.split("/")[-1]), name) for name in names]
-    files = dict(sorted((int(match[1] or 0), base / name) for match, name in matches if match))
-    if len(files) != sum(bool(match) for match, _ in matches):
-        raise BadInput(f"--src {src}: holds a batch of one number twice")
-    files = list(files.values())
-    labels = [read_batch(file)[1] for file in files]
-    if not files:
-        return ()
-    paths = [file / str(k) for file, part in zip(files, labels) for k in range(len(part))]
-    labels, names = np.concatenate(labels), CIFAR10
-    if dataset == "imagenet64":                                          # labelled 1 .. 1000, the kit's order
-        _, numbers, names = imagenet()
-        place = np.full(1001, -1)
-        place[np.array(numbers, dtype=int)] = range(1000)
-        labels = np.where((labels > 0) & (labels <= 1000), place[labels.clip(0, 1000)], -1)
-    if labels.min() < 0 or labels.max() >= len(names):
-        raise BadInput(f"--src {src}: found labels outside the {len(names)} classes of {dataset}")
-    return paths, labels, list(names)
+class Batch(pickle.Unpickler):
+    """Reads a batch of CIFAR-10, a dict of numpy arrays and lists, and knows no other name than theirs."""
+    known = {"ndarray": np.ndarray, "dtype": np.dtype, "encode": str.encode,
+             "_reconstruct": np.zeros(0).__reduce__()[0]}
+
+    def find_class(self, module, name):
+        if name not in self.known:
+            raise pickle.UnpicklingError(f"holds a foreign object, {module}.{name}")
+        return self.known[name]
 
 
-def listing(src, dataset, split):
-    """-> paths, labels, class names, (crop, filter) of a data set of the papers or any folder of images."""
-    found = list_batches(src, dataset, split)
-    if found:
-        return *found, ("as published", "as published")
-    if dataset == "cifar10":
-        raise BadInput(f"--src {src}: found no CIFAR-10 of --split {split}, expected cifar-10-batches-py or "
-                       "cifar-10-python.tar.gz, of train or test")
-    if dataset == "celeba64":
-        return *list_celeba(src, split), ("center 140 (ScoreSDE)", "bilinear, antialiased")
-    found = list_imagenet(src) if dataset in DATASETS else list_images(src)
-    return *found, ("center (ADM)", "box halving, then bicubic")
-
-
-# --------------------------------------------------------------------------------- packing, in processes
-
-def end_with_parent():
-    """Worker start: Ctrl-C is the parent's business, and a killed parent leaves no worker behind."""
-    import signal
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    unlock()                                     # the run's lock ends with the run, not with its last worker
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def crop_chunk(paths, size, dataset, mirror=False):
-    """Worker: uint8 (n,3,size,size); with `mirror` every second path is the one before it again, flipped."""
-    rows = []
-    for j, path in enumerate(paths):
-        rows.append(rows[-1][:, :, ::-1] if mirror and j % 2 else square(path, size, dataset))
-    return np.stack(rows)
-
-
-def pack_chunk(paths, size, dataset, file, first):
-    """Worker: crop `paths` and write them to rows first, first + 1, ... of the memory map."""
-    rows = np.lib.format.open_memmap(file, mode="r+")
-    rows[first:first + len(paths)] = crop_chunk(paths, size, dataset)
-    rows.flush()
-
-
-def in_workers(task, jobs, workers):
-    """task(*job) of every job, in order, worked on ahead in processes."""
-    with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
-        waiting = []
-        try:
-            for job in jobs:
-                waiting.append(pool.submit(task, *job))
-                if len(waiting) > 3 * workers:
-                    yield waiting.pop(0).result()
-            while waiting:
-                yield waiting.pop(0).result()
-        except BrokenProcessPool:
-            raise BadInput("a worker process was killed (out of memory?); run again") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def facts(meta):
-    """What of a pack's meta makes its content, as one hash: all but the names it goes by."""
-    kept = {key: meta[key] for key in sorted(meta) if key not in ("dataset", "vae_file")}
-    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
-
-
-fingerprint = facts
+def read_cifar10(src, split):
+    """cifar-10-python.tar.gz, or the folder in it -> uint8 (N,3,32,32), labels as a list."""
+    images, labels = [], []
+    try:
+        for name in CIFAR10_SPLITS[split]:
+            if src.is_dir():
+                file = open(src / name, "rb")
+            else:
+                file = tarfile.open(src).extractfile(f"cifar-10-batches-py/{name}")
+            batch = Batch(file, encoding="latin1").load()
+            images.append(batch["data"].reshape(-1, 3, 32, 32))
+            labels += batch["labels"]
+    except (OSError, EOFError, KeyError, ValueError,
+            pickle.UnpicklingError, tarfile.TarError) as error:
+        raise BadInput(f"--src {src}: no CIFAR-10 of --split {split} as published ({error!r})") from None
+    return np.concatenate(images), labels
 
 
 def class_names(dataset):
-    """The class names of a published data set, in the order of its labels; [] where there are none."""
+    """The names of the classes of a published data set, or [] where it has none."""
     if dataset == "cifar10":
-        return CIFAR10
-    return list(imagenet())[2] if dataset.startswith("imagenet") else []
+        return list(CIFAR10)
+    return list(imagenet().values()) if dataset in IMAGENETS else []
 
 
-def plan(src, out, size, split="train", classes=None, dataset=None, repeat=1, **more):
-    """-> paths, labels and meta of a pack of the images below `src`, each `repeat` times, in folder `out`."""
+CELEBA = {  # first and last number of each split
+    "train": ("000001", "162770"),
+    "val":   ("162771", "182637"),
+    "test":  ("182638", "202599"),
+}
+
+
+def listing(src, size, dataset, split):
+    """-> read, names, labels, class names, crop, filter of a data set of the papers or any folder of images.
+
+    read(name) is the image uint8 (3,size,size).
+    """
+    if dataset == "cifar10":
+        images, labels = read_cifar10(src, split)
+        return images.__getitem__, range(len(images)), labels, CIFAR10, "as published", "as published"
+    read = functools.partial(read_image, src, size, dataset)
+    names, labels, classes = list_images(src)
+    if dataset == "celeba64":                    # divided by number, as in list_eval_partition.txt
+        first, last = CELEBA.get(split, ("", ""))
+        names = [name for name in names if first <= Path(name).stem <= last]
+        return read, names, [0] * len(names), [], "center 140 (ScoreSDE)", "bilinear, antialiased"
+    if dataset in IMAGENETS:
+        known = imagenet()
+        wrong = sorted(known.keys() ^ classes)
+        if wrong:
+            raise BadInput(f"--src {src}: found {len(classes)} class folders, expected ImageNet's 1,000 "
+                           f"wnids; {wrong[0]} is lacking, or is none of them")
+        classes = list(known.values())
+    return read, names, labels, classes, "center (ADM)", "box halving, then bicubic"
+
+
+# ---------------------------------------------------------------------------------------------------- packing
+
+NAMES = ("dataset", "vae_file")                  # in a pack's meta, what it goes by
+
+
+def fingerprint(meta):
+    """What of a pack's meta makes its content, as one hash: all but the names it goes by."""
+    content = {key: meta[key] for key in sorted(meta) if key not in NAMES}
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def begin(out, meta):
+    """Write plan.json into folder out, unless an unfinished pack is there. -> whether a finished one is.
+
+    Raises BadInput where it holds something else.
+    """
+    arrays = list(out.glob("*.npy"))
+    for name in ("plan.json", "meta.json"):
+        if (out / name).exists():
+            found = read_json(out / name)
+            keys = (meta | found).keys() - set(NAMES)
+            other = sorted(key for key in keys if found.get(key) != meta.get(key))
+            if other:
+                raise BadInput(f"--out {out}: holds a pack of another {', '.join(other)}; "
+                               "expected a new folder")
+            return name == "meta.json"
+    if arrays:
+        raise BadInput(f"--out {out}: holds {arrays[0].name} and no plan.json; expected a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    replace(out / "plan.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
+    return False
+
+
+def pack(src, size, out, split="train", classes=None, dataset=None, workers=None,
+         mirror=False, encode=None, rank=0, world=1, **more):
+    """Pack the images below `src` into folder `out`; after a kill it goes on, to the same bytes.
+
+    With mirror every image comes twice, as it is and mirrored. encode(images uint8 (n,3,S,S)) -> the array to
+    store in their place, as vae.py does. Of several processes the one of number `rank` makes every `world`-th
+    file. `more` goes into meta.json. Raises BadInput.
+    """
     src, out = Path(src), Path(out)
     dataset = dataset or out.name
-    if dataset == "shapes":
-        raise BadInput(f"--out {out}: shapes are built in; choose another name")
-    if out.resolve().is_relative_to(src.resolve()):
-        raise BadInput(f"--out {out}: lies in --src {src}; expected another place")
-    paths, labels, names, (crop, filter) = listing(src, dataset, split)
-    if classes is not None and len(names) != classes:
-        raise BadInput(f"--src {src}: found {len(names)} class folders, expected {classes}")
+    read, names, labels, folders, crop, filter = listing(src, size, dataset, split)
+    if not names or classes not in (None, len(folders)):
+        raise BadInput(f"--src {src}: found {len(names)} images of split {split} and {len(folders)} classes")
     official = DATASETS.get(dataset, (0, 0, 0))[2]
-    if official and split == "train" and len(paths) != official and os.environ.get("RANK", "0") == "0":
-        print(f"warning: found {len(paths):,} images, the training set of {dataset} has {official:,}")
-    digest = hashlib.sha256()
-    for path, label in zip(paths, labels):
-        digest.update(f"{path.relative_to(src)}\0{label}\n".encode("utf-8", "surrogateescape"))
-    paths, labels = [path for path in paths for _ in range(repeat)], labels.repeat(repeat)
-    meta = dict(dataset=dataset, split=split, count=len(paths), size=size, classes=names,
-                listing=digest.hexdigest(), crop=crop, filter=filter, **more)
-    if (out / "meta.json").exists():
-        if facts(Packed(out).meta) != facts(meta):
-            raise BadInput(f"--out {out}: already holds another packed data set; choose a new folder")
-        for name in ("packing.json", "done.npy"):                        # of one killed after its last step
-            (out / name).unlink(missing_ok=True)
-    return paths, labels, meta
+    if split == "train" and official not in (0, len(names)):
+        say(f"warning: found {len(names):,} images, the training set of {dataset} has {official:,}")
+    digest = hashlib.sha256(json.dumps([*zip(names, labels)]).encode())
+    copies = 2 if mirror else 1
+    count = len(names) * copies
+    meta = dict(dataset=dataset, split=split, count=count, size=size,
+                classes=folders, listing=digest.hexdigest(), mirror=mirror,
+                crop=crop, filter=filter, **more)
+    if begin(out, meta):
+        return say(f"{out}: already packed, {count:,} images")
+
+    def row(i):                                                              # uint8 (3,size,size)
+        image = read(names[i // copies])
+        return image[:, :, ::-1] if i % copies else image
+
+    parts = shards(out, "latents" if encode else "images", count)
+    fill(parts, row, encode, workers, rank, world)
+    if rank > 0:
+        return
+    while not all(file.exists() for file in parts):                          # those of the other processes
+        time.sleep(1)
+    labels = np.repeat(np.array(labels, dtype=np.int64), copies)
+    replace(out / "labels.npy", lambda file: np.save(file, labels))
+    for leftover in out.glob("*.part"):                                      # of a killed run
+        leftover.unlink()
+    os.replace(out / "plan.json", out / "meta.json")
+    say(f"{out}: {count:,} images of {size} x {size}, {len(folders)} classes")
 
 
-OURS = {"images.npy", "latents.npy", "done.npy", "labels.npy", "packing.json.0.part", "meta.json.0.part"}
-
-
-def begin(out, kind, row, dtype, meta):
-    """-> memory maps of `kind`.npy, (count, *row), and of done.npy, 1 for every CHUNK of rows that is there:
-    new ones, or those that a killed pack of the same `meta` left.
-    """
-    file, flags, journal = (out / name for name in (f"{kind}.npy", "done.npy", "packing.json"))
-    shape, chunks = (meta["count"], *row), (-(-meta["count"] // CHUNK),)
-    if not journal.exists() and out.exists():
-        if not (out.is_dir() and {path.name for path in out.iterdir()} <= OURS):
-            raise BadInput(f"--out {out}: holds other things; expected a new folder")
-    out.mkdir(parents=True, exist_ok=True)
-    lock(out)
-    if (out / "meta.json").exists():
-        raise BadInput(f"--out {out}: was packed by another run meanwhile")
-    if not journal.exists():
-        for name in ("images.npy", "latents.npy"):                       # of a pack killed before its journal
-            (out / name).unlink(missing_ok=True)
-        try:
-            np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape).flush()
-            if hasattr(os, "posix_fallocate"):                           # a full disk shows now
-                with open(file, "rb+") as f:
-                    os.posix_fallocate(f.fileno(), 0, file.stat().st_size)
-            np.save(flags, np.zeros(chunks, dtype=np.uint8))
-        except OSError as error:
-            raise BadInput(f"{file}: cannot be written ({error.strerror or error})") from None
-        replace(journal, lambda f: f.write(json.dumps(meta).encode()))
-    try:
-        before = read_json(journal)
-        rows, done = (np.load(path, mmap_mode="r") for path in (file, flags))    # "r+" lengthens a cut file
-        if (facts(before), rows.dtype, rows.shape, done.dtype, done.shape) == \
-                (facts(meta), np.dtype(dtype), shape, np.uint8, chunks):
-            return tuple(np.lib.format.open_memmap(path, mode="r+") for path in (file, flags))
-    except Exception:                                                    # whatever damage makes numpy raise
-        pass
-    raise BadInput(f"--out {out}: an unfinished pack of other images or flags, or damaged; remove it")
-
-
-def finish(out, labels, meta):
-    """Write what makes a pack complete, meta.json last."""
-    replace(out / "labels.npy", lambda f: np.save(f, labels))
-    replace(out / "meta.json", lambda f: f.write(json.dumps(meta, indent=1).encode()))
-    for name in ("packing.json", "done.npy"):
-        (out / name).unlink(missing_ok=True)
-    size = f"{meta['size']} x {meta['size']}"
-    print(f"{out}: {meta['count']:,} images of {size}, {len(meta['classes'])} classes")
-
-
-def pack(src, size, out, split="train", classes=None, dataset=None, workers=None):
-    """Pack the images below `src` into folder `out`; after a kill it goes on, to the same bytes."""
-    out, workers = Path(out), os.cpu_count() if workers is None else workers
-    if workers < 1:
-        raise BadInput(f"--workers: found {workers}, expected at least 1")
-    paths, labels, meta = plan(src, out, size, split, classes, dataset)
-    if paths[0].name.isdecimal():
-        workers = 1                              # each holds the batch it reads; copying rows is no work
-    if (out / "meta.json").exists():
-        return print(f"{out}: already packed, {len(paths):,} images")
-    _, done = begin(out, "images", (3, size, size), np.uint8, meta)
-    todo, since, start = np.flatnonzero(done == 0), time.monotonic(), int(done.sum()) * CHUNK
-    jobs = [(paths[i * CHUNK:(i + 1) * CHUNK], size, meta["dataset"], out / "images.npy", i * CHUNK)
-            for i in todo]
-    for _, i in zip(in_workers(pack_chunk, jobs, workers), todo):
-        done[i] = 1
-        progress("packed", min(int(done.sum()) * CHUNK, len(paths)), len(paths), since, start)
-    finish(out, labels, meta)
+def fill(parts, row, encode, workers, rank, world):
+    """Write this process's share of the files; the next one's images are read while one is encoded."""
+    own = list(parts)[rank::world]
+    todo = [file for file in own if not file.exists()]
+    total = sum(len(parts[file]) for file in own)
+    done = start = total - sum(len(parts[file]) for file in todo)
+    since = time.monotonic()
+    with ThreadPoolExecutor(workers) as pool:
+        coming = [pool.map(row, parts[file]) for file in todo[:1]]
+        for k, file in enumerate(todo, 1):
+            coming += [pool.map(row, parts[after]) for after in todo[k:k + 1]]
+            images = np.array(list(coming.pop(0)))
+            if encode:
+                images = encode(images)
+            replace(file, lambda f: np.save(f, images))
+            done += len(images)
+            if rank == 0:
+                progress("packed", done, total, since, start)
 
 
 def tile(images, columns):
     """uint8 (N,3,S,S) -> one PIL image, `columns` to a row, unfilled places grey."""
-    n, _, h, w = images.shape
+    n, _, height, width = images.shape
     rows = -(-n // columns)
-    sheet = np.full((rows * columns, 3, h, w), 128, dtype=np.uint8)
-    sheet[:n] = images
-    sheet = sheet.reshape(rows, columns, 3, h, w).transpose(0, 3, 1, 4, 2)   # (rows,h,columns,w,3)
-    return Image.fromarray(sheet.reshape(rows * h, columns * w, 3))
+    sheet = Image.new("RGB", (columns * width, rows * height), "grey")
+    for k, image in enumerate(images):
+        place = (k % columns * width, k // columns * height)
+        sheet.paste(Image.fromarray(image.transpose(1, 2, 0)), place)
+    return sheet
 
 
 def check(dir):
     """Print what a packed folder holds and draw 64 of its images."""
     data = Packed(dir)
+    print(json.dumps(data.meta | dict(classes=len(data.classes))))
     counts = np.bincount(data.labels, minlength=len(data.classes))
-    print(json.dumps({key: value for key, value in data.meta.items() if key != "classes"}))
-    print(f"{len(data):,} images, {len(data.classes)} classes")
-    for label, name in enumerate(data.classes[:20]):
+    for label, name in enumerate(data.classes):
         print(f"{label:5d}  {counts[label]:9,}  {name!r}")
-    if len(data.classes) > 20:
-        last, most = len(data.classes) - 1, counts.max()
-        print(f"  ...  last: {last} {data.classes[last]!r}; {counts.min()} .. {most} images a class")
     if data.latents:
         return print("latents: no contact sheet; vae.py made them")
     sheet = Path(dir) / "sheet.png"
     picks = np.linspace(0, len(data) - 1, min(64, len(data))).astype(int)
-    replace(sheet, lambda f: tile(data.images[picks], 8).save(f, "PNG"))
+    image = tile(data.images[picks], 8)
+    replace(sheet, lambda file: image.save(file, "PNG"))
     print(f"contact sheet: {sheet.resolve()}")
 
 
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--dataset", choices=[name for name in DATASETS if name not in ("shapes", "imagenet256")],
+    add("--dataset", choices=("cifar10", "celeba64", "imagenet64", "imagenet128"),
         help="one of the papers' (default: the last part of --out, if it is one)")
-    add("--src", help="folder or .zip of images, its sub-folders are the classes; or as published:\n"
-                      "cifar-10-python.tar.gz, img_align_celeba, ILSVRC's train, train_data_batch_*")
-    add("--download", action="store_true", help="fetch cifar10, into data/; the others ask you to register")
-    add("--size", type=int, help="side of the packed images in pixels (default: the data set's)")
-    add("--out", help="packed folder to write, such as data/NAME (default: data/DATASET, data/DATASET-SPLIT)")
+    add("--src", help="folder or .zip of images, whose sub-folders are the classes; of cifar10 its\n"
+                      "cifar-10-python.tar.gz, of celeba64 img_align_celeba, of imagenet ILSVRC's train")
+    add("--download", action="store_true", help="fetch cifar10 into data/; the others ask you to register")
+    add("--size", type=at_least(1), help="side of the packed images in pixels (default: the data set's)")
+    add("--out", help="packed folder to write, such as data/NAME (default: data/DATASET)")
     add("--split", default="train", help="val and test where they are published; recorded in meta.json")
-    add("--classes", type=int, help="refuse a source with another number of class folders")
-    add("--workers", type=int, help="processes that decode (default: one a core)")
+    add("--classes", type=at_least(0), help="refuse a source with another number of classes")
+    add("--workers", type=at_least(1), default=os.cpu_count(), help="threads that decode")
     add("--check", metavar="DIR", help="print what a packed folder holds and draw a contact sheet")
     args = parser.parse_args()
     if args.check:
         return check(args.check)
-    out = Path(args.out or f"data/{args.dataset}" + f"-{args.split}" * (args.split != "train"))
-    dataset = args.dataset or (out.name if out.name in DATASETS else None)
-    side = DATASETS[dataset][0] if dataset else None
-    if args.download:
-        if dataset != "cifar10" or args.src:
-            raise BadInput("--download: expected --dataset cifar10 and no --src")
-        args.src = Path("data") / CIFAR10_FILE[0].split("/")[-1]
+    dataset = args.dataset or Path(args.out or "").name
+    if args.download and dataset == "cifar10":
+        args.src = Path("data") / Path(CIFAR10_URL).name
         if not args.src.exists():
-            download(CIFAR10_FILE[0], args.src, CIFAR10_FILE[1], "--src")
-        if hash_file(args.src) != CIFAR10_FILE[1]:
-            raise BadInput(f"{args.src}: its SHA-256 is not {CIFAR10_FILE[1]}; remove it")
-    if not args.src or not (args.out or args.dataset) or (args.size or side or 0) < 1:
-        raise BadInput("expected --dataset NAME --src DIR, or --src DIR --size S (1 or more) --out data/NAME,"
-                       " or --check data/NAME")
-    if side and args.size not in (None, side):
-        raise BadInput(f"--size: found {args.size}, {dataset} has {side}")
-    pack(args.src, args.size or side, out, args.split, args.classes, dataset, args.workers)
+            download(CIFAR10_URL, args.src, CIFAR10_SHA256, "--src")
+    side = DATASETS.get(dataset, [args.size])[0]
+    if not (args.src and dataset and side) or args.size not in (None, side):
+        raise BadInput("expected --src DIR --size S --out data/NAME, or a --dataset of the papers, which has "
+                       "its own size, and its --src or, of cifar10, --download")
+    out = args.out or f"data/{dataset}"
+    pack(args.src, side, out, args.split, args.classes, dataset, args.workers)
 
 
 if __name__ == "__main__":
