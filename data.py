@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from files import BadInput, Parser, at_least, download, progress, read_json, replace, run, say
+from files import BadInput, Parser, at_least, download, progress, read_json, replace, run, say, write_json
 
 SHARD = 256                                      # images in a file of a packed folder
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -235,7 +235,7 @@ def load_shards(dir, kind, dtype, shape):
 
 
 class Packed(Images):
-    """A packed folder, memory-mapped; images.npy or latents.npy may stand in for the shards.
+    """A packed folder, memory-mapped.
 
     Raises BadInput for a folder that is none, unfinished or contradicts itself.
     """
@@ -250,11 +250,7 @@ class Packed(Images):
         kind, dtype, shape = "images", "uint8", (count, 3, size, size)
         if "scale" in meta:
             kind, dtype, shape = "latents", "float16", (count, 8, size // 8, size // 8)
-        whole = dir / f"{kind}.npy"
-        if whole.exists():
-            images = load_array(whole, dtype, shape)
-        else:
-            images = load_shards(dir, kind, dtype, shape)
+        images = load_shards(dir, kind, dtype, shape)
         labels = load_array(dir / "labels.npy", "int64", (count,))
         super().__init__(images, labels, meta, flip)
 
@@ -479,12 +475,12 @@ def begin(out, meta):
     if arrays:
         raise BadInput(f"--out {out}: holds {arrays[0].name} and no plan.json; expected a new folder")
     out.mkdir(parents=True, exist_ok=True)
-    replace(out / "plan.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
+    write_json(out / "plan.json", meta)
     return False
 
 
-def pack(src, size, out, split="train", classes=None, dataset=None, workers=None,
-         mirror=False, encode=None, rank=0, world=1, **more):
+def pack(src, size, out, split="train", dataset=None, workers=None, mirror=False, encode=None,
+         rank=0, world=1, **more):
     """Pack the images below `src` into folder `out`; after a kill it goes on, to the same bytes.
 
     With mirror every image comes twice, as it is and mirrored. encode(images uint8 (n,3,S,S)) -> the array to
@@ -494,8 +490,8 @@ def pack(src, size, out, split="train", classes=None, dataset=None, workers=None
     src, out = Path(src), Path(out)
     dataset = dataset or out.name
     read, names, labels, folders, crop, filter = listing(src, size, dataset, split)
-    if not names or classes not in (None, len(folders)):
-        raise BadInput(f"--src {src}: found {len(names)} images of split {split} and {len(folders)} classes")
+    if not names:
+        raise BadInput(f"--src {src}: found no images of split {split}")
     official = DATASETS.get(dataset, (0, 0, 0))[2]
     if split == "train" and official not in (0, len(names)):
         say(f"warning: found {len(names):,} images, the training set of {dataset} has {official:,}")
@@ -584,7 +580,6 @@ def main():
     add("--size", type=at_least(1), help="side of the packed images in pixels (default: the data set's)")
     add("--out", help="packed folder to write, such as data/NAME (default: data/DATASET)")
     add("--split", default="train", help="val and test where they are published; recorded in meta.json")
-    add("--classes", type=at_least(0), help="refuse a source with another number of classes")
     add("--workers", type=at_least(1), default=os.cpu_count(), help="threads that decode")
     add("--check", metavar="DIR", help="print what a packed folder holds and draw a contact sheet")
     args = parser.parse_args()
@@ -600,7 +595,7 @@ def main():
         raise BadInput("expected --src DIR --size S --out data/NAME, or a --dataset of the papers, which has "
                        "its own size, and its --src or, of cifar10, --download")
     out = args.out or f"data/{dataset}"
-    pack(args.src, side, out, args.split, args.classes, dataset, args.workers)
+    pack(args.src, side, out, args.split, dataset, args.workers)
 
 
 if __name__ == "__main__":

@@ -47,15 +47,11 @@ class Attention(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.norm = norm(channels)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x):                                                    # (B,C,H,W)
         h = self.norm(x)
-        layers = (self.q, self.k, self.v)
-        q, k, v = (layer(h).flatten(2).mT[:, None] for layer in layers)      # (B,1,HW,C), one head
+        q, k, v = (layer(h).flatten(2).mT[:, None] for layer in (self.q, self.k, self.v))     # (B,1,HW,C)
         h = F.scaled_dot_product_attention(q, k, v)
         h = h[:, 0].mT.unflatten(2, x.shape[2:])                             # (B,C,H,W)
         return self.proj_out(h).add_(x)
@@ -71,17 +67,12 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest x 2, then conv 3 x 3: together a transposed 4 x 4 of stride 2, at 4/9 of the products."""
-
     def __init__(self, channels):
         super().__init__()
         self.conv = conv3(channels, channels)
 
     def forward(self, x):                                                    # (B,C,H,W) -> (B,C,2H,2W)
-        padded = F.pad(self.conv.weight, (1, 1, 1, 1))
-        sums = F.avg_pool2d(padded, 2, stride=1, divisor_override=1)         # of 2 x 2 neighbours
-        weight = sums.flip(2, 3).transpose(0, 1)                         # (in,out,4,4)
-        return F.conv_transpose2d(x, weight, self.conv.bias, stride=2, padding=1)
+        return self.conv(F.interpolate(x, scale_factor=2))
 
 
 def chain(*blocks, **modules):
@@ -173,13 +164,6 @@ def mean_std(moments):
 
 # ------------------------------------------------------------------------------------------------ the weights
 
-FILES = {  # SHA-256: repository of stabilityai on huggingface.co, container
-    "c6a580b13a5bc05a5e16e4dbb80608ff2ec251a162311590c1f34c013d7f3dab": "sd-vae-ft-mse-original .ckpt",
-    "735e4c3a447a3255760d7f86845f09f937809baa529c17370d83e4c3758f3c75": "sd-vae-ft-mse-original .safetensors",
-    "1b4889b6b1d4ce7ae320a02dedaeff1780ad77d415ea0d744b476155c6377ddc": "sd-vae-ft-mse .bin",
-    "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815": "sd-vae-ft-mse .safetensors",
-}
-
 DIFFUSERS = {  # word of a CompVis name: diffusers' words
     "down": "down_blocks", "up": "up_blocks", "mid": "mid_block", "block": "resnets", "block_1": "resnets.0",
     "block_2": "resnets.1", "attn_1": "attentions.0", "norm": "group_norm", "nin_shortcut": "conv_shortcut",
@@ -258,7 +242,7 @@ def encoder(vae, device, dtype, threads):
 
 def main():
     from data import IMAGENETS, pack
-    from files import BadInput, Parser, at_least, hash_file, processes, say
+    from files import BadInput, Parser, at_least, hash_file, processes
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--src", required=True, help="folder or .zip of images; its sub-folders are the classes")
@@ -269,7 +253,6 @@ def main():
     add("--mirror", action="store_true", help="every image twice, as it is and mirrored")
     add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 (autocast) on a GPU")
     add("--split", default="train", help="recorded in meta.json")
-    add("--classes", type=at_least(0), help="refuse a source with another number of classes")
     add("--workers", type=at_least(1), help="threads that decode and crop (default: one a core)")
     args = parser.parse_args()
     if args.size % 8:
@@ -279,12 +262,9 @@ def main():
     torch.backends.cudnn.allow_tf32 = False                                  # float32 means float32
     dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     vae = load_vae(args.vae).to(device)
-    digest = hash_file(args.vae)
-    say(f"{args.vae}: {FILES.get(digest, 'unknown autoencoder')}, {dtype}")
-    pack(args.src, args.size, args.out, args.split, args.classes, args.dataset,
-         workers=args.workers or threads, mirror=args.mirror,
-         encode=encoder(vae, device, dtype, threads), rank=rank, world=world,
-         vae=digest, vae_file=os.path.abspath(args.vae), scale=SCALE, dtype=dtype,
+    pack(args.src, args.size, args.out, args.split, args.dataset, workers=args.workers or threads,
+         mirror=args.mirror, encode=encoder(vae, device, dtype, threads), rank=rank, world=world,
+         vae=hash_file(args.vae), vae_file=os.path.abspath(args.vae), scale=SCALE, dtype=dtype,
          content="posterior mean, std of images in [-1, 1], unscaled")
 
 

@@ -191,7 +191,6 @@ def test_numbers_sort_as_numbers_and_a_flat_folder_has_no_classes(tmp_path):
     ("--src src", "--size"),
     ("--src src --size 0", "--size"),
     ("--src src --size 32 --dataset imagenet64", "size"),
-    ("--src src --size 16 --classes 3", "2 classes"),
     ("--src src --size 16 --workers 0", "--workers"),
     ("--size 16", "--src"),
     ("--check nothing", "nothing"),
@@ -410,13 +409,6 @@ def test_a_pack_holds_no_file_open(tmp_path):
     after = len(os.listdir("/proc/self/fd"))
     assert len(pack) == 2560
     assert after < before + 5
-
-
-def test_one_file_in_place_of_the_shards(tmp_path):
-    images = shapes(range(4), 8)[0]
-    write_pack(tmp_path, images, np.zeros(4, np.int64))
-    (tmp_path / "images_00000.npy").rename(tmp_path / "images.npy")
-    assert np.array_equal(Packed(tmp_path).images[[2, 1]], images[[2, 1]])
 
 
 @pytest.mark.parametrize("damage, named", [
