@@ -4,9 +4,9 @@
     python fid.py stats --data data/NAME --out ref.npz          # reference statistics of your own
     torchrun --nproc-per-node 8 fid.py SAMPLES REFERENCE        # the same number, sooner
 
-The features are those of the Inception network of December 2015, after TensorFlow 1's resize, as in NVlabs/edm
-and in ADM's evaluator. A reference that has statistics is compared by them; the images beside them, if there are
-any, serve precision and recall alone.
+The features are those of the Inception network of December 2015, after TensorFlow 1's resize, as in
+NVlabs/edm and in ADM's evaluator. A reference that has statistics is compared by them. Images beside them
+serve precision and recall alone.
 """
 import contextlib
 import json
@@ -23,23 +23,27 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 # ------------------------------------------------------------------------------------------ Inception-V3
 # The published weights belong to this graph, which is not torchvision's. Here the average pool does not count
-# the padding, and Mixed_7c takes the maximum where the other blocks take the average. The branches of a block are
-# joined in the order of the table, as the next layer expects their channels in that order.
+# the padding, and Mixed_7c takes the maximum where other blocks take the average. The branches of a block are
+# joined in the order of the table, in which the next layer expects their channels.
 
 average = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
 maximum = nn.MaxPool2d(3, stride=1, padding=1)
 halve = nn.MaxPool2d(3, stride=2)
 
-# A block is a list of branches, and a branch is a list of steps. A step is a pool, a unit, or again a list of
-# branches. A unit is its name, the channels that it makes, its kernel, its stride and its padding (see Unit).
+# A block is a list of branches, and a branch is a list of steps. A step is a pool, a unit, or again a list
+# of branches. A unit is its name and what Unit takes after `channels`: width, kernel, stride, padding.
 
-STEM = [("Conv2d_1a_3x3", 32, 3, 2, 0), ("Conv2d_2a_3x3", 32, 3, 1, 0), ("Conv2d_2b_3x3", 64, 3), halve,
-        ("Conv2d_3b_1x1", 80), ("Conv2d_4a_3x3", 192, 3, 1, 0), halve]
+STEM = [("Conv2d_1a_3x3", 32, 3, 2, 0),
+        ("Conv2d_2a_3x3", 32, 3, 1, 0),
+        ("Conv2d_2b_3x3", 64, 3),
+        halve,
+        ("Conv2d_3b_1x1", 80),
+        ("Conv2d_4a_3x3", 192, 3, 1, 0),
+        halve]
 
 
 def block_a(pooled):
@@ -50,7 +54,8 @@ def block_a(pooled):
 
 
 BLOCK_B = [[("branch3x3", 384, 3, 2, 0)],
-           [("branch3x3dbl_1", 64), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3, 2, 0)],
+           [("branch3x3dbl_1", 64), ("branch3x3dbl_2", 96, 3),
+            ("branch3x3dbl_3", 96, 3, 2, 0)],
            [halve]]
 
 
@@ -64,15 +69,16 @@ def block_c(c):
 
 
 BLOCK_D = [[("branch3x3_1", 192), ("branch3x3_2", 320, 3, 2, 0)],
-           [("branch7x7x3_1", 192), ("branch7x7x3_2", 192, (1, 7)), ("branch7x7x3_3", 192, (7, 1)),
-            ("branch7x7x3_4", 192, 3, 2, 0)],
+           [("branch7x7x3_1", 192), ("branch7x7x3_2", 192, (1, 7)),
+            ("branch7x7x3_3", 192, (7, 1)), ("branch7x7x3_4", 192, 3, 2, 0)],
            [halve]]
 
 
 def block_e(pool):
     row, column = (1, 3), (3, 1)
     return [[("branch1x1", 320)],
-            [("branch3x3_1", 384), [[("branch3x3_2a", 384, row)], [("branch3x3_2b", 384, column)]]],
+            [("branch3x3_1", 384),
+             [[("branch3x3_2a", 384, row)], [("branch3x3_2b", 384, column)]]],
             [("branch3x3dbl_1", 448), ("branch3x3dbl_2", 384, 3),
              [[("branch3x3dbl_3a", 384, row)], [("branch3x3dbl_3b", 384, column)]]],
             [pool, ("branch_pool", 192)]]
@@ -104,7 +110,7 @@ class Unit(nn.Sequential):
 
 
 class Block(nn.Module):
-    """(N,channels,H,W) -> the outputs of the branches, joined in the channels. A unit is a child by its name."""
+    """(N,channels,H,W) -> the outputs of the branches, joined in the channels. Each unit is a child."""
 
     def __init__(self, channels, branches):
         super().__init__()
@@ -154,12 +160,12 @@ class Inception(Block):
         """Put every batch norm into its convolution: the same features to 1e-6, sooner."""
         for unit in self.modules():
             if isinstance(unit, Unit):
-                unit.conv = fuse_conv_bn_eval(unit.conv, unit.bn)
+                unit.conv = nn.utils.fuse_conv_bn_eval(unit.conv, unit.bn)
                 unit.bn = nn.Identity()
         return self.requires_grad_(False)
 
     def forward(self, images, spatial=False):
-        """With spatial=True also the features of sFID (N,2023): 7 channels of Mixed_6d.branch1x1, rows first."""
+        """With spatial=True also sFID's features (N,2023): 7 channels of Mixed_6d.branch1x1, rows first."""
         x = (resize(images.float()) - 128) / 128                             # (N,3,299,299) in [-1, 0.992]
         x = super().forward(x.contiguous(memory_format=torch.channels_last))     # (N,192,35,35)
         for name in BLOCKS:
@@ -177,8 +183,8 @@ class Inception(Block):
 
 
 def resize(x, size=299):
-    """TF1's bilinear resize -> (N,C,size,size): output i is the image at i n / size, without a half-pixel shift."""
-    def weights(n):
+    """TF1's bilinear resize -> (N,C,size,size): pixel i is the image at i n / size, unshifted."""
+    def weights(n):                                      # a pixel's weight falls to 0 at its neighbours
         places = torch.arange(size, device=x.device) * (n / size)
         pixels = torch.arange(n, device=x.device)
         distance = places.clamp(max=n - 1)[:, None] - pixels                 # (size, n)
@@ -213,38 +219,41 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^1/2), float64 (Heusel et al. 2017, eq. 6).
 
     With S1 = R R^T, the last trace is the sum of the roots of the eigenvalues of R^T S2 R, which are real and
-    >= 0: no matrix root, no complex numbers, finite for singular covariances. R is the Cholesky factor; where
-    S1 is singular, it is the eigenvectors of the non-zero eigenvalues times their roots.
+    >= 0: no matrix root, no complex numbers, finite for singular covariances. R is the eigenvectors of S1
+    times the roots of its eigenvalues, without those that are zero but for rounding.
     """
     given = mu1, sigma1, mu2, sigma2
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(part, dtype=torch.float64) for part in given)
-    root, singular = torch.linalg.cholesky_ex(sigma1)
-    if singular:
-        values, vectors = torch.linalg.eigh(sigma1)
-        kept = values > values[-1] * 1e-14 * len(values)
-        root = vectors[:, kept] * values[kept].sqrt()
-    trace = torch.linalg.eigvalsh(root.T @ sigma2 @ root).clamp(min=0).sqrt().sum()
-    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace
-    return float(distance.clamp(min=0))                                      # rounding of equal sets
+    values, vectors = torch.linalg.eigh(sigma1)
+    kept = values > values[-1] * 1e-14 * len(values)
+    root = vectors[:, kept] * values[kept].sqrt()
+    eigenvalues = torch.linalg.eigvalsh(root.T @ sigma2 @ root)
+    shift = (mu1 - mu2).square().sum()
+    spread = sigma1.trace() + sigma2.trace() - 2 * eigenvalues.clamp(min=0).sqrt().sum()
+    return float((shift + spread).clamp(min=0))                              # rounding of equal sets
 
 
 def inception_score(probs, split=5000):
     """Mean over chunks in file order of exp(mean KL(p(y|x) || p(y))), as in ADM's evaluator."""
     scores = []
     for p in probs.double().split(split):
-        divergence = (p * (p.log() - p.mean(0).log())).nansum(1)             # (n,); 0 log 0 = 0
+        ratio = p.log() - p.mean(0).log()
+        divergence = (p * ratio).nansum(1)                                   # (n,); 0 log 0 = 0
         scores.append(divergence.mean().exp())
     return float(torch.stack(scores).mean())
 
 
 def precision_recall(reference, samples, k=3):
-    """Kynkaanniemi et al. 2019: the share of the samples that lie within the k-th neighbour's distance of some
-    reference, and the reverse. Distances are float64; ADM's evaluator has the same rule with float16.
+    """Kynkaanniemi et al. 2019. Precision is the share of the samples that lie in the ball of some reference,
+    which reaches to its k-th neighbour among the references. Recall is the reverse. Distances are float64 here;
+    ADM's evaluator has the same rule with float16.
     """
     def covered(points, centres):
-        radii = [torch.cdist(part, centres).kthvalue(k + 1)[0] for part in centres.split(1000)]
+        def distances(some):
+            return torch.cdist(some, centres)                                # (len(some), len(centres))
+        radii = [distances(some).kthvalue(k + 1)[0] for some in centres.split(1000)]
         radii = torch.cat(radii)                                             # (len(centres),)
-        inside = [(torch.cdist(part, centres) <= radii).any(1) for part in points.split(1000)]
+        inside = [(distances(some) <= radii).any(1) for some in points.split(1000)]
         return float(torch.cat(inside).double().mean())
 
     reference, samples = reference.double(), samples.double()
@@ -274,7 +283,7 @@ SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
 def load_inception(path_or_state_dict):
-    """The published weights, 472 tensors or 566 with counters, every one needed -> Inception. Raises BadInput."""
+    """The published weights, all of 472 tensors or 566 with counters -> Inception. Raises BadInput."""
     from files import BadInput, read
     state = path_or_state_dict
     if not isinstance(state, dict):
@@ -289,7 +298,7 @@ def load_inception(path_or_state_dict):
 
 
 def find_inception(file, sha256):
-    """The Inception in a file that has this SHA-256; where there is none, rank 0 fetches the published one."""
+    """The Inception in a file of this SHA-256; where there is no file, rank 0 fetches the published one."""
     from files import BadInput, download, hash_file, processes
     rank, world, _ = processes()
     if rank == 0 and not file.exists():
@@ -302,8 +311,7 @@ def find_inception(file, sha256):
 
 
 # ----------------------------------------------------------------------------------------- what is on disk
-# Each kind is opened as its statistics, {} where there are none; what is known of it; the number of its images;
-# read(i, j), which returns some of them as uint8 (j-i,3,S,S).
+# Images are opened as their number and read(i, j), which returns some of them as uint8 (j-i,3,S,S).
 
 def open_pack(path):
     from data import Packed
@@ -311,8 +319,7 @@ def open_pack(path):
     packed = Packed(path)
     if packed.latents:
         raise BadInput(f"{path}: holds latents, expected images")
-    known = {**packed.meta, "classes": len(packed.classes)}
-    return {}, known, len(packed), lambda i, j: packed.images[np.arange(i, j)]
+    return len(packed), lambda i, j: packed.images[np.arange(i, j)]
 
 
 def open_folder(path):
@@ -322,28 +329,30 @@ def open_folder(path):
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
     kinds = {file.suffix.lower() for file in files}
     if kinds != {".png"}:
-        raise BadInput(f"{path}: found {sorted(kinds)}, expected .png: JPEG changes the images and so the FID")
-    side = load_image(files[0]).height
+        raise BadInput(f"{path}: found {sorted(kinds)}, expected .png; JPEG changes the FID")
+    size = load_image(files[0]).size
     pool = ThreadPoolExecutor()                          # decoding leaves Python's lock
 
     def load(file):
         image = load_image(file)
-        if image.size != (side, side):
-            raise BadInput(f"{file}: found {image.width} x {image.height}, expected {side} x {side}")
+        if image.size != size:
+            raise BadInput(f"{file}: its size is {image.size}, that of the first image {size}")
         return np.asarray(image).transpose(2, 0, 1)
 
     def read(i, j):
-        return np.stack(list(pool.map(load, files[i:j])))
+        images = pool.map(load, files[i:j])
+        return np.stack(list(images))
 
-    return {}, {}, len(files), read
+    return len(files), read
 
 
 def open_npz(path, D):
-    """ADM's layout: statistics mu (D,), sigma (D,D), perhaps mu_s and sigma_s; images arr_0, uint8 (N,S,S,3), which
-    are read forwards and never as a whole; or both.
+    """ADM's layout: statistics mu (D,), sigma (D,D), perhaps mu_s and sigma_s; images arr_0, uint8 (N,S,S,3);
+    or both. The images are read forwards and never as a whole.
     """
     with readable(path), np.load(path) as file:
-        found = {name: file[name] for name in ("mu", "sigma", "mu_s", "sigma_s") if name in file}
+        names = ("mu", "sigma", "mu_s", "sigma_s")
+        found = {name: file[name] for name in names if name in file}
         if found and found["sigma"].shape != (D, D):
             raise ValueError(f"sigma is {found['sigma'].shape}, expected {D} features")
         meta = json.loads(str(file["meta"])) if "meta" in file else {}
@@ -360,7 +369,8 @@ def open_npz(path, D):
         with readable(path):
             stream.seek(begin + i * each)
             block = np.frombuffer(stream.read((j - i) * each), np.uint8)
-            return block.reshape(j - i, *shape[1:]).transpose(0, 3, 1, 2)
+            images = block.reshape(j - i, *shape[1:])
+        return images.transpose(0, 3, 1, 2)
 
     return found, meta, shape[0], read
 
@@ -376,28 +386,30 @@ def readable(path):
 
 
 def open_side(path, limit, extractor, D):
-    """One side of the comparison: what an opener returns, its images checked and cut to the first `limit`."""
+    """One side of the comparison -> its statistics, {} where they are to be measured; its metadata; how many
+    images to measure, 0 without images; their read(i, j). Raises BadInput.
+    """
     from files import BadInput, read_json
     path = Path(path)
-    protocol = path.with_suffix(".protocol.json")        # sample.py writes it
-    if (path / "meta.json").exists():
-        found, meta, count, read = open_pack(path)
+    found, meta, notes = {}, {}, path / "meta.json"      # notes by data.py, or by sample.py
+    if notes.exists():
+        count, read = open_pack(path)
     elif path.is_dir():
-        found, meta, count, read = open_folder(path)
-        protocol = path / "protocol.json"
+        count, read = open_folder(path)
+        notes = path / "protocol.json"
     elif zipfile.is_zipfile(path):
         found, meta, count, read = open_npz(path, D)
+        notes = path.with_suffix(".protocol.json")
     else:
         raise BadInput(f"{path}: expected a folder of PNGs, packed data or an npz")
     if not found:
-        if protocol.exists():
-            meta.update(read_json(protocol))
-        if not limit and meta.get("n", count) != count:
-            raise BadInput(f"{path}: found {count:,} images, {protocol.name} promises {meta['n']}")
-        available, count = count, limit or count
-        if not 4 <= count <= available:
-            raise BadInput(f"{path}: found {available:,} images, expected at least {max(count, 4):,}")
-        meta.update(n=count, extractor=extractor)
+        if notes.exists():
+            meta = read_json(notes)
+        n = limit or meta.get("n", count)
+        if not 4 <= n <= count:
+            raise BadInput(f"{path}: found {count:,} images, expected at least {max(n, 4):,}")
+        count = n
+        meta.update(n=n, extractor=extractor, classes=None)
     if count:
         meta["size"] = read(0, 1).shape[2]
     return found, {**meta, "file": str(path)}, count, read
@@ -425,8 +437,8 @@ def flags():
 
 
 def measure(read, n, extract, widths, batch, keep):
-    """Statistics of the first n images, each process its share: {mu, sigma} of the first features that extract
-    returns, {mu_s, sigma_s} of the second; with `keep` also the first ones, {features: (n,D) in file order}.
+    """Statistics of the first n images, of which each process takes a share: mu, sigma of extract's first
+    features, mu_s, sigma_s of the second. With `keep` also the first ones: features (n,D), in file order.
     """
     from files import processes, progress
     rank, world, device = processes()
@@ -460,7 +472,7 @@ def main():
     rank, world, device = processes()
     torch.backends.cudnn.allow_tf32 = False
 
-    # both sides are checked before the weights are fetched
+    # check both sides before the weights are fetched
     extractor, widths = "pixels 8x8", (192,)
     if args.features == "inception":
         extractor, widths = SHA256, (2048, 2023)
@@ -469,30 +481,35 @@ def main():
     paths = [args.data] if making else [args.samples, args.reference]
     sides = [open_side(path, args.count, extractor, widths[0]) for path in paths]
     for key in ("size", "extractor"):
-        values = [meta[key] for _, meta, _, _ in sides if key in meta]
+        values = [meta[key] for _, meta, *_ in sides if key in meta]
         if len(set(values)) > 1:
             raise BadInput(f"expected the same {key} in {paths}, found {values}")
 
     if world > 1:
         dist.init_process_group("gloo")                  # for a barrier and the sums
     model = None
-    extract = lambda images: [pixels(images)]
     if args.features == "inception":
         model = find_inception(Path(args.inception or CACHED), extractor)
         model.to(device, memory_format=torch.channels_last)
-        extract = lambda images: model(images, spatial=True)
+
+    def extract(images):
+        if model:
+            return model(images, spatial=True)
+        return [pixels(images)]
+
+    whole = model and args.metrics == "all" and not making
     for found, meta, count, read in sides:
-        how = extract, widths, args.batch_size, args.metrics == "all" and model
         if not found:
-            found.update(measure(read, count, *how))
-        elif count and args.metrics == "all":            # statistics of all images beside some of them
-            found["features"] = measure(read, count, *how)["features"]
+            found.update(measure(read, count, extract, widths, args.batch_size, whole))
+        elif whole and count:                            # of the images beside the statistics
+            beside = measure(read, count, extract, widths, args.batch_size, whole)
+            found["features"] = beside["features"]
     if world > 1:
         leave_group()
     if rank == 0 and making:
         found, meta, *_ = sides[0]
-        found.pop("features", None)
-        replace(args.out, lambda file: np.savez(file, **found, meta=json.dumps(meta)))
+        found["meta"] = json.dumps(meta)
+        replace(args.out, lambda file: np.savez(file, **found))
         print(args.out)
     elif rank == 0:
         report(sides, extractor, model)
@@ -501,24 +518,27 @@ def main():
 def report(sides, extractor, model):
     """Print the metrics, what speaks against them, and one JSON line with both sides' metadata."""
     (a, samples, *_), (b, reference, *_) = sides
-    name = "FID" if model else "FD-pixels"
     n = samples.get("n")
-    result = {f"{name}-{n}": frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"])}
+    name = f"FID-{n}" if model else f"FD-pixels-{n}"
+    result = {name: frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"])}
     if "features" in a:
         features = a["features"].to(model.fc.weight)
         result["IS"] = inception_score(model.probs(features))
         if "mu_s" in b:
-            result["sFID"] = frechet_distance(a["mu_s"], a["sigma_s"], b["mu_s"], b["sigma_s"])
+            given = a["mu_s"], a["sigma_s"], b["mu_s"], b["sigma_s"]
+            result["sFID"] = frechet_distance(*given)
         if "features" in b:
             real = b["features"].to(features)
             result["precision"], result["recall"] = precision_recall(real, features)
     for key, value in result.items():
         print(f"{key} {value:.2f}")
     if n and n < 50_000:
-        print(f"warning: {n:,} images, published values are of 50,000; up to {len(a['mu']):,} are far too few")
+        least = len(a["mu"])
+        print(f"warning: {n:,} images; published values are of 50,000, and {least:,} are far too few")
     if model and extractor != SHA256:
         print("warning: not the published weights, so not the literature's FID")
-    print(json.dumps(dict(result=result, samples=samples, reference=reference, extractor=extractor)))
+    found = dict(result=result, samples=samples, reference=reference, extractor=extractor)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
