@@ -5,8 +5,8 @@
     torchrun --nproc-per-node 8 fid.py SAMPLES REFERENCE        # the same number, sooner
 
 The features are those of the Inception network of December 2015, after TensorFlow 1's resize, as in
-NVlabs/edm and in ADM's evaluator. A reference that has statistics is compared by them. Images beside them
-serve precision and recall alone.
+NVlabs/edm and in ADM's evaluator. A reference that has statistics is compared by them. What it lacks for
+--metrics all is measured on the images beside them.
 """
 import contextlib
 import json
@@ -245,12 +245,13 @@ def inception_score(probs, split=5000):
 
 def precision_recall(reference, samples, k=3):
     """Kynkaanniemi et al. 2019. Precision is the share of the samples that lie in the ball of some reference,
-    which reaches to its k-th neighbour among the references. Recall is the reverse. Distances are float64 here;
+    which reaches to its k-th neighbour among the references. Recall is the reverse. Distances are float64;
     ADM's evaluator has the same rule with float16.
     """
     def covered(points, centres):
         def distances(some):
             return torch.cdist(some, centres)                                # (len(some), len(centres))
+
         radii = [distances(some).kthvalue(k + 1)[0] for some in centres.split(1000)]
         radii = torch.cat(radii)                                             # (len(centres),)
         inside = [(distances(some) <= radii).any(1) for some in points.split(1000)]
@@ -275,6 +276,11 @@ def fd_pixels(a, b):
 
 
 # ------------------------------------------------------------------------------- the weights of Inception
+# The networks and metrics above need PyTorch and numpy alone. What follows uses other files of the project.
+
+from data import SUFFIXES, Packed, load_image  # noqa: E402
+from files import (BadInput, Parser, at_least, download, hash_file, leave_group, processes,  # noqa: E402
+                   progress, read, read_json, replace, run)
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
@@ -284,7 +290,6 @@ SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 def load_inception(path_or_state_dict):
     """The published weights, all of 472 tensors or 566 with counters -> Inception. Raises BadInput."""
-    from files import BadInput, read
     state = path_or_state_dict
     if not isinstance(state, dict):
         state = read(state)
@@ -299,7 +304,6 @@ def load_inception(path_or_state_dict):
 
 def find_inception(file, sha256):
     """The Inception in a file of this SHA-256; where there is no file, rank 0 fetches the published one."""
-    from files import BadInput, download, hash_file, processes
     rank, world, _ = processes()
     if rank == 0 and not file.exists():
         download(URL, file, SHA256, "--inception")
@@ -311,11 +315,9 @@ def find_inception(file, sha256):
 
 
 # ----------------------------------------------------------------------------------------- what is on disk
-# Images are opened as their number and read(i, j), which returns some of them as uint8 (j-i,3,S,S).
+# Images are opened as their number and take(i, j), which returns some of them as uint8 (j-i,3,S,S).
 
 def open_pack(path):
-    from data import Packed
-    from files import BadInput
     packed = Packed(path)
     if packed.latents:
         raise BadInput(f"{path}: holds latents, expected images")
@@ -324,8 +326,6 @@ def open_pack(path):
 
 def open_folder(path):
     """The PNGs of a folder and its sub-folders, in the order of their paths."""
-    from data import SUFFIXES, load_image
-    from files import BadInput
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
     kinds = {file.suffix.lower() for file in files}
     if kinds != {".png"}:
@@ -339,11 +339,11 @@ def open_folder(path):
             raise BadInput(f"{file}: its size is {image.size}, that of the first image {size}")
         return np.asarray(image).transpose(2, 0, 1)
 
-    def read(i, j):
+    def take(i, j):
         images = pool.map(load, files[i:j])
         return np.stack(list(images))
 
-    return len(files), read
+    return len(files), take
 
 
 def open_npz(path, D):
@@ -365,20 +365,19 @@ def open_npz(path, D):
             raise ValueError(f"arr_0 is {dtype} {shape}, expected uint8 (N,S,S,3)")
     begin, each = stream.tell(), math.prod(shape[1:])
 
-    def read(i, j):
+    def take(i, j):
         with readable(path):
             stream.seek(begin + i * each)
             block = np.frombuffer(stream.read((j - i) * each), np.uint8)
             images = block.reshape(j - i, *shape[1:])
         return images.transpose(0, 3, 1, 2)
 
-    return found, meta, shape[0], read
+    return found, meta, shape[0], take
 
 
 @contextlib.contextmanager
 def readable(path):
     """What numpy, zipfile and zlib raise for a damaged npz becomes one line that names the file."""
-    from files import BadInput
     try:
         yield
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -386,19 +385,18 @@ def readable(path):
 
 
 def open_side(path, limit, extractor, D):
-    """One side of the comparison -> its statistics, {} where they are to be measured; its metadata; how many
-    images to measure, 0 without images; their read(i, j). Raises BadInput.
+    """One side of the comparison -> the statistics that it has; its metadata; how many images it has to
+    measure; how to read them, take(i, j). Raises BadInput.
     """
-    from files import BadInput, read_json
     path = Path(path)
     found, meta, notes = {}, {}, path / "meta.json"      # notes by data.py, or by sample.py
     if notes.exists():
-        count, read = open_pack(path)
+        count, take = open_pack(path)
     elif path.is_dir():
-        count, read = open_folder(path)
+        count, take = open_folder(path)
         notes = path / "protocol.json"
     elif zipfile.is_zipfile(path):
-        found, meta, count, read = open_npz(path, D)
+        found, meta, count, take = open_npz(path, D)
         notes = path.with_suffix(".protocol.json")
     else:
         raise BadInput(f"{path}: expected a folder of PNGs, packed data or an npz")
@@ -409,16 +407,16 @@ def open_side(path, limit, extractor, D):
         if not 4 <= n <= count:
             raise BadInput(f"{path}: found {count:,} images, expected at least {max(n, 4):,}")
         count = n
-        meta.update(n=n, extractor=extractor, classes=None)
+        meta.update(n=n, extractor=extractor)
+        meta.pop("classes", None)                        # a thousand names
     if count:
-        meta["size"] = read(0, 1).shape[2]
-    return found, {**meta, "file": str(path)}, count, read
+        meta["size"] = take(0, 1).shape[2]
+    return found, {**meta, "file": str(path)}, count, take
 
 
 # ------------------------------------------------------------------------------------------ command line
 
 def flags():
-    from files import Parser, at_least
     parser = Parser(__doc__)
     add = parser.add_argument
     if sys.argv[1:2] == ["stats"]:
@@ -436,18 +434,17 @@ def flags():
     return parser.parse_args()
 
 
-def measure(read, n, extract, widths, batch, keep):
+def measure(take, n, extract, widths, batch, keep):
     """Statistics of the first n images, of which each process takes a share: mu, sigma of extract's first
     features, mu_s, sigma_s of the second. With `keep` also the first ones: features (n,D), in file order.
     """
-    from files import processes, progress
     rank, world, device = processes()
     start, stop = rank * n // world, (rank + 1) * n // world
     streams = [Statistics(D, device) for D in widths]
     kept, since = [], time.monotonic()
     for i in range(start, stop, batch):
         j = min(i + batch, stop)
-        parts = extract(torch.tensor(read(i, j), device=device))
+        parts = extract(torch.tensor(take(i, j), device=device))
         for stream, features in zip(streams, parts):
             stream.add(features)
         if keep:
@@ -466,7 +463,6 @@ def measure(read, n, extract, widths, batch, keep):
 
 
 def main():
-    from files import BadInput, hash_file, leave_group, processes, replace
     args = flags()
     making = "out" in args
     rank, world, device = processes()
@@ -498,12 +494,10 @@ def main():
         return [pixels(images)]
 
     whole = model and args.metrics == "all" and not making
-    for found, meta, count, read in sides:
-        if not found:
-            found.update(measure(read, count, extract, widths, args.batch_size, whole))
-        elif whole and count:                            # of the images beside the statistics
-            beside = measure(read, count, extract, widths, args.batch_size, whole)
-            found["features"] = beside["features"]
+    for found, meta, count, take in sides:
+        if count and (whole or not found):
+            measured = measure(take, count, extract, widths, args.batch_size, whole)
+            found.update({**measured, **found})          # a file's own statistics are those of more images
     if world > 1:
         leave_group()
     if rank == 0 and making:
@@ -519,7 +513,9 @@ def report(sides, extractor, model):
     """Print the metrics, what speaks against them, and one JSON line with both sides' metadata."""
     (a, samples, *_), (b, reference, *_) = sides
     n = samples.get("n")
-    name = f"FID-{n}" if model else f"FD-pixels-{n}"
+    name = "FID" if model else "FD-pixels"
+    if n:
+        name += f"-{n}"
     result = {name: frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"])}
     if "features" in a:
         features = a["features"].to(model.fc.weight)
@@ -542,5 +538,4 @@ def report(sides, extractor, model):
 
 
 if __name__ == "__main__":
-    from files import run
     run(main)
