@@ -475,6 +475,8 @@ def main():
         if args.inception:
             extractor = hash_file(args.inception)
     paths = [args.data] if making else [args.samples, args.reference]
+    if making and args.out == args.data:
+        raise BadInput(f"--out {args.out}: is --data itself")
     sides = [open_side(path, args.count, extractor, widths[0]) for path in paths]
     for key in ("size", "extractor"):
         values = [meta[key] for _, meta, *_ in sides if key in meta]
