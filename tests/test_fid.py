@@ -238,7 +238,8 @@ def test_images_are_read_from_any_place(name, sets):
 
 def test_a_pack_has_the_score_of_its_images(script, sets):
     script("data.py", "--src", "a/deep", "--out", "pack", "--size", 24)
-    found = parsed(script("fid.py", "pack", "a/deep", *PIXELS))
+    text = script("fid.py", "pack", "a/deep", *PIXELS)
+    found = parsed(text)
     assert found["result"] == {"FD-pixels-10": pytest.approx(0, abs=1e-6)}
     assert found["samples"]["dataset"] == "pack"
 
@@ -254,7 +255,8 @@ def test_all_metrics_are_those_of_their_formulas(script, sets, inception, incept
     a = np.load(sets / "a.npz")["arr_0"]
     b = np.load(sets / "b.npz")["arr_0"]
     features, spatial = inception(nchw(a), spatial=True)
-    mu, mu_s = np.linspace(0, 1, 2048), np.linspace(0, 1, 2023)
+    mu = np.linspace(0, 1, 2048)
+    mu_s = np.linspace(0, 1, 2023)
     sigma, sigma_s = np.diag(mu), np.diag(mu_s)
     np.savez(sets / "adm.npz", arr_0=b, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
     words = ("--inception", inception_file, "--metrics", "all", "--batch-size", 9)
