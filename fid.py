@@ -1,17 +1,20 @@
 """FID as the paper measured it: `python fid.py SAMPLES REFERENCE`, and the networks and formulas behind it.
 
-    python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz   # samples: PNG folder, npz, packed data
+    python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz   # samples: folder of PNGs, npz, packed data
     python fid.py stats --data data/NAME --out ref.npz          # reference statistics of your own
     torchrun --nproc-per-node 8 fid.py SAMPLES REFERENCE        # the same number, sooner
 
-The features are those of the 2015 Inception network with TF1's resize, as in NVlabs/edm and ADM's evaluator.
+The features are those of the Inception network of December 2015, after TensorFlow 1's resize, as in
+NVlabs/edm and in ADM's evaluator. A reference that has statistics is compared by them. What it lacks for
+--metrics all is measured on the images beside them.
 """
+import contextlib
 import json
 import math
-import os
 import sys
 import time
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,128 +23,159 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 # ------------------------------------------------------------------------------------------ Inception-V3
-# A line is a branch: steps, separated by commas, of name, width, kernel. Kernel "3" keeps the size, "3v" does
-# not pad, "3/2" neither and strides; "avg" and "max" pool 3 x 3 at stride 1, "max/2" at stride 2 without
-# padding; steps joined by "+" run side by side. The branches of a block are joined in the channels.
+# The published weights belong to this graph, which is not torchvision's. Here the average pool does not count
+# the padding, and Mixed_7c takes the maximum where other blocks take the average. The branches of a block are
+# joined in the order of the table, in which the next layer expects their channels.
 
-STEM = "1a_3x3 32 3/2, 2a_3x3 32 3v, 2b_3x3 64 3, max/2, 3b_1x1 80 1, 4a_3x3 192 3v, max/2"
+average = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
+maximum = nn.MaxPool2d(3, stride=1, padding=1)
+halve = nn.MaxPool2d(3, stride=2)
 
-BLOCK_A = """1x1 64 1
-             5x5_1 48 1, 5x5_2 64 5
-             3x3dbl_1 64 1, 3x3dbl_2 96 3, 3x3dbl_3 96 3
-             avg, _pool {0} 1"""
-BLOCK_B = """3x3 384 3/2
-             3x3dbl_1 64 1, 3x3dbl_2 96 3, 3x3dbl_3 96 3/2
-             max/2"""
-BLOCK_C = """1x1 192 1
-             7x7_1 {0} 1, 7x7_2 {0} 1x7, 7x7_3 192 7x1
-             7x7dbl_1 {0} 1, 7x7dbl_2 {0} 7x1, 7x7dbl_3 {0} 1x7, 7x7dbl_4 {0} 7x1, 7x7dbl_5 192 1x7
-             avg, _pool 192 1"""
-BLOCK_D = """3x3_1 192 1, 3x3_2 320 3/2
-             7x7x3_1 192 1, 7x7x3_2 192 1x7, 7x7x3_3 192 7x1, 7x7x3_4 192 3/2
-             max/2"""
-BLOCK_E = """1x1 320 1
-             3x3_1 384 1, 3x3_2a 384 1x3 + 3x3_2b 384 3x1
-             3x3dbl_1 448 1, 3x3dbl_2 384 3, 3x3dbl_3a 384 1x3 + 3x3dbl_3b 384 3x1
-             {0}, _pool 192 1"""
+# A block is a list of branches, and a branch is a list of steps. A step is a pool, a unit, or again a list
+# of branches. A unit is its name and what Unit takes after `channels`: width, kernel, stride, padding.
 
-BLOCKS = {  # name: channels in, branches                                    # out: side, channels
-    "Mixed_5b": (192,  BLOCK_A.format(32)),  "Mixed_5c": (256, BLOCK_A.format(64)),
-    "Mixed_5d": (288,  BLOCK_A.format(64)),                                  # 35, 288
-    "Mixed_6a": (288,  BLOCK_B),
-    "Mixed_6b": (768,  BLOCK_C.format(128)), "Mixed_6c": (768, BLOCK_C.format(160)),
-    "Mixed_6d": (768,  BLOCK_C.format(160)), "Mixed_6e": (768, BLOCK_C.format(192)),     # 17, 768
-    "Mixed_7a": (768,  BLOCK_D),                                             # 8, 1280
-    "Mixed_7b": (1280, BLOCK_E.format("avg")), "Mixed_7c": (2048, BLOCK_E.format("max")),   # 8, 2048
+STEM = [("Conv2d_1a_3x3", 32, 3, 2, 0),
+        ("Conv2d_2a_3x3", 32, 3, 1, 0),
+        ("Conv2d_2b_3x3", 64, 3),
+        halve,
+        ("Conv2d_3b_1x1", 80),
+        ("Conv2d_4a_3x3", 192, 3, 1, 0),
+        halve]
+
+
+def block_a(pooled):
+    return [[("branch1x1", 64)],
+            [("branch5x5_1", 48), ("branch5x5_2", 64, 5)],
+            [("branch3x3dbl_1", 64), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)],
+            [average, ("branch_pool", pooled)]]
+
+
+BLOCK_B = [[("branch3x3", 384, 3, 2, 0)],
+           [("branch3x3dbl_1", 64), ("branch3x3dbl_2", 96, 3),
+            ("branch3x3dbl_3", 96, 3, 2, 0)],
+           [halve]]
+
+
+def block_c(c):
+    row, column = (1, 7), (7, 1)
+    return [[("branch1x1", 192)],
+            [("branch7x7_1", c), ("branch7x7_2", c, row), ("branch7x7_3", 192, column)],
+            [("branch7x7dbl_1", c), ("branch7x7dbl_2", c, column), ("branch7x7dbl_3", c, row),
+             ("branch7x7dbl_4", c, column), ("branch7x7dbl_5", 192, row)],
+            [average, ("branch_pool", 192)]]
+
+
+BLOCK_D = [[("branch3x3_1", 192), ("branch3x3_2", 320, 3, 2, 0)],
+           [("branch7x7x3_1", 192), ("branch7x7x3_2", 192, (1, 7)),
+            ("branch7x7x3_3", 192, (7, 1)), ("branch7x7x3_4", 192, 3, 2, 0)],
+           [halve]]
+
+
+def block_e(pool):
+    row, column = (1, 3), (3, 1)
+    return [[("branch1x1", 320)],
+            [("branch3x3_1", 384),
+             [[("branch3x3_2a", 384, row)], [("branch3x3_2b", 384, column)]]],
+            [("branch3x3dbl_1", 448), ("branch3x3dbl_2", 384, 3),
+             [[("branch3x3dbl_3a", 384, row)], [("branch3x3dbl_3b", 384, column)]]],
+            [pool, ("branch_pool", 192)]]
+
+
+BLOCKS = {  # name: channels in, branches                                        out: channels, side
+    "Mixed_5b": (192, block_a(32)),                                            # 256, 35
+    "Mixed_5c": (256, block_a(64)),                                            # 288, 35
+    "Mixed_5d": (288, block_a(64)),                                            # 288, 35
+    "Mixed_6a": (288, BLOCK_B),                                                # 768, 17
+    "Mixed_6b": (768, block_c(128)),                                           # 768, 17
+    "Mixed_6c": (768, block_c(160)),                                           # 768, 17
+    "Mixed_6d": (768, block_c(160)),                                           # 768, 17
+    "Mixed_6e": (768, block_c(192)),                                           # 768, 17
+    "Mixed_7a": (768, BLOCK_D),                                                # 1280, 8
+    "Mixed_7b": (1280, block_e(average)),                                      # 2048, 8
+    "Mixed_7c": (2048, block_e(maximum)),                                      # 2048, 8
 }
 
 
-class Unit(nn.Module):
-    """Convolution without bias, batch norm (eps 1e-3), ReLU."""
+class Unit(nn.Sequential):
+    """Convolution without bias, batch norm, ReLU."""
 
-    def __init__(self, channels, width, kernel):
+    def __init__(self, channels, width, kernel=1, stride=1, padding="same"):
         super().__init__()
-        size = [int(side) for side in kernel.rstrip("v").split("/")[0].split("x")]
-        size = size * 2 if len(size) == 1 else size
-        padding = 0 if kernel[-1] == "v" or "/" in kernel else [side // 2 for side in size]
-        self.conv = nn.Conv2d(channels, width, size, 2 if "/" in kernel else 1, padding, bias=False)
+        self.conv = nn.Conv2d(channels, width, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(width, eps=0.001)
-
-    def forward(self, x):
-        return F.relu(self.bn(self.conv(x)), inplace=True)
+        self.relu = nn.ReLU(inplace=True)
 
 
-class Branches(nn.Module):
-    """The branches of a table, their outputs joined in the channels; each unit is a child of its own name."""
+class Block(nn.Module):
+    """(N,channels,H,W) -> the outputs of the branches, joined in the channels. Each unit is a child."""
 
-    def __init__(self, channels, table, prefix="branch"):
+    def __init__(self, channels, branches):
         super().__init__()
-        self.branches = []                       # [branch [step [unit names, or a pooling]]]
-        for line in table.splitlines():
-            width, branch = channels, []
-            for step in line.split(","):
-                names = []
-                for name, *shape in (unit.split() for unit in step.split("+")):
-                    if shape:
-                        name, out = prefix + name, int(shape[0])
-                        self.add_module(name, Unit(width, out, shape[1]))
-                    names.append(name)
-                width = out if shape else width
-                branch.append(names)
-            self.branches.append(branch)
+        self.branches = branches
+        self.build(channels, branches)
+
+    def build(self, channels, branches):
+        for branch in branches:
+            width = channels
+            for step in branch:
+                if isinstance(step, list):
+                    self.build(width, step)
+                elif isinstance(step, tuple):
+                    name, out, *shape = step
+                    self.add_module(name, Unit(width, out, *shape))
+                    width = out
 
     def forward(self, x):
+        return self.join(x, self.branches)
+
+    def join(self, x, branches):
         outputs = []
-        for branch in self.branches:
+        for branch in branches:
             h = x
-            for names in branch:
-                if names == ["avg"]:
-                    h = F.avg_pool2d(h, 3, 1, 1, count_include_pad=False)    # torchvision counts the padding
-                elif names == ["max"]:
-                    h = F.max_pool2d(h, 3, 1, 1)
-                elif names == ["max/2"]:
-                    h = F.max_pool2d(h, 3, 2)
+            for step in branch:
+                if isinstance(step, list):
+                    h = self.join(h, step)
+                elif isinstance(step, tuple):
+                    h = getattr(self, step[0])(h)
                 else:
-                    h = [getattr(self, name)(h) for name in names]
-                    h = torch.cat(h, 1) if len(h) > 1 else h[0]
+                    h = step(h)
             outputs.append(h)
-        return torch.cat(outputs, 1) if len(outputs) > 1 else h
+        return torch.cat(outputs, 1)
 
 
-class Inception(Branches):
-    """uint8 (N,3,H,W) -> pool3 features (N,2048) float32, at any H and W."""
+class Inception(Block):
+    """uint8 (N,3,H,W) -> pool3 features (N,2048) float32, at any H and W. It stays in eval mode."""
 
     def __init__(self):
-        super().__init__(3, STEM, "Conv2d_")
-        for name, (channels, table) in BLOCKS.items():
-            self.add_module(name, Branches(channels, table))
+        super().__init__(3, [STEM])
+        for name, (channels, branches) in BLOCKS.items():
+            self.add_module(name, Block(channels, branches))
         self.fc = nn.Linear(2048, 1008)
         self.eval().requires_grad_(False)
 
-    def train(self, mode=True):
-        return super().train(False)                                      # batch statistics change the metric
-
     def fuse(self):
-        """Every batch norm into its convolution: the same features to 1e-6, 1.14 x as fast on a CPU."""
+        """Put every batch norm into its convolution: the same features to 1e-6, sooner."""
         for unit in self.modules():
             if isinstance(unit, Unit):
-                unit.conv, unit.bn = fuse_conv_bn_eval(unit.conv, unit.bn), nn.Identity()
+                unit.conv = nn.utils.fuse_conv_bn_eval(unit.conv, unit.bn)
+                unit.bn = nn.Identity()
         return self.requires_grad_(False)
 
     def forward(self, images, spatial=False):
-        """With spatial=True also the sFID features (N,2023): 7 channels of Mixed_6d.branch1x1, rows first."""
+        """With spatial=True also sFID's features (N,2023): 7 channels of Mixed_6d.branch1x1, rows first."""
         x = (resize(images.float()) - 128) / 128                             # (N,3,299,299) in [-1, 0.992]
-        x = super().forward(x.contiguous(memory_format=torch.channels_last))
+        x = super().forward(x.contiguous(memory_format=torch.channels_last))     # (N,192,35,35)
         for name in BLOCKS:
-            if name == "Mixed_6d" and spatial:
-                seven = self.Mixed_6d.branch1x1(x)[:, :7].permute(0, 2, 3, 1).flatten(1)
+            if name == "Mixed_6d":
+                seven = self.Mixed_6d.branch1x1(x)[:, :7]                    # (N,7,17,17)
             x = getattr(self, name)(x)
         features = x.mean((2, 3))
-        return (features, seven) if spatial else features
+        if spatial:
+            return features, seven.permute(0, 2, 3, 1).flatten(1)
+        return features
 
     def probs(self, features):
         """Class probabilities (N,1008) for the Inception Score: without fc's bias, as in ADM's evaluator."""
@@ -149,56 +183,14 @@ class Inception(Branches):
 
 
 def resize(x, size=299):
-    """TF1's bilinear resize -> (N,C,size,size): source = i H / size, no half-pixel shift, no antialiasing."""
-    for dim in (2, 3):
-        n = x.shape[dim]
-        source = torch.arange(size, device=x.device, dtype=torch.float32) * (n / size)
-        low = source.long().clamp(max=n - 1)
-        high, share = (low + 1).clamp(max=n - 1), source - low
-        share = share.view(-1, 1) if dim == 2 else share
-        x = torch.lerp(x.index_select(dim, low), x.index_select(dim, high), share)
-    return x
+    """TF1's bilinear resize -> (N,C,size,size): pixel i is the image at i n / size, unshifted."""
+    def weights(n):                                      # a pixel's weight falls to 0 at its neighbours
+        places = torch.arange(size, device=x.device) * (n / size)
+        pixels = torch.arange(n, device=x.device)
+        distance = places.clamp(max=n - 1)[:, None] - pixels                 # (size, n)
+        return (1 - distance.abs()).clamp(min=0)
 
-
-FILE = "pt_inception-2015-12-05-6726825d.pth"
-URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
-SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-
-
-def load_inception(path_or_state_dict):
-    """The published weights, 472 keys or 566 with counters, every one needed -> Inception, or ValueError."""
-    state = path_or_state_dict
-    if not isinstance(state, dict):
-        from files import read
-        state = read(state)
-    model = Inception()
-    try:
-        model.load_state_dict(dict(state))                               # without metadata counters may lack
-    except Exception as error:                                           # whatever damage makes it raise
-        raise ValueError(f"not the FID Inception's weights: {' '.join(str(error).split())[:200]}") from None
-    return model
-
-
-def find_inception(path=None):
-    """-> (fused Inception, SHA-256 of its file): `path`, else torch.hub's cache, else a download."""
-    from files import BadInput, download, hash_file
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    cached = [folder / name for name in (FILE, FILE.replace("pt_", "weights-")) if (folder / name).exists()]
-    file = Path(path) if path else cached[0] if cached else folder / FILE
-    if not path and not cached:
-        download(URL, file, SHA256, "--inception")
-    if not file.is_file():
-        raise BadInput(f"--inception {file}: no such file; expected {FILE} (SHA-256 {SHA256})")
-    digest = hash_file(file)
-    if digest != SHA256 and not path:
-        raise BadInput(f"{file}: SHA-256 is {digest}, expected {SHA256}; remove it")
-    try:
-        model = load_inception(file).fuse()
-    except ValueError as error:
-        raise BadInput(f"{file}: {error}") from None
-    if digest != SHA256 and os.environ.get("RANK", "0") == "0":
-        print(f"warning: {file} is not the published file: not the literature's FID")
-    return model, digest
+    return weights(x.shape[2]) @ x @ weights(x.shape[3]).T
 
 
 # ----------------------------------------------------------------------------------------------- metrics
@@ -207,64 +199,66 @@ class Statistics:
     """Mean and covariance of feature rows, streamed in float64: add (n,D) at a time, in any portions."""
 
     def __init__(self, D, device="cpu"):
-        self.n, self.sum, self.outer = (torch.zeros(shape, dtype=torch.float64, device=device)
-                                        for shape in ((), (D,), (D, D)))
+        self.products = torch.zeros(D + 1, D + 1, dtype=torch.float64, device=device)
 
     def add(self, features):
-        features = features.double()
-        self.n += len(features)
-        self.sum += features.sum(0)
-        self.outer += features.T @ features
+        rows = F.pad(features.double(), (0, 1), value=1)     # the ones' products are n and the features' sums
+        self.products += rows.T @ rows
 
     def result(self):
         """-> mu (D,), sigma (D,D) with n - 1 in the denominator, over all processes."""
+        products = self.products.cpu()
         if dist.is_initialized():
-            for part in (self.n, self.sum, self.outer):
-                dist.all_reduce(part)
-        mu = self.sum / self.n
-        return mu.cpu(), ((self.outer - self.n * torch.outer(mu, mu)) / (self.n - 1)).cpu()
+            dist.all_reduce(products)
+        n = products[-1, -1]
+        mu = products[-1, :-1] / n
+        return mu, (products[:-1, :-1] - n * torch.outer(mu, mu)) / (n - 1)
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^1/2), float64 (Heusel et al. 2017, eq. 6).
 
-    With S1 = R R^T, tr((S1 S2)^1/2) is the sum of the roots of the eigenvalues of R^T S2 R, all real and
-    >= 0: no sqrtm, no complex branch, finite for singular covariances. R is the Cholesky factor, or else the
-    eigenvectors of the non-zero eigenvalues times their roots.
+    With S1 = R R^T, the last trace is the sum of the roots of the eigenvalues of R^T S2 R, which are real and
+    >= 0: no matrix root, no complex numbers, finite for singular covariances. R is the eigenvectors of S1
+    times the roots of its eigenvalues, without those that are zero but for rounding.
     """
-    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(np.asarray(part), dtype=torch.float64)
-                                for part in (mu1, sigma1, mu2, sigma2))
-    root, singular = torch.linalg.cholesky_ex(sigma1)
-    if singular:
-        values, vectors = torch.linalg.eigh(sigma1)
-        kept = values > values[-1] * 1e-14 * len(values)
-        root = vectors[:, kept] * values[kept].sqrt()
-    trace = torch.linalg.eigvalsh(root.T @ sigma2 @ root).clamp(min=0).sqrt().sum()
-    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace
-    return float(distance.clamp(min=0))                                      # rounding of equal sets
+    given = mu1, sigma1, mu2, sigma2
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(part, dtype=torch.float64) for part in given)
+    values, vectors = torch.linalg.eigh(sigma1)
+    kept = values > values[-1] * 1e-14 * len(values)
+    root = vectors[:, kept] * values[kept].sqrt()
+    eigenvalues = torch.linalg.eigvalsh(root.T @ sigma2 @ root)
+    shift = (mu1 - mu2).square().sum()
+    spread = sigma1.trace() + sigma2.trace() - 2 * eigenvalues.clamp(min=0).sqrt().sum()
+    return float((shift + spread).clamp(min=0))                              # rounding of equal sets
 
 
 def inception_score(probs, split=5000):
     """Mean over chunks in file order of exp(mean KL(p(y|x) || p(y))), as in ADM's evaluator."""
     scores = []
     for p in probs.double().split(split):
-        scores.append((p * (p.log() - p.mean(0).log())).nansum(1).mean().exp())
+        ratio = p.log() - p.mean(0).log()
+        divergence = (p * ratio).nansum(1)                                   # (n,); 0 log 0 = 0
+        scores.append(divergence.mean().exp())
     return float(torch.stack(scores).mean())
 
 
 def precision_recall(reference, samples, k=3):
-    """Kynkaanniemi et al. 2019: share of samples inside a reference's k-th neighbour ball, and the reverse.
-    Distances are float64 here; ADM's evaluator has the same rule with float16 distances.
+    """Kynkaanniemi et al. 2019. Precision is the share of the samples that lie in the ball of some reference,
+    which reaches to its k-th neighbour among the references. Recall is the reverse. Distances are float64;
+    ADM's evaluator has the same rule with float16.
     """
-    def squares(a, b):                                                       # (len(a), len(b))
-        return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp(min=0)
+    def covered(points, centres):
+        def distances(some):
+            return torch.cdist(some, centres)                                # (len(some), len(centres))
 
-    def covered(x, centres):
-        radius = torch.cat([squares(part, centres).kthvalue(k + 1, 1)[0] for part in centres.split(1000)])
-        inside = torch.cat([(squares(part, centres) <= radius).any(1) for part in x.split(1000)])
-        return inside.double().mean()
+        radii = [distances(some).kthvalue(k + 1)[0] for some in centres.split(1000)]
+        radii = torch.cat(radii)                                             # (len(centres),)
+        inside = [(distances(some) <= radii).any(1) for some in points.split(1000)]
+        return float(torch.cat(inside).double().mean())
+
     reference, samples = reference.double(), samples.double()
-    return float(covered(samples, reference)), float(covered(reference, samples))
+    return covered(samples, reference), covered(reference, samples)
 
 
 def pixels(images):
@@ -274,293 +268,276 @@ def pixels(images):
 
 def fd_pixels(a, b):
     """Frechet distance of average-pooled pixels between two sets of uint8 images (N,3,H,W)."""
-    sides = []
+    moments = []
     for images in (a, b):
-        statistics = Statistics(192)
-        statistics.add(pixels(torch.as_tensor(images)))
-        sides += statistics.result()
-    return frechet_distance(*sides)
+        features = pixels(torch.as_tensor(images)).double()
+        moments += [features.mean(0), features.T.cov()]
+    return frechet_distance(*moments)
 
 
-# ----------------------------------------------------------------------------------------- images on disk
+# ------------------------------------------------------------------------------- the weights of Inception
+# The networks and metrics above need PyTorch and numpy alone. What follows uses other files of the project.
 
-def arr_0(archive, path):
-    """-> stream of the pixels in an opened npz, their shape (N,S,S,3). Raises BadInput."""
-    from files import BadInput
+from data import SUFFIXES, Packed, load_image  # noqa: E402
+from files import (BadInput, Parser, at_least, download, hash_file, leave_group, processes,  # noqa: E402
+                   progress, read, read_json, replace, run)
+
+FILE = "pt_inception-2015-12-05-6726825d.pth"
+URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
+CACHED = f"{torch.hub.get_dir()}/checkpoints/{FILE}"
+SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+
+
+def load_inception(path_or_state_dict):
+    """The published weights, all of 472 tensors or 566 with counters -> Inception. Raises BadInput."""
+    state = path_or_state_dict
+    if not isinstance(state, dict):
+        state = read(state)
+    model = Inception()
     try:
-        stream = archive.open("arr_0.npy")
+        model.load_state_dict(dict(state))               # a dict without a version may lack the counters
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(f"not the FID Inception's weights: {reason}") from None
+    return model
+
+
+def find_inception(file, sha256):
+    """The Inception in a file of this SHA-256; where there is no file, rank 0 fetches the published one."""
+    rank, world, _ = processes()
+    if rank == 0 and not file.exists():
+        download(URL, file, SHA256, "--inception")
+    if world > 1:
+        dist.barrier()                                   # the others wait for the file
+    if hash_file(file) != sha256:
+        raise BadInput(f"{file}: its SHA-256 is not {sha256}; remove it")
+    return load_inception(file).fuse()
+
+
+# ----------------------------------------------------------------------------------------- what is on disk
+# Images are opened as their number and take(i, j), which returns some of them as uint8 (j-i,3,S,S).
+
+def open_pack(path):
+    packed = Packed(path)
+    if packed.latents:
+        raise BadInput(f"{path}: holds latents, expected images")
+    return len(packed), lambda i, j: packed.images[np.arange(i, j)]
+
+
+def open_folder(path):
+    """The PNGs of a folder and its sub-folders, in the order of their paths."""
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    kinds = {file.suffix.lower() for file in files}
+    if kinds != {".png"}:
+        raise BadInput(f"{path}: found {sorted(kinds)}, expected .png; JPEG changes the FID")
+    size = load_image(files[0]).size
+    pool = ThreadPoolExecutor()                          # decoding leaves Python's lock
+
+    def load(file):
+        image = load_image(file)
+        if image.size != size:
+            raise BadInput(f"{file}: its size is {image.size}, that of the first image {size}")
+        return np.asarray(image).transpose(2, 0, 1)
+
+    def take(i, j):
+        images = pool.map(load, files[i:j])
+        return np.stack(list(images))
+
+    return len(files), take
+
+
+def open_npz(path, D):
+    """ADM's layout: statistics mu (D,), sigma (D,D), perhaps mu_s and sigma_s; images arr_0, uint8 (N,S,S,3);
+    or both. The images are read forwards and never as a whole.
+    """
+    with readable(path), np.load(path) as file:
+        names = ("mu", "sigma", "mu_s", "sigma_s")
+        found = {name: file[name] for name in names if name in file}
+        if found and found["sigma"].shape != (D, D):
+            raise ValueError(f"sigma is {found['sigma'].shape}, expected {D} features")
+        meta = json.loads(str(file["meta"])) if "meta" in file else {}
+        if found and "arr_0" not in file:
+            return found, meta, 0, None
+        stream = zipfile.ZipFile(path).open("arr_0.npy")
         np.lib.format.read_magic(stream)
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-        size = archive.getinfo("arr_0.npy").file_size
-    except Exception as error:                                           # whatever damage makes them raise
-        found = f"found {archive.namelist()[:5]}, expected arr_0, or mu and sigma"
-        raise BadInput(f"{path}: {found} ({error})") from None
-    if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2]:
-        raise BadInput(f"{path}: arr_0 is {dtype} {shape}, expected uint8 (N,S,S,3)")
-    if not (0 < math.prod(shape) < size and shape[1] <= 8192):
-        raise BadInput(f"{path}: arr_0 is {shape}, but holds {size:,} bytes")
-    return stream, shape
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+        if dtype != np.uint8 or shape[3:] != (3,):
+            raise ValueError(f"arr_0 is {dtype} {shape}, expected uint8 (N,S,S,3)")
+    begin, each = stream.tell(), math.prod(shape[1:])
+
+    def take(i, j):
+        with readable(path):
+            stream.seek(begin + i * each)
+            block = np.frombuffer(stream.read((j - i) * each), np.uint8)
+            images = block.reshape(j - i, *shape[1:])
+        return images.transpose(0, 3, 1, 2)
+
+    return found, meta, shape[0], take
 
 
-class Source:
-    """A folder of PNGs (recursive), an npz with arr_0 uint8 (N,S,S,3), or packed data.
-
-    `count`, `size`, `meta`; `batches(start, stop, batch)` yields uint8 (n,3,S,S). Raises BadInput.
-    """
-
-    def __init__(self, path):
-        from data import SUFFIXES, Packed
-        from files import BadInput, open_zip, read_json
-        self.path, self.meta, self.files, self.packed = Path(path), {}, None, None
-        protocol = self.path / "protocol.json"
-        if (self.path / "meta.json").is_file():
-            self.packed = Packed(self.path)
-            if self.packed.latents:
-                raise BadInput(f"{path}: holds latents, expected images")
-            kept = ("dataset", "split", "crop", "filter", "listing")
-            self.meta = {key: self.packed.meta.get(key) for key in kept}
-            self.count, self.size = len(self.packed), self.packed.size
-        elif self.path.is_dir():
-            found = sorted(file for file in self.path.rglob("*") if file.is_file())
-            self.files = [file for file in found if file.suffix.lower() == ".png"]
-            if other := [file for file in found if file.suffix.lower() in {*SUFFIXES, ".jfif"} - {".png"}]:
-                raise BadInput(f"{other[0]}: expected PNG; JPEG changes the images and so the FID")
-            if not self.files:
-                raise BadInput(f"{path}: found no .png files")
-            self.count, self.size = len(self.files), self.load(self.files[0]).shape[1]
-        elif self.path.is_file() and zipfile.is_zipfile(self.path):          # a pipe would block
-            with open_zip(self.path, self.path.stat().st_size, swell=1100) as archive:   # read in parts
-                _, (self.count, self.size, *_) = arr_0(archive, path)
-            protocol = self.path.with_suffix(".protocol.json")
-        else:
-            raise BadInput(f"{path}: expected a folder of PNGs, an npz or packed data")
-        if protocol.exists():
-            self.meta = read_json(protocol)
-        self.promised = self.meta.get("n", self.count)                       # by sample.py
-
-    def load(self, file):
-        """One PNG as uint8 (3,S,S); all of a folder must be of one size."""
-        from data import load_image
-        from files import BadInput
-        with open(file, "rb") as start:
-            if start.read(4) != b"\x89PNG":
-                raise BadInput(f"{file}: its content is not PNG")
-        array = np.asarray(load_image(file)).transpose(2, 0, 1)
-        size = getattr(self, "size", array.shape[1])
-        if array.shape != (3, size, size):
-            raise BadInput(f"{file}: found {array.shape[2]} x {array.shape[1]}, expected {size} x {size}")
-        return array
-
-    def batches(self, start, stop, batch):
-        from files import BadInput
-        places = [(i, min(i + batch, stop)) for i in range(start, stop, batch)]
-        if self.packed:
-            yield from (torch.from_numpy(np.array(self.packed.images[i:j])) for i, j in places)
-        elif self.files:
-            with ThreadPoolExecutor() as pool:                               # decoding leaves Python's lock
-                for i, j in places:
-                    yield torch.from_numpy(np.stack(list(pool.map(self.load, self.files[i:j]))))
-        else:
-            with zipfile.ZipFile(self.path) as archive:
-                stream, (_, side, _, _) = arr_0(archive, self.path)
-                each = side * side * 3
-                try:
-                    for skip in range(start * each, 0, -(1 << 24)):
-                        stream.read(min(skip, 1 << 24))
-                    for i, j in places:
-                        block = np.frombuffer(stream.read((j - i) * each), dtype=np.uint8)
-                        block = block.reshape(j - i, side, side, 3).transpose(0, 3, 1, 2)
-                        yield torch.from_numpy(block.copy())
-                except Exception as error:                               # whatever damage makes them raise
-                    raise BadInput(f"{self.path}: damaged, {error}") from None
-
-
-def measure(source, n, extract, batch, device):
-    """Statistics of the first n images, each process its share -> dict of mu and sigma, and where `extract`
-    gives spatial features too, of mu_s, sigma_s and `features`, (n,D) in file order.
-    """
-    from files import BadInput, progress
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if n < world:
-        raise BadInput(f"{source.path}: {n} images are too few for {world} processes")
-    start, stop, since, done = rank * n // world, (rank + 1) * n // world, time.monotonic(), 0
-    streams, kept = [], []
-    for images in source.batches(start, stop, batch):
-        parts = extract(images.to(device))                                   # features, spatial features
-        streams = streams or [Statistics(part.shape[1], device) for part in parts]
-        for stream, part in zip(streams, parts):
-            stream.add(part)
-        kept += [parts[0].cpu()] if len(parts) > 1 else []
-        done += len(images)
-        if rank == 0:
-            progress(str(source.path), done, stop - start, since)
-    found = {}
-    for stream, suffix in zip(streams, ("", "_s")):
-        found[f"mu{suffix}"], found[f"sigma{suffix}"] = stream.result()
-    if kept:
-        gathered = [torch.cat(kept)] * world
-        if world > 1:
-            dist.all_gather_object(gathered, torch.cat(kept))
-        found["features"] = torch.cat(gathered)
-    return found
-
-
-def stored(path):
-    """(dict of mu, sigma, ..., float64; metadata) of a statistics npz, or None where `path` holds images."""
-    from files import BadInput, open_zip, silent
-    if not Path(path).is_file() or not zipfile.is_zipfile(path):
-        return None
+@contextlib.contextmanager
+def readable(path):
+    """What numpy, zipfile and zlib raise for a damaged npz becomes one line that names the file."""
     try:
-        with silent(), np.load(path) as file:
-            if not {"mu", "sigma"} & set(file.files):
-                return None
-            open_zip(path, Path(path).stat().st_size, swell=20).close()
-            if not {"mu", "sigma"} <= set(file.files):
-                return None
-            found = {key: file[key] for key in ("mu", "sigma", "mu_s", "sigma_s") if key in file.files}
-            if any(value.dtype.kind != "f" for value in found.values()):
-                raise ValueError("mu, sigma: expected floating-point numbers")
-            found = {key: torch.from_numpy(value.astype(np.float64)) for key, value in found.items()}
-            meta = dict(json.loads(str(file["meta"])) if "meta" in file.files else {})
-        for mu, sigma in [("mu", "sigma"), ("mu_s", "sigma_s")][:len(found) // 2]:
-            D = len(found[mu])
-            if found[mu].shape != (D,) or found[sigma].shape != (D, D):
-                raise ValueError(f"{mu} is {tuple(found[mu].shape)}, {sigma} is {tuple(found[sigma].shape)}")
-            if not (found[mu] + found[sigma]).isfinite().all() or found[sigma].diagonal().min() < 0:
-                raise ValueError(f"{mu}, {sigma} are no mean and covariance")
-        if type(meta.get("n", 0)) is not int:
-            raise ValueError("n: expected a number")
-    except Exception as error:                                           # whatever damage makes numpy raise
-        raise BadInput(f"{path}: damaged statistics ({error})") from None
-    return found, meta
+        yield
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise BadInput(f"{path}: {error}") from None
+
+
+def open_side(path, limit, extractor, D):
+    """One side of the comparison -> the statistics that it has; its metadata; how many images it has to
+    measure; how to read them, take(i, j). Raises BadInput.
+    """
+    path = Path(path)
+    found, meta, notes = {}, {}, path / "meta.json"      # notes by data.py, or by sample.py
+    if notes.exists():
+        count, take = open_pack(path)
+    elif path.is_dir():
+        count, take = open_folder(path)
+        notes = path / "protocol.json"
+    elif zipfile.is_zipfile(path):
+        found, meta, count, take = open_npz(path, D)
+        notes = path.with_suffix(".protocol.json")
+    else:
+        raise BadInput(f"{path}: expected a folder of PNGs, packed data or an npz")
+    if not found:
+        if notes.exists():
+            meta = read_json(notes)
+        n = limit or meta.get("n", count)
+        if not 4 <= n <= count:
+            raise BadInput(f"{path}: found {count:,} images, expected at least {max(n, 4):,}")
+        count = n
+        meta.update(n=n, extractor=extractor)
+        meta.pop("classes", None)                        # a thousand names
+    if count:
+        meta["size"] = take(0, 1).shape[2]
+    return found, {**meta, "file": str(path)}, count, take
 
 
 # ------------------------------------------------------------------------------------------ command line
 
-def side(path, count, extractor):
-    """One side of the comparison -> its statistics, None where they are to be measured; its images, None
-    where there are none; its metadata.
+def flags():
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    if sys.argv[1:2] == ["stats"]:
+        add("stats", help="measure the images of --data")
+        add("--data", required=True, help="images to measure")
+        add("--out", required=True, help="npz to write")
+    else:
+        add("samples", help="folder of PNGs, npz or packed data")
+        add("reference", help="the same, or an npz of statistics")
+    add("--count", type=at_least(4), help="use the first COUNT images of each side (default: all)")
+    add("--features", choices=("inception", "pixels"), default="inception", help="pixels: FD-pixels, no FID")
+    add("--metrics", choices=("fid", "all"), default="fid", help="all: also IS, sFID, precision and recall")
+    add("--inception", help=f"weights (default: {FILE} in torch.hub's cache, else downloaded)")
+    add("--batch-size", type=at_least(1), default=64, help="images at a time in each process")
+    return parser.parse_args()
+
+
+def measure(take, n, extract, widths, batch, keep):
+    """Statistics of the first n images, of which each process takes a share: mu, sigma of extract's first
+    features, mu_s, sigma_s of the second. With `keep` also the first ones: features (n,D), in file order.
     """
-    from files import BadInput
-    if known := stored(path):
-        found, meta = known
-        with zipfile.ZipFile(path) as archive:                           # ADM's reference batches have both
-            images = Source(path) if "arr_0.npy" in archive.namelist() else None
-        meta = {"size": images and images.size, **meta, "of": meta.get("file"), "file": str(path)}
-        return found, images, {**meta, "keys": "mu, sigma" + ", not arr_0" * bool(images)}
-    images = Source(path)
-    n = images.count if count is None else count
-    if not 2 <= n <= images.count:
-        raise BadInput(f"{path}: found {images.count:,} images, expected at least {max(n, 2):,}")
-    if count is None and images.promised != n:
-        raise BadInput(f"{path}: found {n:,} images, protocol.json promises {images.promised}")
-    meta = dict(file=str(path), n=n, size=images.size, extractor=extractor)
-    return None, images, {**images.meta, **meta}
+    rank, world, device = processes()
+    start, stop = rank * n // world, (rank + 1) * n // world
+    streams = [Statistics(D, device) for D in widths]
+    kept, since = [], time.monotonic()
+    for i in range(start, stop, batch):
+        j = min(i + batch, stop)
+        parts = extract(torch.tensor(take(i, j), device=device))
+        for stream, features in zip(streams, parts):
+            stream.add(features)
+        if keep:
+            kept.append(parts[0].cpu())
+        if rank == 0:
+            progress("images", j - start, stop - start, since)
+    found = {}
+    for stream, suffix in zip(streams, ("", "_s")):
+        found["mu" + suffix], found["sigma" + suffix] = stream.result()
+    if keep:
+        shares = [kept] * world
+        if world > 1:
+            dist.all_gather_object(shares, kept)
+        found["features"] = torch.cat(sum(shares, []))
+    return found
 
 
 def main():
-    from files import BadInput, Parser, replace
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("inputs", nargs="+", help="SAMPLES REFERENCE, or the word stats")
-    add("--data", help="stats: images to measure")
-    add("--out", help="stats: npz to write")
-    add("--count", type=int, help="use the first COUNT images of each side (default: all)")
-    add("--features", choices=("inception", "pixels"), default="inception", help="pixels: FD-pixels")
-    add("--metrics", choices=("fid", "all"), default="fid", help="all: also IS, sFID, precision and recall")
-    add("--inception", help=f"weights file (default: {FILE} in torch.hub's cache, else downloaded)")
-    add("--batch-size", type=int, default=64, help="images at a time in each process")
-    args = parser.parse_args()
-    making = args.inputs == ["stats"]
-    flags = bool(args.data), bool(args.out), len(args.inputs)
-    if flags != ((True, True, 1) if making else (False, False, 2)):
-        raise BadInput("expected SAMPLES REFERENCE, or stats --data DIR --out FILE.npz")
-    if args.batch_size < 1 or args.count is not None and args.count < 2:
-        raise BadInput(f"--batch-size {args.batch_size}, --count {args.count}: expected at least 1 and 2")
-    if args.features == "pixels" and args.metrics == "all":
-        raise BadInput("--metrics all: needs --features inception")
-    if making and Path(args.out).resolve() == Path(args.data).resolve():
-        raise BadInput(f"--out {args.out}: is --data itself")
-
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    args = flags()
+    making = "out" in args
+    rank, world, device = processes()
     torch.backends.cudnn.allow_tf32 = False
-    model, extractor = None, "pixels 8x8"
-    extract = lambda images: (pixels(images),)
+
+    # check both sides before the weights are fetched
+    extractor, widths = "pixels 8x8", (192,)
     if args.features == "inception":
-        model, extractor = find_inception(args.inception)
+        extractor, widths = SHA256, (2048, 2023)
+        if args.inception:
+            extractor = hash_file(args.inception)
+    paths = [args.data] if making else [args.samples, args.reference]
+    if making and args.out == args.data:
+        raise BadInput(f"--out {args.out}: is --data itself")
+    sides = [open_side(path, args.count, extractor, widths[0]) for path in paths]
+    for key in ("size", "extractor"):
+        values = [meta[key] for _, meta, *_ in sides if key in meta]
+        if len(set(values)) > 1:
+            raise BadInput(f"expected the same {key} in {paths}, found {values}")
+
+    if world > 1:
+        dist.init_process_group("gloo")                  # for a barrier and the sums
+    model = None
+    if args.features == "inception":
+        model = find_inception(Path(args.inception or CACHED), extractor)
         model.to(device, memory_format=torch.channels_last)
-        extract = lambda images: model(images, True) if args.metrics == "all" else (model(images),)
+
+    def extract(images):
+        if model:
+            return model(images, spatial=True)
+        return [pixels(images)]
+
+    whole = model and args.metrics == "all" and not making
+    for found, meta, count, take in sides:
+        if count and (whole or not found):
+            measured = measure(take, count, extract, widths, args.batch_size, whole)
+            found.update({**measured, **found})          # a file's own statistics are those of more images
     if world > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    paths, sides = [args.data] if making else args.inputs, []
-    opened = [side(path, args.count, extractor) for path in paths]
-    for key in ("size", "extractor"):                                        # before the long part
-        values = [meta[key] for _, _, meta in opened if meta.get(key) is not None]
-        if len(values) == 2 and values[0] != values[1]:
-            raise BadInput(f"{paths[0]} has {key} {values[0]}, {paths[1]} has {key} {values[1]}")
-    for found, images, meta in opened:
-        if found and images and rank == 0:
-            print(f"{meta['file']}: its mu and sigma are used, not the {images.count:,} images in arr_0")
-        if found is None:
-            found = measure(images, meta["n"], extract, args.batch_size, device)
-        elif images and args.metrics == "all":                               # precision and recall use them
-            more = measure(images, images.count, extract, args.batch_size, device)
-            found["features"] = more["features"]
-        sides.append((found, meta))
-    if world > 1:
-        time.sleep(0.2)                                                      # see the end of train.py
-        dist.destroy_process_group()
-    if making and rank == 0:
-        found, meta = sides[0]
-        found.pop("features", None)
-        replace(args.out, lambda f: np.savez(f, **found, meta=json.dumps(meta)))
-        print(Path(args.out).resolve())
+        leave_group()
+    if rank == 0 and making:
+        found, meta, *_ = sides[0]
+        found["meta"] = json.dumps(meta)
+        replace(args.out, lambda file: np.savez(file, **found))
+        print(args.out)
     elif rank == 0:
-        report(*args.inputs, sides, extractor, model)
+        report(sides, extractor, model)
 
 
-def report(samples, reference, sides, extractor, model):
-    """Print the result line, warnings, and one JSON line with both sides' metadata."""
-    from files import BadInput, hash_file
-    (a, meta_a), (b, meta_b) = sides
-    if len(a["mu"]) != len(b["mu"]):
-        raise BadInput(f"{samples} has {len(a['mu'])} features, {reference} has {len(b['mu'])}")
-    n = meta_a.get("n")
+def report(sides, extractor, model):
+    """Print the metrics, what speaks against them, and one JSON line with both sides' metadata."""
+    (a, samples, *_), (b, reference, *_) = sides
+    n = samples.get("n")
     name = "FID" if model else "FD-pixels"
-    label = f"-{n // 1000}K" if n and n % 1000 == 0 else f"-{n}" if n else ""
-    result = {f"{name}{label}": frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"])}
+    if n:
+        name += f"-{n}"
+    result = {name: frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"])}
     if "features" in a:
-        weight = next(model.parameters())
-        result["IS"] = inception_score(model.probs(a["features"].to(weight)))
-        if all({"mu_s", "sigma_s"} <= part.keys() for part in (a, b)):
-            result["sFID"] = frechet_distance(a["mu_s"], a["sigma_s"], b["mu_s"], b["sigma_s"])
-        if min(len(part.get("features", a["features"])) for part in (a, b)) < 4:
-            raise BadInput("--metrics all: precision and recall need at least 4 images a side")
+        features = a["features"].to(model.fc.weight)
+        result["IS"] = inception_score(model.probs(features))
+        if "mu_s" in b:
+            given = a["mu_s"], a["sigma_s"], b["mu_s"], b["sigma_s"]
+            result["sFID"] = frechet_distance(*given)
         if "features" in b:
-            parts = (side["features"].to(weight.device) for side in (b, a))
-            result["precision"], result["recall"] = precision_recall(*parts)
-        missing = [key for key in ("sFID", "precision", "recall") if key not in result]
-        if missing:
-            print(f"warning: {reference} lacks what {', '.join(missing)} need", file=sys.stderr)
-    if not all(map(math.isfinite, result.values())):
-        raise BadInput(f"{samples}, {reference}: features that are not finite; damaged weights?")
-    for meta in (meta_a, meta_b):
-        if Path(meta["file"]).is_file():
-            meta["sha256"] = hash_file(meta["file"])
+            real = b["features"].to(features)
+            result["precision"], result["recall"] = precision_recall(real, features)
     for key, value in result.items():
         print(f"{key} {value:.2f}")
-    least = len(a["mu"]) + 1
     if n and n < 50_000:
-        why = "too few for a covariance, far too high" if n < least else "published values are of 50,000"
-        print(f"warning: {n:,} images: {why}", file=sys.stderr)
-    print(json.dumps(dict(result=result, samples=meta_a, reference=meta_b, extractor=extractor,
-                          resize="TF1 bilinear" if model else None)))
+        least = len(a["mu"])
+        print(f"warning: {n:,} images; published values are of 50,000, and {least:,} are far too few")
+    if model and extractor != SHA256:
+        print("warning: not the published weights, so not the literature's FID")
+    found = dict(result=result, samples=samples, reference=reference, extractor=extractor)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    from files import run
     run(main)

@@ -1,6 +1,5 @@
-"""The FID Inception against golden features, Frechet distances in closed form, and the command line end to end."""
+"""The FID Inception against golden features, Frechet distances in closed form, the command line."""
 import json
-import time
 
 import numpy as np
 import pytest
@@ -11,8 +10,7 @@ from PIL import Image
 
 import fid
 from data import shapes
-from fid import (Inception, Source, Statistics, fd_pixels, frechet_distance, inception_score, load_inception,
-                 precision_recall, resize)
+from files import BadInput
 
 
 @pytest.fixture(scope="session")
@@ -28,10 +26,19 @@ def weights(values):
 
 
 @pytest.fixture(scope="session")
+def inception(weights):
+    return fid.load_inception(weights)
+
+
+@pytest.fixture(scope="session")
 def inception_file(weights, tmp_path_factory):
     path = tmp_path_factory.mktemp("inception") / "formula.pth"
     torch.save(weights, path)
     return path
+
+
+def nchw(images):
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
 def moments(x):
@@ -40,244 +47,291 @@ def moments(x):
 
 # ------------------------------------------------------------------------------------------------ the network
 
-def test_features_golden(values, weights):
-    model = load_inception(weights)
-    assert sum(p.numel() for p in model.parameters()) == 23_850_960 and len(model.state_dict()) == 566
-    small, large = (torch.from_numpy(values[f"images_{size}"]).permute(0, 3, 1, 2) for size in (64, 256))
-    features, spatial = model(small, spatial=True)
-    assert features.dtype == torch.float32 and relative(features, values["features_64"]) < 1e-4
-    assert relative(spatial, values["spatial_64"]) < 1e-4 and relative(model.probs(features), values["probs_64"]) < 1e-4
-    assert relative(model(large), values["features_256"]) < 1e-4
-    assert relative(features, values["features_64_pytorch_fid_resize"]) > 1e-3                  # another resize would show
-    fused = load_inception(weights).fuse()
-    assert relative(fused(small), features) < 1e-5 and sum(p.requires_grad for p in fused.parameters()) == 0
-    model.train()
-    assert not model.training and relative(model(small[:2]), values["features_64"][:2]) < 1e-4
+def test_parameters_are_those_of_the_published_file(inception, weights):
+    state = inception.state_dict()
+    assert weights.keys() < state.keys()
+    assert len(state) == 566
+    assert sum(p.numel() for p in inception.parameters()) == 23_850_960
 
 
-def test_resize_is_tf1s(values):
-    row = torch.tensor([0.0, 10.0]).view(1, 1, 1, 2)
-    assert np.array_equal(resize(row, 4)[0, 0, 0].numpy(), values["resize_row"])
-    x = torch.rand(2, 3, 40, 56)
-    grid = [(torch.arange(299) * (n / 299) * 2 + 1) / n - 1 for n in (40, 56)]                  # shifted grid_sample
-    grid = torch.stack(torch.meshgrid(grid[1], grid[0], indexing="xy"), -1).expand(2, -1, -1, -1)
-    other = torch.nn.functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
-    assert (resize(x) - other).abs().max() < 1e-4
+def test_features_are_golden(values, inception):
+    features, spatial = inception(nchw(values["images_64"]), spatial=True)
+    assert features.dtype == torch.float32
+    assert relative(features, values["features_64"]) < 1e-4
+    assert relative(spatial, values["spatial_64"]) < 1e-4
+    assert relative(inception.probs(features), values["probs_64"]) < 1e-4
 
 
-def test_weights_are_strict(weights, tmp_path):
-    missing = dict(list(weights.items())[1:])
-    wrong = {**weights, "fc.weight": torch.zeros(1000, 2048)}
-    (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04 and no more")
-    torch.save([1], tmp_path / "list.pth")
-    for bad in (missing, wrong, {**weights, "extra": torch.zeros(1)}, tmp_path / "cut.pth", tmp_path / "list.pth", tmp_path / "none"):
-        with pytest.raises(ValueError):
-            load_inception(bad)
-    counters = {key: value for key, value in Inception().state_dict().items() if key.endswith("num_batches_tracked")}
-    assert len({**weights, **counters}) == 566
-    load_inception({**weights, **counters})
+def test_features_of_another_size_are_golden(values, inception):
+    features = inception(nchw(values["images_256"]))
+    assert relative(features, values["features_256"]) < 1e-4
 
 
-# ------------------------------------------------------------------------------------------------- the metrics
-
-def test_frechet_golden(values):
-    for pair in ("AB", "CD", "AA"):
-        found = frechet_distance(*moments(values[pair[0]]), *moments(values[pair[1]]))
-        assert found == pytest.approx(float(values[f"frechet_{pair}"]), rel=1e-6, abs=1e-6)
+def test_fused_network_has_the_same_features(values, weights):
+    fused = fid.load_inception(weights).fuse()
+    assert relative(fused(nchw(values["images_64"])), values["features_64"]) < 1e-4
+    assert not any("bn" in name for name in fused.state_dict())
 
 
-def test_frechet_closed_forms():
-    rng = np.random.RandomState(0)
-    a, b, mu, nu = rng.rand(30) + 0.1, rng.rand(30) + 0.1, rng.randn(30), rng.randn(30)
-    shift = ((mu - nu) ** 2).sum()
-    diagonal = ((np.sqrt(a) - np.sqrt(b)) ** 2).sum() + shift
-    assert frechet_distance(mu, np.diag(a), nu, np.diag(b)) == pytest.approx(diagonal, rel=1e-10)
-    _, full = moments(rng.randn(100, 30))
-    assert frechet_distance(mu, full, nu, full) == pytest.approx(shift, rel=1e-10)
-    few = moments(rng.randn(5, 30))
-    assert abs(frechet_distance(*few, *few)) < 1e-6 and np.isfinite(frechet_distance(*few, mu, full))
-    assert frechet_distance(mu, 0 * full, nu, 0 * full) == pytest.approx(shift, rel=1e-10)
+def test_resize_of_a_row_is_golden(values):
+    row = torch.tensor([[[[0.0, 10.0]]]])
+    resized = fid.resize(row, 4)[0, 0, 0]
+    assert np.array_equal(resized, values["resize_row"])
+
+
+def test_weights_with_counters_load(weights, inception):
+    fid.load_inception({**inception.state_dict(), **weights})
+
+
+@pytest.mark.parametrize("change", [
+    {"fc.bias": None},
+    {"fc.weight": torch.zeros(1000, 2048)},
+    {"extra": torch.zeros(1)}])
+def test_other_weights_are_refused(change, weights):
+    state = {**weights, **change}
+    state = {key: value for key, value in state.items() if value is not None}
+    with pytest.raises(BadInput, match="not the FID Inception"):
+        fid.load_inception(state)
+
+
+# ------------------------------------------------------------------------------------------------ the metrics
+
+@pytest.mark.parametrize("pair", ["AB", "CD", "AA"])
+def test_frechet_is_golden(pair, values):
+    one, two = (moments(values[name]) for name in pair)
+    expected = float(values[f"frechet_{pair}"])
+    found = fid.frechet_distance(*one, *two)
+    assert found == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+def test_frechet_of_diagonal_covariances():
+    a, b, mu, nu = np.random.RandomState(0).rand(4, 30)
+    terms = (np.sqrt(a) - np.sqrt(b)) ** 2 + (mu - nu) ** 2
+    found = fid.frechet_distance(mu, np.diag(a), nu, np.diag(b))
+    assert found == pytest.approx(terms.sum(), rel=1e-10)
+
+
+@pytest.mark.parametrize("n", [100, 5])                  # 5 samples: a singular covariance
+def test_frechet_of_equal_covariances(n):
+    mu, sigma = moments(np.random.RandomState(0).randn(n, 30))
+    found = fid.frechet_distance(mu, sigma, mu + 1, sigma)
+    assert found == pytest.approx(30, rel=1e-7)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("D, n, tolerance", [(2048, 5000, 1e-6), (512, 250, 1e-3)])
+@pytest.mark.parametrize("D, n, tolerance", [
+    (2048, 5000, 1e-6),
+    (512, 250, 1e-3)])                                   # singular covariances
 def test_frechet_against_sqrtm(D, n, tolerance):
     rng = np.random.RandomState(0)
     mix = rng.randn(D, D) / D ** 0.5
-    one, two = (moments(np.maximum(rng.randn(n, D) @ mix + shift, 0)) for shift in (0.0, 0.2))
-    frechet_distance(*one, *two)                                             # warm
-    since = time.time()
-    found = frechet_distance(*one, *two)
-    ours, since = time.time() - since, time.time()
-    root = scipy.linalg.sqrtm(one[1] @ two[1])
-    theirs = time.time() - since
-    expected = ((one[0] - two[0]) ** 2).sum() + np.trace(one[1]) + np.trace(two[1]) - 2 * np.trace(root).real
-    print(f"\nn = {n}: ours {ours:.1f} s, sqrtm {theirs:.1f} s, ratio {theirs / ours:.1f}, difference {found - expected:.1e}")
-    assert found == pytest.approx(expected, abs=tolerance * max(1, expected)) and (D < 2048 or theirs > 5 * ours)
+    one = moments(np.maximum(rng.randn(n, D) @ mix, 0))
+    two = moments(np.maximum(rng.randn(n, D) @ mix + 0.2, 0))
+    found = fid.frechet_distance(*one, *two)
+    root = scipy.linalg.sqrtm(one[1] @ two[1]).real
+    shift = ((one[0] - two[0]) ** 2).sum()
+    expected = shift + np.trace(one[1] + two[1] - 2 * root)
+    assert found == pytest.approx(expected, abs=tolerance * max(1, expected))
 
 
 def test_streaming_is_np_cov():
     x = np.random.RandomState(1).gamma(2.0, size=(500, 40))
-    statistics = Statistics(40)
+    statistics = fid.Statistics(40)
     for part in np.array_split(x, [7, 100, 101, 340]):
         statistics.add(torch.from_numpy(part))
     mu, sigma = statistics.result()
-    assert relative(mu, x.mean(0)) < 1e-12 and relative(sigma, np.cov(x, rowvar=False)) < 1e-12
+    assert relative(mu, x.mean(0)) < 1e-12
+    assert relative(sigma, np.cov(x, rowvar=False)) < 1e-12
 
 
-def test_inception_score_and_precision_recall():
-    onehot = torch.eye(10).repeat(6, 1) + 1e-12
-    assert inception_score(onehot, split=30) == pytest.approx(10, rel=1e-6)                      # sure and diverse
-    assert inception_score(torch.full((60, 10), 0.1)) == pytest.approx(1, rel=1e-9)              # unsure
-    assert inception_score(onehot.sort(0, descending=True).values, split=6) < 3                  # file order matters
+def test_inception_score():
+    sure = torch.eye(10).repeat(6, 1)
+    assert fid.inception_score(sure, split=30) == pytest.approx(10)
+    unsure = torch.full((60, 10), 0.1)
+    assert fid.inception_score(unsure) == pytest.approx(1)
+    in_order = sure.sort(0, descending=True).values
+    assert fid.inception_score(in_order, split=6) < 3
+
+
+def test_precision_and_recall_on_a_line():
     line = torch.arange(10.0)[:, None]
-    assert precision_recall(line, line) == (1.0, 1.0)
-    near, far = torch.tensor([[4.5], [100.0]]), torch.tensor([[4.5], [5.5], [6.5], [100.0]])
-    assert precision_recall(line, torch.cat([near, far]))[0] == pytest.approx(4 / 6)
-    x, y = torch.randn(40, 3, dtype=torch.float64), torch.randn(30, 3, dtype=torch.float64)
-    radius = torch.cdist(x, x).sort(1).values[:, 3]
-    assert precision_recall(x, y)[0] == pytest.approx((torch.cdist(y, x) <= radius).any(1).double().mean().item())
+    far = torch.tensor([4.5, 4.6, 100, 101, 102, 103])[:, None]
+    assert fid.precision_recall(line, line) == (1, 1)
+    assert fid.precision_recall(line, far) == (pytest.approx(2 / 6), 1)
+
+
+def test_precision_is_the_share_in_a_ball():
+    x = torch.randn(40, 3).double()
+    y = torch.randn(30, 3).double()
+    among = (x[:, None] - x).norm(dim=2)                 # (40, 40)
+    radius = among.sort(1).values[:, 3]
+    inside = (y[:, None] - x).norm(dim=2) <= radius      # (30, 40)
+    expected = inside.any(1).double().mean()
+    assert fid.precision_recall(x, y)[0] == pytest.approx(float(expected))
 
 
 def test_fd_pixels():
-    real, other = shapes(range(400), 16)[0], shapes(range(400, 800), 16)[0]
-    assert abs(fd_pixels(real, real)) < 1e-6 < fd_pixels(real, other) < fd_pixels(real, 255 - other)
+    real, _ = shapes(range(400), 16)
+    other, _ = shapes(range(400, 800), 16)
+    assert abs(fid.fd_pixels(real, real)) < 1e-6
+    assert 1e-6 < fid.fd_pixels(real, other) < fid.fd_pixels(real, 255 - other)
 
 
 # ---------------------------------------------------------------------------------------------- command line
 
+PIXELS = ("--features", "pixels")
+
+
+def write_pngs(folder, images):
+    """As PNGs, every other one in a sub-folder."""
+    (folder / "deep").mkdir(parents=True)
+    for i, image in enumerate(images):
+        name = f"{i:03d}.png" if i % 2 else f"deep/{i:03d}.PNG"
+        Image.fromarray(image).save(folder / name)
+
+
 @pytest.fixture
 def sets(tmp_path):
-    """The same 20 images as PNG folder and npz, and 30 other images."""
-    a, b = (shapes(range(*r), 24)[0].transpose(0, 2, 3, 1) for r in ((0, 20), (100, 130)))
-    (tmp_path / "a/deep").mkdir(parents=True)
-    for i, image in enumerate(a):
-        Image.fromarray(image).save(tmp_path / ("a/deep" if i % 2 else "a") / f"{i:03d}.{'PNG' if i % 3 else 'png'}", "PNG")
-    np.savez(tmp_path / "a.npz", arr_0=a, arr_1=np.zeros(20))
-    np.savez_compressed(tmp_path / "b.npz", arr_0=b)
+    """The same 20 images as a folder and as an npz, and 30 others."""
+    images, _ = shapes(range(50), 24)
+    images = images.transpose(0, 2, 3, 1)
+    write_pngs(tmp_path / "a", images[:20])
+    np.savez(tmp_path / "a.npz", arr_0=images[:20])
+    np.savez_compressed(tmp_path / "b.npz", arr_0=images[20:])
     return tmp_path
 
 
 def parsed(text):
-    return json.loads(next(line for line in text.splitlines() if line.startswith("{")))
+    return json.loads(text.splitlines()[-1])
 
 
-def score(text):
-    return parsed(text)["result"]
+@pytest.fixture(params=[
+    "pixels",
+    pytest.param("inception", marks=pytest.mark.slow)])
+def features(request):
+    if request.param == "pixels":
+        return PIXELS
+    return ("--inception", request.getfixturevalue("inception_file"))
+
+
+def test_one_score_whatever_the_form_batch_and_processes(script, sets, features):
+    first = script("fid.py", "a.npz", "b.npz", *features)
+    [(name, value)] = parsed(first)["result"].items()
+    assert f"{name} {value:.2f}" in first
+    assert "warning: 20 images" in first
+    script("fid.py", "stats", "--data", "b.npz", "--out", "ref.npz", *features)
+    second = script("fid.py", "a", "b.npz", "--batch-size", 7, *features)
+    third = script("fid.py", "a", "ref.npz", *features, processes=2)
+    for text in (second, third):
+        found = parsed(text)
+        assert found["result"] == pytest.approx({name: value}, rel=1e-4)
+        assert found["reference"]["n"] == 30
+
+
+@pytest.mark.parametrize("name", ["a", "a.npz", "b.npz"])
+def test_images_are_read_from_any_place(name, sets):
+    _, meta, count, take = fid.open_side(sets / name, None, "x", 192)
+    images = take(0, count)
+    assert images.shape == (meta["n"], 3, 24, 24)
+    assert np.array_equal(take(3, 17), images[3:17])
+
+
+def test_a_pack_has_the_score_of_its_images(script, sets):
+    script("data.py", "--src", "a/deep", "--out", "pack", "--size", 24)
+    text = script("fid.py", "pack", "a/deep", *PIXELS)
+    found = parsed(text)
+    assert found["result"] == {"FD-pixels-10": pytest.approx(0, abs=1e-6)}
+    assert found["samples"]["dataset"] == "pack"
+
+
+def test_fewer_images_than_processes(script, sets):
+    text = script("fid.py", "a", "a", *PIXELS, "--count", 4, processes=5)
+    assert "FD-pixels-4 0.00" in text
 
 
 @pytest.mark.slow
-def test_one_score_whatever_the_form_batch_and_processes(script, sets, inception_file):
-    words = ("b.npz", "--inception", inception_file)
-    text = script("fid.py", "a.npz", *words, "--metrics", "all")
-    whole = score(text)
-    assert f"FID-20 {whole['FID-20']:.2f}" in text and "warning: 20 images" in text and set(whole) == {"FID-20", "IS", "sFID", "precision", "recall"}
-    assert score(script("fid.py", "a", *words, "--batch-size", 7))["FID-20"] == pytest.approx(whole["FID-20"], rel=1e-4)
-    assert score(script("fid.py", "a.npz", *words, processes=2))["FID-20"] == pytest.approx(whole["FID-20"], rel=1e-4)
-    script("fid.py", "stats", "--data", "b.npz", "--out", "ref.npz", "--inception", inception_file)
-    text = script("fid.py", "a", "ref.npz", "--inception", inception_file)
-    assert score(text)["FID-20"] == pytest.approx(whole["FID-20"], rel=1e-4)
-    both = parsed(text)
-    assert both["reference"]["n"] == 30 and both["reference"]["extractor"] == both["samples"]["extractor"] == both["extractor"]
+def test_all_metrics_are_those_of_their_formulas(script, sets, inception, inception_file):
+    """Against ADM's kind of reference: statistics, beside them 30 images whose statistics are not used."""
+    a = np.load(sets / "a.npz")["arr_0"]
+    b = np.load(sets / "b.npz")["arr_0"]
+    features, spatial = inception(nchw(a), spatial=True)
+    mu = np.linspace(0, 1, 2048)
+    mu_s = np.linspace(0, 1, 2023)
+    sigma, sigma_s = np.diag(mu), np.diag(mu_s)
+    np.savez(sets / "adm.npz", arr_0=b, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
+    words = ("--inception", inception_file, "--metrics", "all", "--batch-size", 9)
+    text = script("fid.py", "a.npz", "adm.npz", *words, processes=2)
+    precision, recall = fid.precision_recall(inception(nchw(b)), features)
+    assert parsed(text)["result"] == pytest.approx({
+        "FID-20": fid.frechet_distance(*moments(features.numpy()), mu, sigma),
+        "IS": fid.inception_score(inception.probs(features)),
+        "sFID": fid.frechet_distance(*moments(spatial.numpy()), mu_s, sigma_s),
+        "precision": precision,
+        "recall": recall}, rel=1e-3)
 
 
-def test_sources_count_every_image_once(sets):
-    folder, npz = Source(sets / "a"), Source(sets / "a.npz")
-    assert folder.count == npz.count == 20 and folder.size == npz.size == 24
-    assert torch.equal(torch.cat(list(npz.batches(3, 17, 5))), torch.cat(list(npz.batches(0, 20, 20)))[3:17])
-    as_sets = [sorted(image.numpy().tobytes() for image in torch.cat(list(source.batches(0, 20, 6)))) for source in (folder, npz)]
-    assert as_sets[0] == as_sets[1]
+@pytest.fixture
+def mistakes(sets):
+    """One mistake or damage of each kind."""
+    small, _ = shapes(range(9), 16)
+    small = small.transpose(0, 2, 3, 1)
+    np.savez(sets / "small.npz", arr_0=small)
+    np.savez(sets / "float.npz", arr_0=small / 255)
+    np.savez(sets / "keys.npz", other=small)
+    np.savez(sets / "odd.npz", mu=np.zeros(5), sigma=np.eye(5))
+    meta = json.dumps(dict(extractor="another"))
+    zeros, ones = np.zeros(192), np.eye(192)
+    np.savez(sets / "extractor.npz", mu=zeros, sigma=ones, meta=meta)
+    (sets / "cut.npz").write_bytes((sets / "small.npz").read_bytes()[:900])
+    whole = bytearray((sets / "b.npz").read_bytes())
+    whole[len(whole) // 2] ^= 16
+    (sets / "flipped.npz").write_bytes(whole)
+    for name in ("empty", "mixed", "jpeg", "broken", "short"):
+        write_pngs(sets / name, small[:0 if name == "empty" else 9])
+    Image.new("RGB", (24, 24)).save(sets / "mixed/9.png")
+    Image.new("RGB", (16, 16)).save(sets / "jpeg/9.JPG")
+    (sets / "broken/9.png").write_bytes((sets / "broken/001.png").read_bytes()[:99])
+    (sets / "short/protocol.json").write_text(json.dumps(dict(n=30)))
 
 
-def test_pixels_and_refusals(script, sets, tmp_path, monkeypatch):
-    text = script("fid.py", "a", "b.npz", "--features", "pixels")
-    assert "FD-pixels-20 " in text and "FID" not in text
-    script("fid.py", "stats", "--data", "b.npz", "--out", "ref.npz", "--features", "pixels")
-    small = shapes(range(9), 16)[0].transpose(0, 2, 3, 1)
-    np.savez(tmp_path / "small.npz", arr_0=small)
-    np.savez(tmp_path / "float.npz", arr_0=small / 255)
-    np.savez(tmp_path / "keys.npz", other=small)
-    np.savez(tmp_path / "odd.npz", mu=np.zeros(5), sigma=np.zeros((4, 4)))
-    (tmp_path / "cut.npz").write_bytes((tmp_path / "small.npz").read_bytes()[:900])
-    for name in ("empty", "mixed", "broken", "jpeg"):
-        (tmp_path / name).mkdir()
-    for size in (16, 24):
-        Image.new("RGB", (size, size)).save(tmp_path / f"mixed/{size}.png")
-    (tmp_path / "broken/a.png").write_bytes((sets / "a/000.png").read_bytes()[:60])
-    Image.new("RGB", (24, 24)).save(tmp_path / "jpeg/a.JPG", "JPEG")
-    pixels = ("--features", "pixels")
-    for words, named in ((("small.npz", "ref.npz"), "size 16"), (("float.npz", "b.npz"), "float64"), (("keys.npz", "b.npz"), "other"),
-                         (("cut.npz", "b.npz"), "cut.npz"), (("empty", "b.npz"), "no .png"), (("mixed", "small.npz"), "24 x 24"),
-                         (("broken", "b.npz"), "a.png"), (("jpeg", "b.npz"), "JPEG"), (("none", "b.npz"), "none"), (("a",), "expected"),
-                         (("a", "odd.npz"), "odd.npz"), (("a", "b.npz", "--count", 21), "20 images"), (("stats", "--data", "a"), "--out"),
-                         (("a", "b.npz", "--batch-size", 0), "--batch-size")):
-        assert named in script("fid.py", *words, *pixels, code=2), words
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    (tmp_path / "hub/checkpoints").mkdir(parents=True)
-    (tmp_path / "hub/checkpoints" / fid.FILE).write_bytes(b"not it")
+@pytest.mark.parametrize("words, named", [
+    ("small.npz b.npz", "size"),
+    ("a extractor.npz", "another"),
+    ("float.npz b.npz", "float64"),
+    ("keys.npz b.npz", "arr_0"),
+    ("a odd.npz", "192 features"),
+    ("cut.npz b.npz", "cut.npz"),
+    ("flipped.npz b.npz", "flipped.npz"),
+    ("empty b.npz", "expected .png"),
+    ("mixed small.npz", "9.png"),
+    ("broken small.npz", "9.png"),
+    ("jpeg small.npz", "JPEG"),
+    ("short small.npz", "at least 30"),
+    ("none b.npz", "none"),
+    ("a", "reference"),
+    ("stats --data a", "--out"),
+    ("stats --data a.npz --out a.npz", "itself"),
+    ("a b.npz --batch-size 0", "--batch-size")])
+def test_a_mistake_is_one_line(words, named, script, mistakes):
+    assert named in script("fid.py", *words.split(), *PIXELS, code=2)
+
+
+def test_a_damaged_image_is_named_by_the_process_that_met_it(script, mistakes):
+    assert "9.png" in script("fid.py", "broken", "small.npz", *PIXELS, processes=2, code=2)
+
+
+def test_cached_weights_that_are_not_the_published_ones(script, sets, monkeypatch):
+    monkeypatch.setattr(fid, "CACHED", sets / "cached.pth")
+    (sets / "cached.pth").write_bytes(b"not it")
     assert fid.SHA256 in script("fid.py", "a", "b.npz", code=2)
-    (tmp_path / "hub/checkpoints" / fid.FILE).unlink()
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
-    text = script("fid.py", "a", "b.npz", code=2)
-    assert fid.FILE in text and fid.SHA256 in text and "hub/checkpoints" in text
 
 
-@pytest.mark.slow
-def test_all_metrics_are_those_of_their_formulas(script, sets, inception_file):
-    """Against ADM's kind of reference: statistics beside 30 images, whose own statistics are not used."""
-    model = load_inception(inception_file)
-    a, b = (torch.from_numpy(np.load(sets / f"{name}.npz")["arr_0"]).permute(0, 3, 1, 2) for name in "ab")
-    (fa, sa), (fb, _) = model(a, True), model(b, True)
-    rng = np.random.default_rng(0)
-    mu, mu_s = rng.random(2048), rng.random(2023)
-    sigma, sigma_s = np.diag(rng.random(2048) + 0.1), np.diag(rng.random(2023) + 0.1)
-    np.savez(sets / "adm.npz", arr_0=b.permute(0, 2, 3, 1).numpy(), mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
-    text = script("fid.py", "a", "adm.npz", "--inception", inception_file, "--metrics", "all", "--batch-size", 9)
-    found, (precision, recall) = score(text), precision_recall(fb, fa)
-    expected = {"FID-20": frechet_distance(*moments(fa.numpy()), mu, sigma), "IS": inception_score(model.probs(fa)),
-                "sFID": frechet_distance(*moments(sa.numpy()), mu_s, sigma_s), "precision": precision, "recall": recall}
-    assert found == pytest.approx(expected, rel=1e-3) and found["FID-20"] != pytest.approx(found["sFID"], rel=0.01)
-    assert "adm.npz: its mu and sigma are used, not the 30 images" in text
-    assert parsed(text)["reference"]["keys"] == "mu, sigma, not arr_0" and len(parsed(text)["reference"]["sha256"]) == 64
-    meta = dict(file="b.npz", n=30, size=24, extractor=parsed(text)["extractor"])
-    np.savez(sets / "ref.npz", mu=mu, sigma=sigma, meta=json.dumps(meta))
-    text = script("fid.py", "a", "ref.npz", "--inception", inception_file, "--metrics", "all", "--count", 4)
-    assert set(score(text)) == {"FID-4", "IS"} and "sFID, precision, recall" in text
-    assert parsed(text)["reference"]["file"] == "ref.npz" and parsed(text)["reference"]["of"] == "b.npz"
-    for key, value in (("extractor", "other"), ("n", "x"), ("size", 32)):
-        np.savez(sets / "wrong.npz", mu=mu, sigma=sigma, meta=json.dumps({**meta, key: value}))
-        assert f"{key}" in script("fid.py", "a", "wrong.npz", "--features", "pixels", code=2)
-
-
-def test_damage_is_one_line(script, sets, tmp_path):
-    pixels = ("--features", "pixels")
-    rng = np.random.default_rng(0)
-    whole, caught = (sets / "b.npz").read_bytes(), 0
-    for place in rng.integers(0, len(whole), 25):                            # compressed samples, one bit flipped
-        (sets / "bad.npz").write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1:])
-        try:
-            source = Source(sets / "bad.npz")
-            list(source.batches(0, source.count, 7))
-        except ValueError:
-            caught += 1
-    assert caught >= 20
-    Image.new("RGB", (24, 24)).save(sets / "a/z.png", "JPEG")
-    assert "not PNG" in script("fid.py", "a", "b.npz", *pixels, code=2)
-    (sets / "a/z.png").unlink()
-    (sets / "a/protocol.json").write_text("[1]")
-    assert "protocol.json" in script("fid.py", "a", "b.npz", *pixels, code=2)
-    (sets / "a/protocol.json").write_text(json.dumps(dict(n=30)))
-    assert "promises 30" in script("fid.py", "a", "b.npz", *pixels, code=2)
-    (sets / "a/protocol.json").unlink()
-    np.savez(tmp_path / "nan.npz", mu=np.full(192, np.nan), sigma=np.eye(192))
-    np.savez(tmp_path / "half.npz", mu=np.zeros(192), sigma=np.eye(192), mu_s=np.zeros(3))
-    np.savez(tmp_path / "minus.npz", mu=np.zeros(192), sigma=-np.eye(192))
-    for words, named in ((("a", "nan.npz"), "nan.npz"), (("a", "minus.npz"), "minus.npz"), (("a", "b.npz", "--count", 0), "--count"),
-                         (("a", "b.npz", "--out", "c.npz"), "expected SAMPLES"), (("stats", "--data", "b.npz", "--out", "b.npz"), "itself")):
-        assert named in script("fid.py", *words, *pixels, code=2)
-    script("fid.py", "a", "half.npz", *pixels)                               # what is not used may be odd
-    text = script("fid.py", "a", "a", *pixels, "--count", 2, processes=2)
-    assert "FD-pixels-2 0.00" in text
-    assert "too few for 3 processes" in script("fid.py", "a", "a", *pixels, "--count", 2, processes=3, code=2)
-    (sets / "a/019.PNG").write_bytes((sets / "a/deep/001.PNG").read_bytes()[:99])
-    assert "019.PNG" in script("fid.py", "a", "b.npz", *pixels, processes=2, code=2)      # named by the process that met it
+@pytest.mark.parametrize("samples, named", [
+    ("a", "no network"),
+    ("small.npz", "size")])
+def test_weights_are_fetched_after_all_checks(samples, named, script, mistakes, tmp_path, monkeypatch):
+    def fetch(*_, **__):
+        raise OSError("no network")
+    monkeypatch.setattr(fid, "CACHED", tmp_path / "none.pth")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    assert named in script("fid.py", samples, "b.npz", code=2)
