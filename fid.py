@@ -219,14 +219,17 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^1/2), float64 (Heusel et al. 2017, eq. 6).
 
     With S1 = R R^T, the last trace is the sum of the roots of the eigenvalues of R^T S2 R, which are real and
-    >= 0: no matrix root, no complex numbers, finite for singular covariances. R is the eigenvectors of S1
-    times the roots of its eigenvalues, without those that are zero but for rounding.
+    >= 0: no matrix root, no complex numbers, finite for singular covariances. R is the Cholesky factor of S1;
+    where S1 is singular, its eigenvectors times the roots of their eigenvalues, without those that are zero
+    but for rounding.
     """
     given = mu1, sigma1, mu2, sigma2
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(part, dtype=torch.float64) for part in given)
-    values, vectors = torch.linalg.eigh(sigma1)
-    kept = values > values[-1] * 1e-14 * len(values)
-    root = vectors[:, kept] * values[kept].sqrt()
+    root, singular = torch.linalg.cholesky_ex(sigma1)
+    if singular:
+        values, vectors = torch.linalg.eigh(sigma1)
+        kept = values > values[-1] * 1e-14 * len(values)
+        root = vectors[:, kept] * values[kept].sqrt()
     eigenvalues = torch.linalg.eigvalsh(root.T @ sigma2 @ root)
     shift = (mu1 - mu2).square().sum()
     spread = sigma1.trace() + sigma2.trace() - 2 * eigenvalues.clamp(min=0).sqrt().sum()
