@@ -431,22 +431,32 @@ def load(network, state_dict, arguments):
     return model
 
 
+def usual_order(model):
+    """Rows of qkv ordered q k v, then head, become head, then q k v."""
+    for layer in model.modules():
+        if isinstance(layer, Attention):
+            for x in (layer.qkv.weight.data, layer.qkv.bias.data):
+                x.copy_(x.unflatten(0, (3, layer.heads, -1)).transpose(0, 1).flatten(0, 2))
+
+
 def from_adm(state_dict, img_size=None, heads=None, head_channels=None, num_classes=None, **architecture):
     """A state dict of guided-diffusion, the official repository or latent-diffusion -> UNet, strict.
 
-    The files in PUBLIC are known by their number of parameters. For any other, `architecture` is the UNet's
-    other arguments (channel_mult, res_blocks, attention_resolutions, ...), and img_size and heads or
-    head_channels are needed; new_attention_order=True says that rows of qkv are ordered q k v, then head. For
-    a known file img_size and heads or head_channels replace its own.
-    num_classes: a class table of 1,000 rows is taken to have no null label (ADM and LDM, ImageNet), any other
-    to end with it, unless given. To a table without one a row of zeros is added, so that labels mean the same
+    The files in PUBLIC are known by their number of parameters; img_size and heads or head_channels replace
+    their own. For any other file `architecture` is the UNet's other arguments (channel_mult, res_blocks,
+    attention_resolutions, ...), and img_size and heads or head_channels must be given too.
+    new_attention_order=True says that rows of qkv are ordered q k v, then head.
+    num_classes: unless given, a class table of 1,000 rows is taken to have no null label (ADM and LDM,
+    ImageNet), any other to end with it. A table without one gets a row of zeros, so that labels mean the same
     everywhere, but the network never saw it: sample such a file with labels and cfg 1, or with a classifier.
-    An output of 2C channels (learned sigma) keeps its first C. Beside `model.diffusion_model.*` the class
-    table is `cond_stage_model.embedding.weight`; autoencoder, schedule and averages are left aside.
+    An output of 2C channels (learned sigma) keeps its first C. Of a whole file of latent-diffusion the
+    autoencoder, the schedule and averages are left aside.
 
-    The UNet gets an attribute `public`, what sample.py needs to know of the file: dict(name in PUBLIC or None,
-    learned_sigma, schedule, has_null). schedule is None for latent-diffusion's, which is not one of ours;
-    has_null says that the table has its own null label. Raises ValueError for what is not such a file.
+    The UNet gets an attribute `public`, what sampling needs to know of the file: dict(name, target, schedule,
+    sample_steps, cfg, has_null). name is that of its row in PUBLIC or None; target is "eps" where sigma was
+    learned, else None, as weights do not show it; schedule is None for cin256 and cin256-v2, whose own is
+    none of ours; has_null says that the class table has its own null label.
+    Raises ValueError, which names the arguments to give, or what does not fit.
     """
     state_dict = unet_part(state_dict)
     name, arguments, outputs = recognise(state_dict, "out.2.weight", architecture)
@@ -454,6 +464,8 @@ def from_adm(state_dict, img_size=None, heads=None, head_channels=None, num_clas
         arguments["img_size"] = img_size
     if heads or head_channels:
         arguments.update(heads=heads, head_channels=head_channels)
+    new_attention_order = arguments.pop("new_attention_order", False)
+
     rows = len(state_dict.get("label_emb.weight", ()))
     if num_classes is None:
         num_classes = rows if rows == 1000 else max(rows - 1, 0)
@@ -463,19 +475,17 @@ def from_adm(state_dict, img_size=None, heads=None, head_channels=None, num_clas
     if learned_sigma:
         for part in ("out.2.weight", "out.2.bias"):
             state_dict[part] = state_dict[part][:outputs // 2]
-    new_attention_order = arguments.pop("new_attention_order", False)
+
     model = load(UNet, state_dict, arguments | dict(num_classes=num_classes))
-    for layer in model.modules():
-        if new_attention_order and isinstance(layer, Attention):
-            for x in (layer.qkv.weight.data, layer.qkv.bias.data):           # (3*h*d, ...) -> (h*3*d, ...)
-                x.copy_(x.unflatten(0, (3, layer.heads, -1)).transpose(0, 1).flatten(0, 2))
+    if new_attention_order:
+        usual_order(model)
     schedule = "cosine"
     if learned_sigma and arguments.get("side", model.img_size) >= 128:       # ADM's
         schedule = "linear"
     if name in ("cin256", "cin256-v2"):
         schedule = None
-    model.public = dict(name=name, learned_sigma=learned_sigma, schedule=schedule,
-                        has_null=rows > num_classes)
+    model.public = dict(name=name, target="eps" if learned_sigma else None, schedule=schedule,
+                        sample_steps=50, cfg=1.0, has_null=rows > num_classes)
     return model
 
 

@@ -112,7 +112,7 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def start_from_sinusoids(self):
-        """Of t on a scale of 1,000; of a patch's row in half of the width, of its column in the other half."""
+        """Of t on a scale of 1,000, and of a patch's row (half of the width) and column (the other half)."""
         T, dim = self.time_embedding.weight.shape
         self.time_embedding.weight.copy_(sinusoids(1000 * torch.arange(T) / T, dim, 10_000))
         patch = torch.arange(self.side ** 2)
@@ -147,9 +147,9 @@ def from_official(state_dict, heads=None):
 
     The architecture is read off the shapes; heads, which no shape shows, off the width as in SIZES unless
     given. Of the official time table's 4,000 rows 1,000 are used; the class table's last row is the null
-    label. The ViT gets an attribute `public`, what sample.py needs to know of the file: dict(name, target,
-    sample_steps, cfg); name and target are None for a file that is not among RELEASED. Raises ValueError for
-    what is not such a file.
+    label. The ViT gets an attribute `public`, what sampling needs to know of the file: dict(name, target,
+    schedule, sample_steps, cfg, has_null). name and target are None for a file that is not in RELEASED;
+    has_null says that the network has labels, and so the null label. Raises ValueError for what does not fit.
     """
     try:
         dim, in_channels, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
@@ -170,5 +170,6 @@ def from_official(state_dict, heads=None):
         model.load_state_dict({**state_dict, "time_embedding.weight": times})
     except RuntimeError as error:
         raise ValueError(" ".join(str(error).split())[:300]) from None
-    model.public = RELEASED.get((dim, depth, in_channels), OTHER)
+    known = RELEASED.get((dim, depth, in_channels), OTHER)
+    model.public = dict(known, schedule="cosine", has_null=num_classes > 0)
     return model
