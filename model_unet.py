@@ -71,13 +71,13 @@ def attend(q, k, v):
 
 class ResBlock(nn.Module):
     """x + conv(conv(x)). In between, the time embedding is added, or scales and shifts the second norm.
-    resample halves or doubles the side on both branches, before the first convolution.
+    resample, where given, halves or doubles the side on both branches before the first convolution.
     """
 
-    def __init__(self, width_in, width, emb_dim, scale_shift, resample=nn.Identity()):
+    def __init__(self, width_in, width, emb_dim, scale_shift, resample=None):
         super().__init__()
         self.scale_shift = scale_shift
-        self.resample = resample
+        self.resample = resample or nn.Identity()
         self.in_layers = after_norm(width_in, conv(width_in, width))
         emb_width = 2 * width if scale_shift else width
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, emb_width))
@@ -408,11 +408,11 @@ def recognise(state_dict, head, architecture):
         outputs = len(state_dict[head])
     except KeyError as error:
         raise ValueError(f"no weights of guided-diffusion or latent-diffusion: {error} is missing") from None
-    name, known = PUBLIC.get(sum(x.numel() for x in state_dict.values()), (None, {}))
-    if architecture:
-        name, known = None, architecture
-    arguments = dict(img_size=known.get("side"), channels=channels, in_channels=in_channels) | known
-    return name, arguments, outputs
+    parameters = sum(x.numel() for x in state_dict.values())
+    name, known = PUBLIC.get(parameters, (None, {}))
+    given = architecture or known
+    shown = dict(img_size=given.get("side"), channels=channels, in_channels=in_channels)
+    return name, shown | given, outputs
 
 
 def load(network, state_dict, arguments):

@@ -58,7 +58,8 @@ class Block(nn.Module):
 def sinusoids(positions, dim, longest):
     """(N,) -> (N,dim): cosines and sines of wavelengths from 2 pi to 2 pi longest (Vaswani et al. 2017)."""
     i = torch.arange((dim + 1) // 2)
-    angles = positions[:, None] * torch.exp(-math.log(longest) * i / (dim / 2))
+    rates = torch.exp(-math.log(longest) * i / (dim / 2))
+    angles = positions[:, None] * rates
     return torch.cat([angles.cos(), angles.sin()], dim=1)[:, :dim]
 
 
@@ -114,11 +115,13 @@ class ViT(nn.Module):
     def start_from_sinusoids(self):
         """Of t on a scale of 1,000, and of a patch's row (half of the width) and column (the other half)."""
         T, dim = self.time_embedding.weight.shape
-        self.time_embedding.weight.copy_(sinusoids(1000 * torch.arange(T) / T, dim, 10_000))
+        t = 1000 * torch.arange(T) / T
+        self.time_embedding.weight.copy_(sinusoids(t, dim, 10_000))
         patch = torch.arange(self.side ** 2)
         row = sinusoids(patch // self.side, dim // 2, 100)
         column = sinusoids(patch % self.side, dim - dim // 2, 100)
-        self.pos_embed[0, -len(patch):] = torch.cat([row, column], dim=1)
+        position = torch.cat([row, column], dim=1)
+        self.pos_embed[0, -len(patch):] = position
 
     def forward(self, x, t, y=None):
         tokens = [self.time_embedding(t)[:, None]]                           # (B,1,D)
@@ -132,7 +135,8 @@ class ViT(nn.Module):
         x = self.linear_projection(x[:, len(tokens):])                       # (B,side*side,p*p*C)
         p, side = self.patch_size, self.side
         x = x.view(-1, side, side, p, p, self.in_channels)                   # (B,row,col,p,p,C)
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)          # (B,C,S,S)
+        x = x.permute(0, 5, 1, 3, 2, 4)                                      # (B,C,row,p,col,p)
+        return x.flatten(4).flatten(2, 3)                                    # (B,C,S,S)
 
 
 RELEASED = {  # width, blocks, channels: the paper's file, and how its FID was drawn
@@ -158,7 +162,7 @@ def from_official(state_dict, heads=None):
     except KeyError as error:
         raise ValueError(f"no weights of the official ViT: {error} is missing") from None
     side = math.isqrt(tokens - 1)                                            # one or two are no patches
-    depth = len({name.split(".")[1] for name in state_dict if name.startswith("blocks.")})
+    depth = len([name for name in state_dict if name.endswith(".q_bias")])   # one in every block
     num_classes = max(len(state_dict.get("class_embedding.weight", ())) - 1, 0)
     for size in SIZES.values():
         if size["dim"] == dim:

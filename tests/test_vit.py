@@ -16,6 +16,7 @@ def test_golden(golden, name, heads):
         out = model(values["x"], values["t"], values.get("y"))
     assert relative(out, values["out"]) < 1e-5
     assert model.public["has_null"] == ("y" in values)
+    assert model.blocks[0].norm1.eps == model.blocks[0].norm2.eps == 1e-6
 
 
 def test_of_the_official_4000_times_the_first_1000_are_used(golden):
@@ -58,7 +59,8 @@ def test_the_papers_sizes_and_released_files(name, shape, millions, released):
     with torch.device("meta"):
         weights = ViT(*shape, **SIZES[name]).state_dict()
         model = from_official(weights)
-    assert sum(x.numel() for x in weights.values()) / 1e6 == pytest.approx(millions, abs=0.1)
+    parameters = sum(x.numel() for x in weights.values())
+    assert parameters / 1e6 == pytest.approx(millions, abs=0.1)
     assert model.blocks[0].attn.heads == SIZES[name]["heads"]
     public = model.public
     assert (public["target"], public["sample_steps"], public["cfg"]) == released
@@ -83,15 +85,16 @@ def test_initialisation():
 
 
 def test_short_run_starts_from_sinusoids():
-    model = ViT(12, 4, 3, 8, dim=64, depth=2, heads=2, T=500, short_run=True).requires_grad_(False)
+    how = dict(dim=64, depth=2, heads=2, T=500, short_run=True)
+    model = ViT(12, 4, 3, 8, **how).requires_grad_(False)
     t = torch.arange(500)[:, None]
     angle = 2 * t * 10_000 ** (-torch.arange(32) / 32)                       # 1000 t / T
     times = torch.cat([angle.cos(), angle.sin()], dim=1)
     assert relative(model.time_embedding.weight, times) < 1e-3
-    row, column = 1, 2
-    angle = 100 ** (-torch.arange(16) / 16)
-    waves = [(row * angle).cos(), (row * angle).sin(), (column * angle).cos(), (column * angle).sin()]
-    assert relative(model.pos_embed[0, 2 + 3 * row + column], torch.cat(waves)) < 1e-5
+    row = 100 ** (-torch.arange(16) / 16)                                    # of a patch in row 1, column 2
+    column = 2 * row
+    waves = [row.cos(), row.sin(), column.cos(), column.sin()]
+    assert relative(model.pos_embed[0, 2 + 3 + 2], torch.cat(waves)) < 1e-5
     assert model.blocks[0].mlp.fc1.weight.std() == pytest.approx(1 / 8, rel=0.05)
 
 
