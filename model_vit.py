@@ -4,7 +4,6 @@ Facts of the official code that the released weights depend on: no final norm be
 exact GELU, q and v have a bias and k has none, and head width is dim // heads even where that does not divide
 dim (ViT-Small: 6 heads of 85 in a width of 512). Parameter names are the official ones.
 """
-import copy
 import math
 
 import torch
@@ -24,7 +23,8 @@ SIZES = {  # appendix C.1, table 6; tiny is ours, for the built-in images on a C
 class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
-        self.heads, inner = heads, dim // heads * heads
+        self.heads = heads
+        inner = dim // heads * heads
         self.qkv = nn.Linear(dim, 3 * inner, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(inner))
         self.v_bias = nn.Parameter(torch.zeros(inner))   # on k it would add the same to all logits of a row
@@ -33,8 +33,9 @@ class Attention(nn.Module):
     def forward(self, x):                                                    # (B,N,D)
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias)                             # (B,N,3*H*d)
-        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # each (B,H,N,d), no copy
-        x = F.scaled_dot_product_attention(q, k, v)                          # (B,H,N,d)
+        qkv = qkv.unflatten(2, (3, self.heads, -1))                          # (B,N,3,H,d)
+        qkv = qkv.permute(2, 0, 3, 1, 4)                                     # (3,B,H,N,d), no copy
+        x = F.scaled_dot_product_attention(*qkv)                             # (B,H,N,d)
         return self.proj(x.transpose(1, 2).flatten(2))                       # (B,N,D)
 
 
@@ -45,7 +46,9 @@ class Block(nn.Module):
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential()                                           # named as in the released files
-        self.mlp.fc1, self.mlp.act, self.mlp.fc2 = nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim)
+        self.mlp.fc1 = nn.Linear(dim, 4 * dim)
+        self.mlp.act = nn.GELU()
+        self.mlp.fc2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x):                                                    # (B,N,D)
         x = x + self.attn(self.norm1(x))
@@ -54,8 +57,10 @@ class Block(nn.Module):
 
 def sinusoids(positions, dim, longest):
     """(N,) -> (N,dim): cosines and sines of wavelengths from 2 pi to 2 pi longest (Vaswani et al. 2017)."""
-    angles = positions[:, None] * torch.exp(-math.log(longest) * torch.arange((dim + 1) // 2) / (dim / 2))
-    return torch.cat([angles.cos(), angles.sin()], 1)[:, :dim]
+    i = torch.arange((dim + 1) // 2)
+    rates = torch.exp(-math.log(longest) * i / (dim / 2))
+    angles = positions[:, None] * rates
+    return torch.cat([angles.cos(), angles.sin()], dim=1)[:, :dim]
 
 
 class ViT(nn.Module):
@@ -63,56 +68,62 @@ class ViT(nn.Module):
 
     num_classes = 0 is unconditional; otherwise labels are 0 .. num_classes - 1, the null label of guidance is
     num_classes, and y = None means the null label. img_size must be a multiple of patch_size.
-    grad_ckpt = True keeps the blocks' inputs alone and computes the rest again for the gradient.
+    grad_ckpt = True keeps only the inputs of the blocks and computes the rest again for the gradient.
     short_run is for narrow networks and a few thousand steps: the time and position tables, still learned,
     start from sinusoids, so that neighbours begin alike, and linear layers from 1 / sqrt(dim), not 0.02.
     """
-
     grad_ckpt = False
 
     def __init__(self, img_size, patch_size, in_channels, num_classes, dim, depth, heads, T=1000,
                  short_run=False):
         super().__init__()
-        if img_size % patch_size:
+        self.side, rest = divmod(img_size, patch_size)                       # in patches
+        if rest:
             raise ValueError(f"img_size: found {img_size}, not a multiple of the patch size {patch_size}")
-        self.img_size, self.patch_size = img_size, patch_size
-        self.in_channels, self.num_classes = in_channels, num_classes
-        self.tokens = 2 if num_classes else 1                                # in front of the patches
+        self.img_size = img_size
+        self.patch_size = patch_size
+        self.in_channels = in_channels
+        self.num_classes = num_classes
         self.patch_embed = nn.Sequential()
         self.patch_embed.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
         self.time_embedding = nn.Embedding(T, dim)
         if num_classes:
             self.class_embedding = nn.Embedding(num_classes + 1, dim)        # last row: the null label
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.tokens + (img_size // patch_size) ** 2, dim))
+        tokens = self.side ** 2 + (2 if num_classes else 1)
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, dim))
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.linear_projection = nn.Linear(dim, patch_size ** 2 * in_channels)
-        self.init_weights(short_run)
+        self.init_weights(dim ** -0.5 if short_run else 0.02)
+        if short_run:
+            self.start_from_sinusoids()
 
-    def init_weights(self, short_run):
+    @torch.no_grad()
+    def init_weights(self, std):
         """The official initialisation, in which the time and class tables keep PyTorch's N(0,1)."""
-        T, dim = self.time_embedding.weight.shape
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=dim ** -0.5 if short_run else 0.02)
+                nn.init.trunc_normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        with torch.no_grad():
-            for layer, block in enumerate(self.blocks, 1):
-                block.attn.proj.weight /= math.sqrt(2 * layer)
-                block.mlp.fc2.weight /= math.sqrt(2 * layer)
-            self.linear_projection.weight *= 0.001
-            if short_run:
-                self.time_embedding.weight.copy_(sinusoids(1000 * torch.arange(T) / T, dim, 10_000))
-                side = torch.arange(self.img_size // self.patch_size)
-                row, col = sinusoids(side, dim // 2, 100), sinusoids(side, dim - dim // 2, 100)
-                grid = torch.cat([row[:, None].expand(-1, len(side), -1), col.expand(len(side), -1, -1)], 2)
-                self.pos_embed[0, self.tokens:] = grid.flatten(0, 1)
+        for layer, block in enumerate(self.blocks, 1):
+            block.attn.proj.weight /= math.sqrt(2 * layer)
+            block.mlp.fc2.weight /= math.sqrt(2 * layer)
+        self.linear_projection.weight *= 0.001
+
+    @torch.no_grad()
+    def start_from_sinusoids(self):
+        """Of t on a scale of 1,000, and of a patch's row (half of the width) and column (the other half)."""
+        T, dim = self.time_embedding.weight.shape
+        t = 1000 * torch.arange(T) / T
+        self.time_embedding.weight.copy_(sinusoids(t, dim, 10_000))
+        patch = torch.arange(self.side ** 2)
+        row = sinusoids(patch // self.side, dim // 2, 100)
+        column = sinusoids(patch % self.side, dim - dim // 2, 100)
+        position = torch.cat([row, column], dim=1)
+        self.pos_embed[0, -len(patch):] = position
 
     def forward(self, x, t, y=None):
-        p, side = self.patch_size, self.img_size // self.patch_size
-        if x.shape[1:] != (shape := (self.in_channels, self.img_size, self.img_size)):
-            raise ValueError(f"x: found {tuple(x.shape)}, expected (B, *{shape})")
         tokens = [self.time_embedding(t)[:, None]]                           # (B,1,D)
         if self.num_classes:
             y = torch.full_like(t, self.num_classes) if y is None else y
@@ -121,39 +132,48 @@ class ViT(nn.Module):
         x = torch.cat([*tokens, patches], dim=1) + self.pos_embed            # (B,N,D)
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.grad_ckpt else block(x)
-        x = self.linear_projection(x[:, self.tokens:])                       # (B,side*side,p*p*C)
+        x = self.linear_projection(x[:, len(tokens):])                       # (B,side*side,p*p*C)
+        p, side = self.patch_size, self.side
         x = x.view(-1, side, side, p, p, self.in_channels)                   # (B,row,col,p,p,C)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.in_channels, side * p, side * p)
+        x = x.permute(0, 5, 1, 3, 2, 4)                                      # (B,C,row,p,col,p)
+        return x.flatten(4).flatten(2, 3)                                    # (B,C,S,S)
+
+
+RELEASED = {  # width, blocks, channels: the paper's file, and how its FID was drawn
+    (1152, 28, 4): dict(name="ema_0.9999_xl.pt", target="x0", sample_steps=50, cfg=1.5),       # 2.06
+    (1024, 21, 3): dict(name="ema_0.9999_large.pt", target="eps", sample_steps=20, cfg=1.5),   # 2.28
+}
+OTHER = dict(name=None, target=None, sample_steps=50, cfg=1.0)
 
 
 def from_official(state_dict, heads=None):
     """The paper's released `.pt` files (`ema_0.9999_xl.pt`, ...) -> ViT, every name and shape checked.
 
-    The architecture is read off the shapes; heads, which no shape shows, off the width (512, 768, 1024, 1152
-    -> 6, 12, 16, 16) unless given. Of the official time table's 4,000 rows 1,000 are used; the class table's
-    last row is the null label. Raises ValueError for what is not such a file.
+    The architecture is read off the shapes; heads, which no shape shows, off the width as in SIZES unless
+    given. Of the official time table's 4,000 rows 1,000 are used; the class table's last row is the null
+    label. The ViT gets an attribute `public`, what sampling needs to know of the file: dict(name, target,
+    schedule, sample_steps, cfg, has_null). name and target are None for a file that is not in RELEASED;
+    has_null says that the network has labels, and so the null label. Raises ValueError for what does not fit.
     """
     try:
-        dim, in_channels, patch, _ = state_dict["patch_embed.proj.weight"].shape
-        tokens, (rows, _) = state_dict["pos_embed"].shape[1], state_dict["time_embedding.weight"].shape
-        depth = len({name.split(".")[1] for name in state_dict if name.startswith("blocks.")})
-        num_classes = len(state_dict.get("class_embedding.weight", [0])) - 1
-    except Exception as error:                                           # whatever damage makes them raise
-        raise ValueError(f"not a state dict of the official ViT: {' '.join(str(error).split())}") from None
-    heads = heads or {size["dim"]: size["heads"] for size in SIZES.values() if size["dim"] >= 512}.get(dim)
-    if heads is None or heads < 1:
+        dim, in_channels, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
+        times = state_dict["time_embedding.weight"][:1000]
+        tokens = state_dict["pos_embed"].shape[1]
+    except KeyError as error:
+        raise ValueError(f"no weights of the official ViT: {error} is missing") from None
+    side = math.isqrt(tokens - 1)                                            # one or two are no patches
+    depth = len([name for name in state_dict if name.endswith(".q_bias")])   # one in every block
+    num_classes = max(len(state_dict.get("class_embedding.weight", ())) - 1, 0)
+    for size in SIZES.values():
+        if size["dim"] == dim:
+            heads = heads or size["heads"]
+    if not heads:
         raise ValueError(f"heads: must be given, since width {dim} is not one of the paper's")
-    side = math.isqrt(tokens - (2 if num_classes else 1))
-    T = min(rows, 1000)
-    state_dict = {**state_dict, "time_embedding.weight": state_dict["time_embedding.weight"][:T]}
+    model = ViT(side * patch_size, patch_size, in_channels, num_classes, dim, depth, heads, len(times))
     try:
-        if not side * T:
-            raise ValueError("found no patches, or no times")
-        with torch.device("meta"):                                       # no memory until shapes are right
-            model = ViT(side * patch, patch, in_channels, num_classes, dim, depth, heads, T)
-        copy.deepcopy(model).load_state_dict(state_dict, assign=True)
-        model = model.to_empty(device=torch.get_default_device())
-        model.load_state_dict(state_dict)
-    except Exception as error:
-        raise ValueError(f"not a state dict of the official ViT: {' '.join(str(error).split())}") from None
+        model.load_state_dict({**state_dict, "time_embedding.weight": times})
+    except RuntimeError as error:
+        raise ValueError(" ".join(str(error).split())[:300]) from None
+    known = RELEASED.get((dim, depth, in_channels), OTHER)
+    model.public = dict(known, schedule="cosine", has_null=num_classes > 0)
     return model
