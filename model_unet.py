@@ -382,8 +382,6 @@ PUBLIC = {  # the number of parameters of a file, which tells the files apart: i
     42_568_040:  ("128x128_classifier.pt", row(128, 128, ADM[128], 2)),
     54_096_360:  ("256x256_classifier.pt", row(256, 128, ADM[256], 2)),
     54_448_360:  ("512x512_classifier.pt", row(512, 128, ADM[512], 2)),
-    401_433_091: ("cin256-v2", row(64, 192, (1, 2, 3, 5), 2, heads=1, **LDM)),
-    395_496_196: ("cin256", SIZES["unet-ldm"] | dict(heads=None, head_channels=32)),
     395_496_708: ("unet-ldm", SIZES["unet-ldm"]),                            # our presets, of 1,000 classes
     129_146_692: ("unet-b", SIZES["unet-b"]),
     52_542_979:  ("unet-cifar", SIZES["unet-cifar"]),                        # of none
@@ -452,10 +450,10 @@ def from_adm(state_dict, img_size=None, heads=None, head_channels=None, num_clas
     An output of 2C channels (learned sigma) keeps its first C. Of a whole file of latent-diffusion the
     autoencoder, the schedule and averages are left aside.
 
-    The UNet gets an attribute `public`, what sampling needs to know of the file: dict(name, target, schedule,
-    sample_steps, cfg, has_null). name is that of its row in PUBLIC or None; target is "eps" where sigma was
-    learned, else None, as weights do not show it; schedule is None for cin256 and cin256-v2, whose own is
-    none of ours; has_null says that the class table has its own null label.
+    The UNet gets an attribute `public`, what sampling needs to know of the file: dict(dataset, target,
+    schedule, sample_steps, cfg, guidable). dataset is the name of its row in PUBLIC or None; target is "eps"
+    where sigma was learned, else None, as weights do not show it; guidable says that the class table has its
+    own null label.
     Raises ValueError, which names the arguments to give, or what does not fit.
     """
     state_dict = unet_part(state_dict)
@@ -482,10 +480,8 @@ def from_adm(state_dict, img_size=None, heads=None, head_channels=None, num_clas
     schedule = "cosine"
     if learned_sigma and arguments.get("side", model.img_size) >= 128:       # ADM's
         schedule = "linear"
-    if name in ("cin256", "cin256-v2"):
-        schedule = None
-    model.public = dict(name=name, target="eps" if learned_sigma else None, schedule=schedule,
-                        sample_steps=50, cfg=1.0, has_null=rows > num_classes)
+    model.public = dict(dataset=name, target="eps" if learned_sigma else None, schedule=schedule,
+                        sample_steps=50, cfg=1.0, guidable=rows > num_classes)
     return model
 
 

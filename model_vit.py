@@ -140,10 +140,10 @@ class ViT(nn.Module):
 
 
 RELEASED = {  # width, blocks, channels: the paper's file, and how its FID was drawn
-    (1152, 28, 4): dict(name="ema_0.9999_xl.pt", target="x0", sample_steps=50, cfg=1.5),       # 2.06
-    (1024, 21, 3): dict(name="ema_0.9999_large.pt", target="eps", sample_steps=20, cfg=1.5),   # 2.28
+    (1152, 28, 4): dict(dataset="ema_0.9999_xl.pt", target="x0", sample_steps=50, cfg=1.5),       # 2.06
+    (1024, 21, 3): dict(dataset="ema_0.9999_large.pt", target="eps", sample_steps=20, cfg=1.5),   # 2.28
 }
-OTHER = dict(name=None, target=None, sample_steps=50, cfg=1.0)
+OTHER = dict(dataset=None, target=None, sample_steps=50, cfg=1.0)
 
 
 def from_official(state_dict, heads=None):
@@ -151,9 +151,9 @@ def from_official(state_dict, heads=None):
 
     The architecture is read off the shapes; heads, which no shape shows, off the width as in SIZES unless
     given. Of the official time table's 4,000 rows 1,000 are used; the class table's last row is the null
-    label. The ViT gets an attribute `public`, what sampling needs to know of the file: dict(name, target,
-    schedule, sample_steps, cfg, has_null). name and target are None for a file that is not in RELEASED;
-    has_null says that the network has labels, and so the null label. Raises ValueError for what does not fit.
+    label. The ViT gets an attribute `public`, what sampling needs to know of the file: dict(dataset, target,
+    schedule, sample_steps, cfg, guidable). dataset and target are None for a file that is not in RELEASED;
+    guidable says that the network has labels, and so the null label. Raises ValueError for what does not fit.
     """
     try:
         dim, in_channels, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
@@ -175,5 +175,5 @@ def from_official(state_dict, heads=None):
     except RuntimeError as error:
         raise ValueError(" ".join(str(error).split())[:300]) from None
     known = RELEASED.get((dim, depth, in_channels), OTHER)
-    model.public = dict(known, schedule="cosine", has_null=num_classes > 0)
+    model.public = dict(known, schedule="cosine", guidable=num_classes > 0)
     return model

@@ -278,7 +278,7 @@ def settle(args, model, config):
     """Flags and checkpoint -> the keyword arguments of `draw` that are numbers and words. Raises BadInput."""
     cfg = config["cfg"] if args.cfg is None else args.cfg
     interval = args.interval
-    if cfg != 1 and not config["drop"]:
+    if cfg != 1 and not config.get("guidable", config.get("drop")):
         raise BadInput(f"--cfg {cfg}: {args.ckpt} was trained without classes or without label drop, expected 1")
     if interval and cfg == 1 and not args.classifier:
         raise BadInput(f"--interval {interval}: there is no guidance at --cfg 1")

@@ -62,7 +62,7 @@ def test_golden(golden, name):
         weights = whole_file(values, weights)
     model = from_adm(weights, **KINDS[name])
     assert close(model, values)
-    expected = dict(name=None, target=None, schedule="cosine", has_null=name != "unet_plain")
+    expected = dict(dataset=None, target=None, schedule="cosine", guidable=name != "unet_plain")
     assert model.public == expected | dict(sample_steps=50, cfg=1.0)
     attention_norm = model.middle_block[1].norm                              # no golden value shows its eps
     assert attention_norm.eps == (1e-6 if name == "unet_ldm" else 1e-5)
@@ -102,17 +102,17 @@ def test_sizes(name, channels, classes, parameters, attention):
 
 
 def published(name, row):
-    """Names and shapes of a public file. ADM's UNets learn sigma; they and cin256 have no null label."""
+    """Names and shapes of a public file. ADM's UNets learn sigma and have no null label."""
     row = {key: value for key, value in row.items() if key != "new_attention_order"}
     if "classifier" in name:
         return Classifier(row["side"], 3, num_classes=1000, head_channels=64, **row).state_dict()
-    in_channels = 4 if name in ("cin256", "unet-b", "unet-ldm") else 3
+    in_channels = 4 if name in ("unet-b", "unet-ldm") else 3
     num_classes = 0 if name in ("unet-cifar", "256x256_diffusion_uncond.pt") else 1000
     weights = UNet(row["side"], in_channels, num_classes=num_classes, **row).state_dict()
     if ".pt" in name:
         weights["out.2.weight"] = weights["out.2.weight"].repeat(2, 1, 1, 1)
         weights["out.2.bias"] = weights["out.2.bias"].repeat(2)
-    if num_classes and (".pt" in name or name == "cin256"):
+    if num_classes and ".pt" in name:
         weights["label_emb.weight"] = weights["label_emb.weight"][:1000]
     return weights
 
@@ -125,10 +125,10 @@ def test_public_files_are_known(name, row):
             assert classifier_from_adm(weights).img_size == row["side"]
             return
         model = from_adm(weights)
-    assert model.public["name"] == name
+    assert model.public["dataset"] == name
     assert model.public["target"] == ("eps" if ".pt" in name else None)
-    assert model.public["has_null"] == (name in ("cin256-v2", "unet-b", "unet-ldm"))
-    schedules = {"cin256": None, "cin256-v2": None, "64x64_diffusion.pt": "cosine"}
+    assert model.public["guidable"] == (name in ("unet-b", "unet-ldm"))
+    schedules = {"64x64_diffusion.pt": "cosine"}
     assert model.public["schedule"] == schedules.get(name, "linear" if ".pt" in name else "cosine")
     assert model.num_classes == (0 if name in ("unet-cifar", "256x256_diffusion_uncond.pt") else 1000)
 
@@ -184,7 +184,7 @@ def test_a_class_table_without_null_label_gets_one(golden):
     model = from_adm(weights, num_classes=11, **KINDS["unet_adm"])
     assert close(model, values)
     assert model.label_emb.weight[11].abs().max() == 0
-    assert not model.public["has_null"]
+    assert not model.public["guidable"]
 
 
 @pytest.mark.parametrize("rows, classes", [(1000, 1000), (1001, 1000), (999, 998)])

@@ -15,7 +15,7 @@ def test_golden(golden, name, heads):
     with torch.no_grad():
         out = model(values["x"], values["t"], values.get("y"))
     assert relative(out, values["out"]) < 1e-5
-    assert model.public["has_null"] == ("y" in values)
+    assert model.public["guidable"] == ("y" in values)
     assert model.blocks[0].norm1.eps == model.blocks[0].norm2.eps == 1e-6
 
 
