@@ -1,0 +1,380 @@
+"""Why timesteps conflict, and which weights serve them all: sections 3.2 to 3.4 of the Min-SNR paper.
+
+    python -m experiments.pareto objective --ckpt out/shapes    # figure 4: weightings over the Pareto optimum
+    python -m experiments.pareto finetune --ckpt out/shapes     # figure 2: one range of t is trained alone
+    python -m experiments.pareto spread --ckpt out/shapes       # figure 3: the noise of UGD's weights
+    python -m experiments.pareto weights                        # section 3.4: the weightings over t and log SNR
+    python -m experiments.pareto measure --ckpt out/shapes      # a line of the run's quality.csv
+    python -m experiments.pareto ugd --ckpt out/ugd --out out/ugd/w.csv     # weights for train.py --weighting
+
+Each command writes a CSV file, which `python -m experiments.figures` draws. UGD as a training weighting is
+`ugd`, then `train.py --resume --weighting out/ugd/w.csv` for some more --steps, and so on.
+
+Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy", ICCV 2023; equation numbers are
+that paper's. The range 0 .. T-1 is cut into K bins; K = T gives the timesteps themselves. g_k is the gradient
+of the unweighted x0 loss in bin k. The Pareto objective needs only their inner products, the Gram matrix
+G (K,K), G_jk = <g_j, g_k>.
+"""
+import copy
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.optimize import minimize, nnls
+from scipy.special import softmax
+
+from data import Packed, built_in, generator
+from diffusion import TARGETS, WEIGHTINGS, Diffusion, loss_weight
+from experiments.figures import called, write_csv
+from fid import fd_pixels
+from files import BadInput, Parser, at_least, between, processes, progress, replace, run
+from sample import draw, load_checkpoint, to_device
+
+TABLE = [  # the weightings of section 3.4 and their gamma, which const and snr do not use
+    ("const", 1), ("snr", 1), ("max_snr", 1), ("min_snr", 1), ("min_snr", 5), ("min_snr", 10), ("min_snr", 20),
+]
+
+
+# ------------------------------------------------------------- gradients of the timesteps (section 3.2)
+
+def edges(T, K):
+    """The K + 1 borders of the bins: bin k is t = edges[k] .. edges[k + 1] - 1."""
+    if not 1 <= K <= T:
+        raise BadInput(f"found {K} bins of t, expected 1 to {T}, the number of timesteps")
+    return [k * T // K for k in range(K + 1)]
+
+
+def draw_bin(data, T, K, k, n, seed):
+    """n samples of bin k in parts of up to 64: x0 (B,C,S,S), t (B,), noise like x0, y (B,). They depend on
+    (seed, K, k, n) alone.
+    """
+    g = generator("pareto", seed, k)
+    low, high = edges(T, K)[k:k + 2]
+    indices = torch.randint(len(data), (n,), generator=g)
+    x0, y = data.batch(indices.numpy(), g)
+    t = torch.randint(low, high, (n,), generator=g)
+    noise = torch.randn(x0.shape, generator=g)
+    return zip(*(values.split(64) for values in (x0, t, noise, y)))
+
+
+def x0_loss(model, diffusion, part):
+    """Sum over the part's samples of L^t, the mean squared error of x0, whatever the network predicts."""
+    weight = next(model.parameters())                                        # its device and dtype
+    x0, t, noise, y = (values.to(weight.device) for values in part)
+    _, mse = diffusion.loss(model, x0.to(weight.dtype), t, noise.to(weight.dtype), y)
+    return (mse / diffusion.factor.to(weight.device)[t]).sum()
+
+
+@torch.no_grad()
+def bin_losses(model, diffusion, data, K, n, seed):
+    """(K,) mean of L^t over n samples of each bin."""
+    losses = np.zeros(K)
+    for k in range(K):
+        for part in draw_bin(data, diffusion.T, K, k, n, seed):
+            losses[k] += float(x0_loss(model, diffusion, part)) / n
+    return losses
+
+
+def gram(model, diffusion, data, K, n=64, seed=0, budget=2 ** 30):
+    """G (K,K) float64: the inner products of the gradients of L^t in K bins of t, n samples each (eq. 10).
+
+    Exact for any budget: the parameters come in parts whose K gradients take about `budget` bytes, and every
+    part costs K backward passes. A mean of n gradients is longer than the mean of all: on average G_kk is too
+    large by a sample's variance / n. The entries off the diagonal come from different samples and are right on
+    average. Raises BadInput where a gradient is not finite.
+    """
+    params = sorted(model.parameters(), key=torch.numel)
+    size = 8 * K * sum(p.numel() for p in params)                            # bytes, as float64
+    count = min(1 + size // budget, len(params))
+    device, since = params[0].device, time.monotonic()
+    G = torch.zeros(K, K, dtype=torch.float64, device=device)
+    for i in range(count):
+        part = params[i::count]                                              # about as large as the others
+        rows = torch.zeros(K, sum(p.numel() for p in part), dtype=torch.float64, device=device)
+        for k in range(K):
+            for samples in draw_bin(data, diffusion.T, K, k, n, seed):
+                loss = x0_loss(model, diffusion, samples) / n
+                gradients = torch.autograd.grad(loss, part)
+                rows[k] += torch.cat([gradient.flatten() for gradient in gradients])
+            progress("gradients", i * K + k + 1, count * K, since)
+        G += rows @ rows.T
+    if not G.isfinite().all():
+        raise BadInput("the checkpoint's gradients are not finite; expected a run that has not diverged")
+    return G.cpu().numpy()
+
+
+# ------------------------------------------------------------------- Pareto optimality (section 3.3)
+
+def objective(G, w, lam=0.0):
+    """|sum_t w_t g_t|^2 + lam |w|^2 (eq. 11) of weights w (K,) on the simplex."""
+    return float(w @ G @ w + lam * (w @ w))
+
+
+def typical(G):
+    """The median of |g_t|^2, which lambda is relative to. The mean may be the length of one bin alone."""
+    return float(np.median(np.diagonal(G)))
+
+
+def regularised(G, lam):
+    """A = G + lam I, so that eq. 11 is w^T A w, and the |u|^2 below which a direction u counts as 0."""
+    A = np.asarray(G, dtype=np.float64) + lam * np.eye(len(G))
+    size = A.diagonal().min() or A.diagonal().max() or 1.0
+    return A, 1e-11 * size
+
+
+def ugd(G, lam=0.0):
+    """w (K,) of eq. 11 by unconstrained gradient descent on beta, w = softmax(beta) (eq. 12, 13).
+
+    The descent is L-BFGS on the logarithm of eq. 13, which does not depend on the scale of G. It starts at
+    w_t ~ 1 / |g_t|, between equal weights and 1 / |g_t|^2, the solution for orthogonal gradients.
+    """
+    A, zero = regularised(G, lam)
+
+    def log_objective(beta):
+        w = softmax(beta)
+        Aw = A @ w
+        f = max(w @ Aw, 0) + zero
+        return math.log(f), 2 * w * (Aw - f) / f
+
+    start = -np.log(A.diagonal() + zero) / 2
+    how = dict(maxiter=2000, maxcor=30, ftol=1e-12, gtol=1e-10)
+    found = minimize(log_objective, start, jac=True, method="L-BFGS-B", options=how)
+    return softmax(found.x)
+
+
+def frank_wolfe(G, lam=0.0, tolerance=1e-3, steps=1_000_000):
+    """w (K,) of eq. 11 by Frank-Wolfe with pairwise steps (Lacoste-Julien & Jaggi 2015) and exact line
+    search: weight moves from the worst timestep that has any to the best one.
+    """
+    A, zero = regularised(G, lam)
+    w = np.full(len(A), 1 / len(A))
+    Aw = A @ w
+    for _ in range(steps):
+        f = w @ Aw
+        best = Aw.argmin()
+        if f <= 10 * zero or 2 * (f - Aw[best]) < tolerance * f:             # a bound of f - f*, as f is convex
+            break
+        worst = np.where(w > 0, Aw, -np.inf).argmax()
+        curvature = A[best, best] + A[worst, worst] - 2 * A[best, worst]
+        move = min(w[worst], (Aw[worst] - Aw[best]) / max(curvature, 1e-300))
+        w[best] += move
+        w[worst] -= move
+        Aw += move * (A[:, best] - A[:, worst])
+    return w
+
+
+def exact(G, lam=0.0):
+    """w (K,) of eq. 11, the referee, by the active sets of Lawson & Hanson's non-negative least squares.
+
+    They minimise |R w|^2 + (sum w - 1)^2 over w >= 0 with R^T R = A; divided by its sum, the solution is that
+    of eq. 11. The unknowns are w_t |g_t|, as the lengths may differ by many decades.
+    """
+    A, zero = regularised(G, lam)
+    length = np.sqrt(A.diagonal() + zero)
+    values, vectors = np.linalg.eigh(A / np.outer(length, length))
+    R = np.sqrt(values.clip(min=0))[:, None] * vectors.T
+    rows = np.vstack([R, length.min() / length])
+    right = np.append(np.zeros(len(A)), 1.0)
+    scaled, _ = nnls(rows, right, maxiter=30 * len(A))
+    w = scaled / length
+    return w / w.sum()
+
+
+def common_descent(G, w, tolerance=1e-6):
+    """What the direction -u = -sum_t w_t g_t does (theorem 1).
+
+    "descent": every <g_t, u> >= 0, so a small step raises the loss of no timestep (eq. 8). "stationary":
+    u = 0 but for rounding. "conflict": a step raises the loss of some timestep. For w that solves eq. 10 it is
+    never "conflict", as <g_t, u> >= |u|^2 for all t (appendix A).
+    """
+    inner = G @ w                                                            # <g_t, u>
+    u2 = w @ inner
+    if u2 <= tolerance * (w ** 2 @ G.diagonal()):
+        return "stationary"
+    if inner.min() < -tolerance * u2:
+        return "conflict"
+    return "descent"
+
+
+# ----------------------------------------------------------------- weights over t (section 3.4), checkpoints
+
+def weights_of(weighting, gamma, snr, K):
+    """(K,) of section 3.4: a weighting of the table, on the x0 loss, added up in each bin, with sum 1."""
+    w = loss_weight(snr, weighting, "x0", gamma).cpu().numpy()
+    return np.add.reduceat(w, edges(len(w), K)[:-1]) / w.sum()
+
+
+def ugd_table(model, diffusion, data, K, n, lam, seed):
+    """(T,) weights of the x0 loss with mean 1: UGD's in K bins, linear between their centres. lam is relative
+    to the median of |g_t|^2.
+    """
+    K = min(K, diffusion.T)
+    G = gram(model, diffusion, data, K, n, seed)
+    borders = np.array(edges(diffusion.T, K))
+    centres = (borders[:-1] + borders[1:] - 1) / 2
+    per_timestep = ugd(G, lam * typical(G)) / np.diff(borders)
+    w = np.interp(np.arange(diffusion.T), centres, per_timestep)
+    return w / w.mean()
+
+
+def load(path, data=None, target=None):
+    """-> (model with its EMA weights on the device, diffusion, data) of a checkpoint or run folder. `data` is a
+    packed folder in place of the checkpoint's own; `target` says what released weights predict. Raises BadInput
+    where network and data do not fit.
+    """
+    model, config = load_checkpoint(path, target=target)
+    if config.get("dataset") == "shapes" and not data:
+        images = built_in(model.img_size)
+    else:
+        images = Packed(data or config.get("data", "data"))
+    images.flip = config.get("flip", False)
+    found = images.channels, images.size, len(images.classes)
+    expected = model.in_channels, model.img_size, model.num_classes or len(images.classes)
+    if found != expected:
+        raise BadInput(f"{path}: its network has channels, side and classes {expected}, the data {found}")
+    _, _, device = processes()
+    diffusion = Diffusion(config["schedule"], config["T"], config["target"])
+    return to_device(model, device), diffusion.to(device), images
+
+
+# ------------------------------------------------------------------------------------------------- commands
+
+def objective_command(args):
+    """Eq. 11 for every weighting of the table, UGD and Frank-Wolfe, over the exact optimum (figure 4)."""
+    model, diffusion, data = load(args.ckpt, args.data, args.target)
+    G = gram(model, diffusion, data, args.K, args.n, args.seed)
+    lam = args.lam * typical(G)
+    best = objective(G, exact(G, lam), lam)
+    if best <= 0:
+        raise BadInput(f"--lam {args.lam:g}: the optimum is 0; expected a larger lambda")
+    solutions = {called(*row): weights_of(*row, diffusion.snr, args.K) for row in TABLE}
+    solutions.update(ugd=ugd(G, lam), frank_wolfe=frank_wolfe(G, lam))
+    rows = []
+    for name, w in solutions.items():
+        value = objective(G, w, lam)
+        direction = common_descent(G, w)
+        print(f"{name:<12} {value / best:10.6f} x the optimum   direction: {direction}")
+        rows.append(dict(weighting=name, objective=value, over_optimum=value / best, direction=direction))
+    write_csv(args.out, rows)
+
+
+def fine_tuned(model, diffusion, data, tenth, steps, seed, lr=1e-4):
+    """A copy of the model, trained for a while on one tenth of the timesteps alone, 64 samples a step."""
+    model = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, (0.9, 0.99), weight_decay=0)
+    for step in range(steps):
+        samples = next(draw_bin(data, diffusion.T, 10, tenth, 64, f"{seed} {step}"))
+        optimizer.zero_grad()
+        loss = x0_loss(model, diffusion, samples) / 64
+        loss.backward()
+        optimizer.step()
+    return model
+
+
+def finetune_command(args):
+    """Change of every bin's loss when the 2nd, 3rd or 4th tenth of t is trained alone (figure 2)."""
+    model, diffusion, data = load(args.ckpt, args.data, args.target)
+    before = bin_losses(model, diffusion, data, args.K, args.n, args.seed)
+    rows = []
+    for tenth in (1, 2, 3):
+        tuned = fine_tuned(model, diffusion, data, tenth, args.steps, args.seed)
+        after = bin_losses(tuned, diffusion, data, args.K, args.n, args.seed)
+        percent = 100 * (after / before - 1)
+        trained_on = f"t / T in 0.{tenth} to 0.{tenth + 1}"
+        print(f"{trained_on}: loss {percent.min():+.2f} % to {percent.max():+.2f} %")
+        for t, change in zip(edges(diffusion.T, args.K), percent):
+            rows.append(dict(trained_on=trained_on, t=t, percent=change))
+    write_csv(args.out, rows)
+
+
+def spread_command(args):
+    """UGD's weights in repeats with other samples, for several numbers of samples a bin (figure 3)."""
+    loaded = load(args.ckpt, args.data, args.target)
+    rows = []
+    for n in args.samples:
+        tables = [ugd_table(*loaded, args.K, n, args.lam, f"{args.seed} {n} {r}") for r in range(args.repeats)]
+        spread = np.std(tables, axis=0, ddof=1).mean()
+        print(f"{n} samples: a weight spreads by {spread:.2f} of the mean weight")
+        for repeat, table in enumerate(tables):
+            rows += [dict(samples=n, repeat=repeat, t=t, weight=w) for t, w in enumerate(table)]
+    write_csv(args.out, rows)
+
+
+def weights_command(args):
+    """Every weighting on the x0 loss over t and log SNR, cosine schedule, gamma 1 and 5 (section 3.4)."""
+    snr = Diffusion().snr
+    rows = []
+    for name in WEIGHTINGS:
+        gamma = 1 if name == "max_snr" else 5
+        weights = loss_weight(snr, name, "x0", gamma)
+        for t, (w, log_snr) in enumerate(zip(weights.tolist(), snr.log().tolist())):
+            rows.append(dict(t=t, log_snr=log_snr, weighting=called(name, gamma), weight=w))
+    write_csv(args.out, rows)
+
+
+def measure_command(args):
+    """Append to a run's quality.csv the FD-pixels to 2,048 of its images of n samples of the EMA weights (Heun,
+    18 steps, no guidance), and their x0 error over all t, n samples in each of 10 bins.
+    """
+    model, diffusion, data = load(args.ckpt)
+    _, config = load_checkpoint(args.ckpt)
+    if data.latents:
+        raise BadInput(f"--ckpt {args.ckpt}: draws latents, expected pixels")
+    numbers = torch.arange(args.n).split(64)
+    drawn = torch.cat([draw(model, config, part.tolist(), steps=18) for part in numbers])
+    distance = fd_pixels(drawn, data.images[np.arange(min(2048, len(data)))])
+    x0_mse = bin_losses(model, diffusion, data, 10, args.n, "quality").mean()
+    print(f"step {config['step']}: FD-pixels {distance:.4g}, x0 error {x0_mse:.4g}")
+    file = Path(args.ckpt) / "quality.csv"
+    lines = file.read_text() if file.exists() else "step,fd_pixels,x0_mse\n"
+    lines += f"{config['step']},{distance},{x0_mse}\n"
+    replace(file, lambda out: out.write(lines.encode()))
+
+
+def ugd_command(args):
+    """T weights of the x0 loss by UGD, for train.py --weighting FILE (eq. 12, 13)."""
+    loaded = load(args.ckpt, args.data, args.target)
+    table = ugd_table(*loaded, args.K, args.n, args.lam, args.seed)
+    write_csv(args.out, [dict(weight=w) for w in table])
+
+
+FLAGS = dict(
+    ckpt=dict(required=True, help="checkpoint or run folder; measure: run folder"),
+    data=dict(help="packed folder in place of the checkpoint's own data"),
+    target=dict(choices=TARGETS, help="what released weights predict"),
+    K=dict(type=at_least(1), default=50, help="bins of t"),
+    n=dict(type=at_least(2), default=256, help="samples a bin; measure: images, too"),
+    lam=dict(type=between(0, 1e9), default=0.01, help="lambda of eq. 11, over the median of |g_t|^2"),
+    seed=dict(type=at_least(0), default=0, help="of samples and noise"),
+    steps=dict(type=at_least(1), default=200, help="optimizer steps"),
+    samples=dict(type=at_least(1), nargs="+", default=[4, 16, 64, 256], help="samples a bin"),
+    repeats=dict(type=at_least(2), default=4, help="draws of each"),
+    out=dict(help="CSV file (default: COMMAND.csv)"),
+)
+LOADED = ["ckpt", "data", "target", "K", "seed", "out"]
+COMMANDS = dict(
+    objective=(objective_command, [*LOADED, "n", "lam"]),
+    finetune=(finetune_command, [*LOADED, "n", "steps"]),
+    spread=(spread_command, [*LOADED, "lam", "samples", "repeats"]),
+    weights=(weights_command, ["out"]),
+    measure=(measure_command, ["ckpt", "n"]),
+    ugd=(ugd_command, [*LOADED, "n", "lam"]),
+)
+
+
+def main():
+    parser = Parser(__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, (call, flags) in COMMANDS.items():
+        command = commands.add_parser(name, doc=call.__doc__)
+        for flag in flags:
+            command.add_argument(f"--{flag}", **FLAGS[flag])
+        command.set_defaults(call=call, out=f"{name}.csv")
+    args = parser.parse_args()
+    args.call(args)
+
+
+if __name__ == "__main__":
+    run(main)
