@@ -27,9 +27,9 @@ from scipy.special import softmax
 
 from data import Packed, built_in, generator
 from diffusion import TARGETS, WEIGHTINGS, Diffusion, loss_weight
-from experiments.figures import called, write_csv
+from experiments.figures import called, read_csv, write_csv
 from fid import fd_pixels
-from files import BadInput, Parser, at_least, between, processes, progress, replace, run
+from files import BadInput, Parser, at_least, positive, processes, progress, run
 from sample import draw, load_checkpoint, to_device
 
 TABLE = [  # the weightings of section 3.4 and their gamma, which const and snr do not use
@@ -118,10 +118,10 @@ def typical(G):
 
 
 def regularised(G, lam):
-    """A = G + lam I, so that eq. 11 is w^T A w, and the |u|^2 below which a direction u counts as 0."""
-    A = np.asarray(G, dtype=np.float64) + lam * np.eye(len(G))
-    size = A.diagonal().min() or A.diagonal().max() or 1.0
-    return A, 1e-11 * size
+    """A = G + lam I, so that eq. 11 is w^T A w. The diagonal is raised by 1e-12 of its least value, too: rounding
+    then leaves w^T A w positive where the gradients cancel.
+    """
+    return G + (lam + 1e-12 * G.diagonal().min()) * np.eye(len(G))
 
 
 def ugd(G, lam=0.0):
@@ -130,15 +130,15 @@ def ugd(G, lam=0.0):
     The descent is L-BFGS on the logarithm of eq. 13, which does not depend on the scale of G. It starts at
     w_t ~ 1 / |g_t|, between equal weights and 1 / |g_t|^2, the solution for orthogonal gradients.
     """
-    A, zero = regularised(G, lam)
+    A = regularised(G, lam)
 
     def log_objective(beta):
         w = softmax(beta)
         Aw = A @ w
-        f = max(w @ Aw, 0) + zero
+        f = w @ Aw
         return math.log(f), 2 * w * (Aw - f) / f
 
-    start = -np.log(A.diagonal() + zero) / 2
+    start = -np.log(A.diagonal()) / 2
     how = dict(maxiter=2000, maxcor=30, ftol=1e-12, gtol=1e-10)
     found = minimize(log_objective, start, jac=True, method="L-BFGS-B", options=how)
     return softmax(found.x)
@@ -148,17 +148,18 @@ def frank_wolfe(G, lam=0.0, tolerance=1e-3, steps=1_000_000):
     """w (K,) of eq. 11 by Frank-Wolfe with pairwise steps (Lacoste-Julien & Jaggi 2015) and exact line
     search: weight moves from the worst timestep that has any to the best one.
     """
-    A, zero = regularised(G, lam)
+    A = regularised(G, lam)
     w = np.full(len(A), 1 / len(A))
     Aw = A @ w
     for _ in range(steps):
         f = w @ Aw
         best = Aw.argmin()
-        if f <= 10 * zero or 2 * (f - Aw[best]) < tolerance * f:             # a bound of f - f*, as f is convex
+        gap = 2 * (f - Aw[best])                                             # >= f - f*, as f is convex
+        if gap < tolerance * f or f < 1e-10 * A.diagonal().min():
             break
         worst = np.where(w > 0, Aw, -np.inf).argmax()
         curvature = A[best, best] + A[worst, worst] - 2 * A[best, worst]
-        move = min(w[worst], (Aw[worst] - Aw[best]) / max(curvature, 1e-300))
+        move = min(w[worst], (Aw[worst] - Aw[best]) / curvature)
         w[best] += move
         w[worst] -= move
         Aw += move * (A[:, best] - A[:, worst])
@@ -171,8 +172,8 @@ def exact(G, lam=0.0):
     They minimise |R w|^2 + (sum w - 1)^2 over w >= 0 with R^T R = A; divided by its sum, the solution is that
     of eq. 11. The unknowns are w_t |g_t|, as the lengths may differ by many decades.
     """
-    A, zero = regularised(G, lam)
-    length = np.sqrt(A.diagonal() + zero)
+    A = regularised(G, lam)
+    length = np.sqrt(A.diagonal())
     values, vectors = np.linalg.eigh(A / np.outer(length, length))
     R = np.sqrt(values.clip(min=0))[:, None] * vectors.T
     rows = np.vstack([R, length.min() / length])
@@ -210,7 +211,6 @@ def ugd_table(model, diffusion, data, K, n, lam, seed):
     """(T,) weights of the x0 loss with mean 1: UGD's in K bins, linear between their centres. lam is relative
     to the median of |g_t|^2.
     """
-    K = min(K, diffusion.T)
     G = gram(model, diffusion, data, K, n, seed)
     borders = np.array(edges(diffusion.T, K))
     centres = (borders[:-1] + borders[1:] - 1) / 2
@@ -247,8 +247,6 @@ def objective_command(args):
     G = gram(model, diffusion, data, args.K, args.n, args.seed)
     lam = args.lam * typical(G)
     best = objective(G, exact(G, lam), lam)
-    if best <= 0:
-        raise BadInput(f"--lam {args.lam:g}: the optimum is 0; expected a larger lambda")
     solutions = {called(*row): weights_of(*row, diffusion.snr, args.K) for row in TABLE}
     solutions.update(ugd=ugd(G, lam), frank_wolfe=frank_wolfe(G, lam))
     rows = []
@@ -282,23 +280,23 @@ def finetune_command(args):
         tuned = fine_tuned(model, diffusion, data, tenth, args.steps, args.seed)
         after = bin_losses(tuned, diffusion, data, args.K, args.n, args.seed)
         percent = 100 * (after / before - 1)
-        trained_on = f"t / T in 0.{tenth} to 0.{tenth + 1}"
-        print(f"{trained_on}: loss {percent.min():+.2f} % to {percent.max():+.2f} %")
         for t, change in zip(edges(diffusion.T, args.K), percent):
-            rows.append(dict(trained_on=trained_on, t=t, percent=change))
+            rows.append(dict(trained_on=f"tenth {tenth}", t=t, percent=change))
     write_csv(args.out, rows)
 
 
 def spread_command(args):
     """UGD's weights in repeats with other samples, for several numbers of samples a bin (figure 3)."""
-    loaded = load(args.ckpt, args.data, args.target)
+    model, diffusion, data = load(args.ckpt, args.data, args.target)
     rows = []
     for n in args.samples:
-        tables = [ugd_table(*loaded, args.K, n, args.lam, f"{args.seed} {n} {r}") for r in range(args.repeats)]
+        tables = []
+        for repeat in range(4):
+            seed = f"{args.seed} {n} {repeat}"
+            tables.append(ugd_table(model, diffusion, data, args.K, n, args.lam, seed))
+            rows += [dict(samples=n, repeat=repeat, t=t, weight=w) for t, w in enumerate(tables[-1])]
         spread = np.std(tables, axis=0, ddof=1).mean()
         print(f"{n} samples: a weight spreads by {spread:.2f} of the mean weight")
-        for repeat, table in enumerate(tables):
-            rows += [dict(samples=n, repeat=repeat, t=t, weight=w) for t, w in enumerate(table)]
     write_csv(args.out, rows)
 
 
@@ -308,9 +306,9 @@ def weights_command(args):
     rows = []
     for name in WEIGHTINGS:
         gamma = 1 if name == "max_snr" else 5
-        weights = loss_weight(snr, name, "x0", gamma)
-        for t, (w, log_snr) in enumerate(zip(weights.tolist(), snr.log().tolist())):
-            rows.append(dict(t=t, log_snr=log_snr, weighting=called(name, gamma), weight=w))
+        w = loss_weight(snr, name, "x0", gamma)
+        for t in range(len(snr)):
+            rows.append(dict(t=t, log_snr=math.log(snr[t]), weighting=called(name, gamma), weight=float(w[t])))
     write_csv(args.out, rows)
 
 
@@ -326,11 +324,10 @@ def measure_command(args):
     drawn = torch.cat([draw(model, config, part.tolist(), steps=18) for part in numbers])
     distance = fd_pixels(drawn, data.images[np.arange(min(2048, len(data)))])
     x0_mse = bin_losses(model, diffusion, data, 10, args.n, "quality").mean()
-    print(f"step {config['step']}: FD-pixels {distance:.4g}, x0 error {x0_mse:.4g}")
+    row = dict(step=config["step"], fd_pixels=distance, x0_mse=x0_mse)
     file = Path(args.ckpt) / "quality.csv"
-    lines = file.read_text() if file.exists() else "step,fd_pixels,x0_mse\n"
-    lines += f"{config['step']},{distance},{x0_mse}\n"
-    replace(file, lambda out: out.write(lines.encode()))
+    before = read_csv(file) if file.exists() else []
+    write_csv(file, [*before, row])
 
 
 def ugd_command(args):
@@ -346,18 +343,17 @@ FLAGS = dict(
     target=dict(choices=TARGETS, help="what released weights predict"),
     K=dict(type=at_least(1), default=50, help="bins of t"),
     n=dict(type=at_least(2), default=256, help="samples a bin; measure: images, too"),
-    lam=dict(type=between(0, 1e9), default=0.01, help="lambda of eq. 11, over the median of |g_t|^2"),
+    lam=dict(type=positive, default=0.01, help="lambda of eq. 11, over the median of |g_t|^2"),
     seed=dict(type=at_least(0), default=0, help="of samples and noise"),
     steps=dict(type=at_least(1), default=200, help="optimizer steps"),
     samples=dict(type=at_least(1), nargs="+", default=[4, 16, 64, 256], help="samples a bin"),
-    repeats=dict(type=at_least(2), default=4, help="draws of each"),
     out=dict(help="CSV file (default: COMMAND.csv)"),
 )
 LOADED = ["ckpt", "data", "target", "K", "seed", "out"]
 COMMANDS = dict(
     objective=(objective_command, [*LOADED, "n", "lam"]),
     finetune=(finetune_command, [*LOADED, "n", "steps"]),
-    spread=(spread_command, [*LOADED, "lam", "samples", "repeats"]),
+    spread=(spread_command, [*LOADED, "lam", "samples"]),
     weights=(weights_command, ["out"]),
     measure=(measure_command, ["ckpt", "n"]),
     ugd=(ugd_command, [*LOADED, "n", "lam"]),
