@@ -37,6 +37,8 @@ def write_csv(path, rows):
     table.writerows(rows)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     replace(path, lambda file: file.write(text.getvalue().encode()))
+    if len(rows) <= 20:
+        print(text.getvalue(), end="")
     print(f"{path}: {len(rows):,} rows of {', '.join(rows[0])}", flush=True)
 
 

@@ -1,14 +1,15 @@
 """Why timesteps conflict, and which weights serve them all: sections 3.2 to 3.4 of the Min-SNR paper.
 
-    python -m experiments.pareto objective --ckpt out/shapes    # figure 4: weightings over the Pareto optimum
-    python -m experiments.pareto finetune --ckpt out/shapes     # figure 2: one range of t is trained alone
-    python -m experiments.pareto spread --ckpt out/shapes       # figure 3: the noise of UGD's weights
-    python -m experiments.pareto weights                        # section 3.4: the weightings over t and log SNR
-    python -m experiments.pareto measure --ckpt out/shapes      # a line of the run's quality.csv
-    python -m experiments.pareto ugd --ckpt out/ugd --out out/ugd/w.csv     # weights for train.py --weighting
+    python -m experiments.pareto objective --ckpt out/shapes --out objective.csv    # figure 4
+    python -m experiments.pareto finetune --ckpt out/shapes --out finetune.csv      # figure 2
+    python -m experiments.pareto spread --ckpt out/shapes --out spread.csv          # figure 3
+    python -m experiments.pareto weights --out weights.csv                          # section 3.4
+    python -m experiments.pareto measure --ckpt out/shapes      # appends a line to the run's quality.csv
+    python -m experiments.pareto ugd --ckpt out/ugd --out out/ugd/w.csv             # for train.py --weighting
 
-Each command writes a CSV file, which `python -m experiments.figures` draws. UGD as a training weighting is
-`ugd`, then `train.py --resume --weighting out/ugd/w.csv` for some more --steps, and so on.
+`python -m experiments.figures` draws the CSV files. UGD as a training weighting takes turns with training:
+`train.py --out out/ugd --decay 0 --steps 500`, then `ugd` as above, then `train.py --resume --out out/ugd
+--steps 1000 --weighting out/ugd/w.csv`, and so on.
 
 Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy", ICCV 2023; equation numbers are
 that paper's. The range 0 .. T-1 is cut into K bins; K = T gives the timesteps themselves. g_k is the gradient
@@ -16,6 +17,7 @@ of the unweighted x0 loss in bin k. The Pareto objective needs only their inner 
 G (K,K), G_jk = <g_j, g_k>.
 """
 import copy
+import inspect
 import math
 import time
 from pathlib import Path
@@ -26,7 +28,7 @@ from scipy.optimize import minimize, nnls
 from scipy.special import softmax
 
 from data import Packed, built_in, generator
-from diffusion import TARGETS, WEIGHTINGS, Diffusion, loss_weight
+from diffusion import WEIGHTINGS, Diffusion, loss_weight
 from experiments.figures import called, read_csv, write_csv
 from fid import fd_pixels
 from files import BadInput, Parser, at_least, positive, processes, progress, run
@@ -56,15 +58,17 @@ def draw_bin(data, T, K, k, n, seed):
     x0, y = data.batch(indices.numpy(), g)
     t = torch.randint(low, high, (n,), generator=g)
     noise = torch.randn(x0.shape, generator=g)
-    return zip(*(values.split(64) for values in (x0, t, noise, y)))
+    return zip(x0.split(64), t.split(64), noise.split(64), y.split(64))
 
 
 def x0_loss(model, diffusion, part):
     """Sum over the part's samples of L^t, the mean squared error of x0, whatever the network predicts."""
     weight = next(model.parameters())                                        # its device and dtype
-    x0, t, noise, y = (values.to(weight.device) for values in part)
-    _, mse = diffusion.loss(model, x0.to(weight.dtype), t, noise.to(weight.dtype), y)
-    return (mse / diffusion.factor.to(weight.device)[t]).sum()
+    x0, t, noise, y = part
+    x0, noise = x0.to(weight), noise.to(weight)
+    t, y = t.to(weight.device), y.to(weight.device)
+    _, mse = diffusion.loss(model, x0, t, noise, y)
+    return (mse / diffusion.factor[t]).sum()
 
 
 @torch.no_grad()
@@ -128,7 +132,8 @@ def ugd(G, lam=0.0):
     """w (K,) of eq. 11 by unconstrained gradient descent on beta, w = softmax(beta) (eq. 12, 13).
 
     The descent is L-BFGS on the logarithm of eq. 13, which does not depend on the scale of G. It starts at
-    w_t ~ 1 / |g_t|, between equal weights and 1 / |g_t|^2, the solution for orthogonal gradients.
+    w_t ~ 1 / |g_t|, between equal weights and 1 / |g_t|^2, the solution for orthogonal gradients. Where w_t is
+    nearly 0, so is the slope of beta_t: the weights that would gain are lifted, and the descent begins anew.
     """
     A = regularised(G, lam)
 
@@ -138,10 +143,16 @@ def ugd(G, lam=0.0):
         f = w @ Aw
         return math.log(f), 2 * w * (Aw - f) / f
 
-    start = -np.log(A.diagonal()) / 2
     how = dict(maxiter=2000, maxcor=30, ftol=1e-12, gtol=1e-10)
-    found = minimize(log_objective, start, jac=True, method="L-BFGS-B", options=how)
-    return softmax(found.x)
+    length = np.sqrt(A.diagonal())
+    w = start = 1 / length / (1 / length).sum()
+    for _ in range(3):
+        Aw = A @ w
+        lifted = np.where(Aw < w @ Aw, start, 0)
+        beta = np.log(w + 1e-2 * lifted + 1e-30)
+        found = minimize(log_objective, beta, jac=True, method="L-BFGS-B", options=how)
+        w = softmax(found.x)
+    return w
 
 
 def frank_wolfe(G, lam=0.0, tolerance=1e-3, steps=1_000_000):
@@ -241,21 +252,21 @@ def load(path, data=None, target=None):
 
 # ------------------------------------------------------------------------------------------------- commands
 
-def objective_command(args):
+def objective_command(ckpt, K, n, seed, lam, out):
     """Eq. 11 for every weighting of the table, UGD and Frank-Wolfe, over the exact optimum (figure 4)."""
-    model, diffusion, data = load(args.ckpt, args.data, args.target)
-    G = gram(model, diffusion, data, args.K, args.n, args.seed)
-    lam = args.lam * typical(G)
+    model, diffusion, data = load(ckpt)
+    G = gram(model, diffusion, data, K, n, seed)
+    lam *= typical(G)
     best = objective(G, exact(G, lam), lam)
-    solutions = {called(*row): weights_of(*row, diffusion.snr, args.K) for row in TABLE}
-    solutions.update(ugd=ugd(G, lam), frank_wolfe=frank_wolfe(G, lam))
+    solutions = dict(ugd=ugd(G, lam), frank_wolfe=frank_wolfe(G, lam))
+    for name, gamma in TABLE:
+        solutions[called(name, gamma)] = weights_of(name, gamma, diffusion.snr, K)
     rows = []
     for name, w in solutions.items():
         value = objective(G, w, lam)
-        direction = common_descent(G, w)
-        print(f"{name:<12} {value / best:10.6f} x the optimum   direction: {direction}")
-        rows.append(dict(weighting=name, objective=value, over_optimum=value / best, direction=direction))
-    write_csv(args.out, rows)
+        row = dict(weighting=name, objective=value, over_optimum=value / best)
+        rows.append(dict(row, direction=common_descent(G, w)))
+    write_csv(out, rows)
 
 
 def fine_tuned(model, diffusion, data, tenth, steps, seed, lr=1e-4):
@@ -263,7 +274,7 @@ def fine_tuned(model, diffusion, data, tenth, steps, seed, lr=1e-4):
     model = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr, (0.9, 0.99), weight_decay=0)
     for step in range(steps):
-        samples = next(draw_bin(data, diffusion.T, 10, tenth, 64, f"{seed} {step}"))
+        [samples] = draw_bin(data, diffusion.T, 10, tenth, 64, f"{seed} {step}")
         optimizer.zero_grad()
         loss = x0_loss(model, diffusion, samples) / 64
         loss.backward()
@@ -271,36 +282,37 @@ def fine_tuned(model, diffusion, data, tenth, steps, seed, lr=1e-4):
     return model
 
 
-def finetune_command(args):
+def finetune_command(ckpt, K, n, seed, steps, out):
     """Change of every bin's loss when the 2nd, 3rd or 4th tenth of t is trained alone (figure 2)."""
-    model, diffusion, data = load(args.ckpt, args.data, args.target)
-    before = bin_losses(model, diffusion, data, args.K, args.n, args.seed)
+    model, diffusion, data = load(ckpt)
+    before = bin_losses(model, diffusion, data, K, n, seed)
     rows = []
     for tenth in (1, 2, 3):
-        tuned = fine_tuned(model, diffusion, data, tenth, args.steps, args.seed)
-        after = bin_losses(tuned, diffusion, data, args.K, args.n, args.seed)
+        tuned = fine_tuned(model, diffusion, data, tenth, steps, seed)
+        after = bin_losses(tuned, diffusion, data, K, n, seed)
         percent = 100 * (after / before - 1)
-        for t, change in zip(edges(diffusion.T, args.K), percent):
+        for t, change in zip(edges(diffusion.T, K), percent):
             rows.append(dict(trained_on=f"tenth {tenth}", t=t, percent=change))
-    write_csv(args.out, rows)
+    write_csv(out, rows)
 
 
-def spread_command(args):
-    """UGD's weights in repeats with other samples, for several numbers of samples a bin (figure 3)."""
-    model, diffusion, data = load(args.ckpt, args.data, args.target)
+def spread_command(ckpt, K, samples, seed, lam, out):
+    """UGD's weights in four repeats with other samples, for several numbers of samples a bin (figure 3)."""
+    model, diffusion, data = load(ckpt)
     rows = []
-    for n in args.samples:
+    for n in samples:
         tables = []
         for repeat in range(4):
-            seed = f"{args.seed} {n} {repeat}"
-            tables.append(ugd_table(model, diffusion, data, args.K, n, args.lam, seed))
-            rows += [dict(samples=n, repeat=repeat, t=t, weight=w) for t, w in enumerate(tables[-1])]
+            table = ugd_table(model, diffusion, data, K, n, lam, f"{seed} {n} {repeat}")
+            tables.append(table)
+            for t, w in enumerate(table):
+                rows.append(dict(samples=n, repeat=repeat, t=t, weight=w))
         spread = np.std(tables, axis=0, ddof=1).mean()
         print(f"{n} samples: a weight spreads by {spread:.2f} of the mean weight")
-    write_csv(args.out, rows)
+    write_csv(out, rows)
 
 
-def weights_command(args):
+def weights_command(out):
     """Every weighting on the x0 loss over t and log SNR, cosine schedule, gamma 1 and 5 (section 3.4)."""
     snr = Diffusion().snr
     rows = []
@@ -308,68 +320,69 @@ def weights_command(args):
         gamma = 1 if name == "max_snr" else 5
         w = loss_weight(snr, name, "x0", gamma)
         for t in range(len(snr)):
-            rows.append(dict(t=t, log_snr=math.log(snr[t]), weighting=called(name, gamma), weight=float(w[t])))
-    write_csv(args.out, rows)
+            row = dict(weighting=called(name, gamma), weight=float(w[t]))
+            rows.append(dict(row, t=t, log_snr=math.log(snr[t])))
+    write_csv(out, rows)
 
 
-def measure_command(args):
+def measure_command(ckpt, n):
     """Append to a run's quality.csv the FD-pixels to 2,048 of its images of n samples of the EMA weights (Heun,
     18 steps, no guidance), and their x0 error over all t, n samples in each of 10 bins.
     """
-    model, diffusion, data = load(args.ckpt)
-    _, config = load_checkpoint(args.ckpt)
+    model, diffusion, data = load(ckpt)
     if data.latents:
-        raise BadInput(f"--ckpt {args.ckpt}: draws latents, expected pixels")
-    numbers = torch.arange(args.n).split(64)
-    drawn = torch.cat([draw(model, config, part.tolist(), steps=18) for part in numbers])
-    distance = fd_pixels(drawn, data.images[np.arange(min(2048, len(data)))])
-    x0_mse = bin_losses(model, diffusion, data, 10, args.n, "quality").mean()
-    row = dict(step=config["step"], fd_pixels=distance, x0_mse=x0_mse)
-    file = Path(args.ckpt) / "quality.csv"
+        raise BadInput(f"--ckpt {ckpt}: draws latents, expected pixels")
+    _, config = load_checkpoint(ckpt)
+    parts = torch.arange(n).split(64)
+    drawn = [draw(model, config, part.tolist(), steps=18) for part in parts]
+    real = data.images[np.arange(min(2048, len(data)))]
+    distance = fd_pixels(torch.cat(drawn), real)
+    error = bin_losses(model, diffusion, data, 10, n, "quality").mean()
+    file = Path(ckpt) / "quality.csv"                                        # of a run folder
     before = read_csv(file) if file.exists() else []
+    row = dict(step=config["step"], fd_pixels=distance, x0_mse=error)
     write_csv(file, [*before, row])
 
 
-def ugd_command(args):
+def ugd_command(ckpt, K, n, seed, lam, out):
     """T weights of the x0 loss by UGD, for train.py --weighting FILE (eq. 12, 13)."""
-    loaded = load(args.ckpt, args.data, args.target)
-    table = ugd_table(*loaded, args.K, args.n, args.lam, args.seed)
-    write_csv(args.out, [dict(weight=w) for w in table])
+    model, diffusion, data = load(ckpt)
+    table = ugd_table(model, diffusion, data, K, n, lam, seed)
+    write_csv(out, [dict(weight=w) for w in table])
 
 
 FLAGS = dict(
-    ckpt=dict(required=True, help="checkpoint or run folder; measure: run folder"),
-    data=dict(help="packed folder in place of the checkpoint's own data"),
-    target=dict(choices=TARGETS, help="what released weights predict"),
+    ckpt=dict(required=True, help="run folder of train.py, or its checkpoint"),
     K=dict(type=at_least(1), default=50, help="bins of t"),
     n=dict(type=at_least(2), default=256, help="samples a bin; measure: images, too"),
-    lam=dict(type=positive, default=0.01, help="lambda of eq. 11, over the median of |g_t|^2"),
-    seed=dict(type=at_least(0), default=0, help="of samples and noise"),
-    steps=dict(type=at_least(1), default=200, help="optimizer steps"),
     samples=dict(type=at_least(1), nargs="+", default=[4, 16, 64, 256], help="samples a bin"),
-    out=dict(help="CSV file (default: COMMAND.csv)"),
+    seed=dict(type=at_least(0), default=0, help="of samples and noise"),
+    lam=dict(type=positive, default=0.01, help="lambda of eq. 11, over the median of |g_t|^2"),
+    steps=dict(type=at_least(1), default=200, help="optimizer steps"),
+    out=dict(required=True, help="CSV file"),
 )
-LOADED = ["ckpt", "data", "target", "K", "seed", "out"]
 COMMANDS = dict(
-    objective=(objective_command, [*LOADED, "n", "lam"]),
-    finetune=(finetune_command, [*LOADED, "n", "steps"]),
-    spread=(spread_command, [*LOADED, "lam", "samples"]),
-    weights=(weights_command, ["out"]),
-    measure=(measure_command, ["ckpt", "n"]),
-    ugd=(ugd_command, [*LOADED, "n", "lam"]),
+    objective=objective_command,
+    finetune=finetune_command,
+    spread=spread_command,
+    weights=weights_command,
+    measure=measure_command,
+    ugd=ugd_command,
 )
 
 
 def main():
+    """A command's flags are the parameters of its function."""
     parser = Parser(__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, (call, flags) in COMMANDS.items():
+    for name, call in COMMANDS.items():
         command = commands.add_parser(name, doc=call.__doc__)
-        for flag in flags:
+        command.set_defaults(call=call)
+        for flag in inspect.signature(call).parameters:
             command.add_argument(f"--{flag}", **FLAGS[flag])
-        command.set_defaults(call=call, out=f"{name}.csv")
-    args = parser.parse_args()
-    args.call(args)
+    flags = vars(parser.parse_args())
+    call = flags.pop("call")
+    call(**flags)
 
 
 if __name__ == "__main__":
