@@ -6,7 +6,7 @@
 
 A curve is the mean of all the values at one x, such as those of several seeds; the band around it is their
 range. `--by` names the columns that tell curves apart, `--panel` those that tell panels apart. `runs` draws
-columns of log.csv and quality.csv against the step; there, the columns to tell by are settings of config.json.
+columns of log.csv and quality.csv against the step; there, --by and --panel name settings of config.json.
 """
 import csv
 import io
@@ -68,7 +68,7 @@ def called(weighting, gamma):
 # --------------------------------------------------------------------------------------------------- drawing
 
 def canvas(panels, columns):
-    """-> figure and a list of so many axes, `columns` in a row. Raises BadInput where matplotlib is missing."""
+    """-> figure and a list of its axes, `columns` in a row. Raises BadInput where matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:
@@ -102,9 +102,10 @@ def draw_curve(ax, values, name, look):
         name += f" ({there} of {len(ends)} to the end)"
     finite = {x: list(filter(math.isfinite, values[x])) for x in sorted(values)}
     x = [x for x in finite if finite[x]]
-    ax.plot(x, [fmean(finite[x]) for x in x], color=colour, linestyle=line, marker=marker, markersize=4,
-            linewidth=1.4, markevery=0.1, label=name)
-    low, high = [min(finite[x]) for x in x], [max(finite[x]) for x in x]
+    ys = [finite[place] for place in x]
+    style = dict(color=colour, linestyle=line, marker=marker, markersize=4, linewidth=1.4)
+    ax.plot(x, list(map(fmean, ys)), markevery=0.1, label=name, **style)
+    low, high = list(map(min, ys)), list(map(max, ys))
     ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
@@ -150,7 +151,8 @@ def bars(args):
     heights = {}
     for path in args.paths:
         for row in read_csv(path):
-            heights.setdefault(entry(row, args.x), []).append(entry(row, args.y[0], float))
+            values = heights.setdefault(entry(row, args.x), [])
+            values.append(entry(row, args.y[0], float))
     figure, [ax] = canvas(1, 1)
     for i, (name, values) in enumerate(heights.items()):
         colour, _, _, hatch = LOOKS[i % len(LOOKS)]
@@ -195,9 +197,11 @@ def main():
         add("--x", default="step", help="column")
         add("--y", required=True, nargs=1 if call is bars else "+", help="column")
         if call is not bars:
-            add("--by", nargs="+", default=["weighting" if call is runs else "file"], help="columns that tell curves apart")
-            add("--panel", nargs="+", default=["target"] if call is runs else [], help="columns that tell panels apart")
+            add("--by", nargs="+", default=["file"], help="columns that tell curves apart")
+            add("--panel", nargs="+", default=[], help="columns that tell panels apart")
             add("--logx", action="store_true", help="logarithmic x")
+        if call is runs:
+            command.set_defaults(by=["weighting"], panel=["target"])
         add("--logy", action="store_true", help="logarithmic y")
         add("--out", required=True, help=".png or .svg")
     args = parser.parse_args()

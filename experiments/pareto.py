@@ -35,7 +35,13 @@ from files import BadInput, Parser, at_least, positive, processes, progress, run
 from sample import draw, load_checkpoint, to_device
 
 TABLE = [  # the weightings of section 3.4 and their gamma, which const and snr do not use
-    ("const", 1), ("snr", 1), ("max_snr", 1), ("min_snr", 1), ("min_snr", 5), ("min_snr", 10), ("min_snr", 20),
+    ("const", 1),
+    ("snr", 1),
+    ("max_snr", 1),
+    ("min_snr", 1),
+    ("min_snr", 5),
+    ("min_snr", 10),
+    ("min_snr", 20),
 ]
 
 
@@ -84,10 +90,10 @@ def bin_losses(model, diffusion, data, K, n, seed):
 def gram(model, diffusion, data, K, n=64, seed=0, budget=2 ** 30):
     """G (K,K) float64: the inner products of the gradients of L^t in K bins of t, n samples each (eq. 10).
 
-    Exact for any budget: the parameters come in parts whose K gradients take about `budget` bytes, and every
+    Exact for any budget: the parameters come in parts whose K gradients take about `budget` bytes, and each
     part costs K backward passes. A mean of n gradients is longer than the mean of all: on average G_kk is too
-    large by a sample's variance / n. The entries off the diagonal come from different samples and are right on
-    average. Raises BadInput where a gradient is not finite.
+    large by a sample's variance / n. The entries off the diagonal come from different samples and are right
+    on average. Raises BadInput where a gradient is not finite.
     """
     params = sorted(model.parameters(), key=torch.numel)
     size = 8 * K * sum(p.numel() for p in params)                            # bytes, as float64
@@ -122,8 +128,8 @@ def typical(G):
 
 
 def regularised(G, lam):
-    """A = G + lam I, so that eq. 11 is w^T A w. The diagonal is raised by 1e-12 of its least value, too: rounding
-    then leaves w^T A w positive where the gradients cancel.
+    """A = G + lam I, so that eq. 11 is w^T A w. The diagonal is also raised by 1e-12 of its least value, so
+    that w^T A w stays positive where the gradients cancel but for rounding.
     """
     return G + (lam + 1e-12 * G.diagonal().min()) * np.eye(len(G))
 
@@ -132,8 +138,8 @@ def ugd(G, lam=0.0):
     """w (K,) of eq. 11 by unconstrained gradient descent on beta, w = softmax(beta) (eq. 12, 13).
 
     The descent is L-BFGS on the logarithm of eq. 13, which does not depend on the scale of G. It starts at
-    w_t ~ 1 / |g_t|, between equal weights and 1 / |g_t|^2, the solution for orthogonal gradients. Where w_t is
-    nearly 0, so is the slope of beta_t: the weights that would gain are lifted, and the descent begins anew.
+    w_t ~ 1 / |g_t|, between equal weights and 1 / |g_t|^2, the solution for orthogonal gradients. Where w_t
+    is nearly 0, so is the slope of beta_t: weights that would gain are lifted, and the descent begins anew.
     """
     A = regularised(G, lam)
 
@@ -198,8 +204,8 @@ def common_descent(G, w, tolerance=1e-6):
     """What the direction -u = -sum_t w_t g_t does (theorem 1).
 
     "descent": every <g_t, u> >= 0, so a small step raises the loss of no timestep (eq. 8). "stationary":
-    u = 0 but for rounding. "conflict": a step raises the loss of some timestep. For w that solves eq. 10 it is
-    never "conflict", as <g_t, u> >= |u|^2 for all t (appendix A).
+    u = 0 but for rounding. "conflict": a step raises the loss of some timestep. For w that solves eq. 10 it
+    is never "conflict", as <g_t, u> >= |u|^2 for all t (appendix A).
     """
     inner = G @ w                                                            # <g_t, u>
     u2 = w @ inner
@@ -231,9 +237,10 @@ def ugd_table(model, diffusion, data, K, n, lam, seed):
 
 
 def load(path, data=None, target=None):
-    """-> (model with its EMA weights on the device, diffusion, data) of a checkpoint or run folder. `data` is a
-    packed folder in place of the checkpoint's own; `target` says what released weights predict. Raises BadInput
-    where network and data do not fit.
+    """-> (model with its EMA weights on the device, diffusion, data) of a checkpoint or run folder.
+
+    `data` is a packed folder in place of the checkpoint's own; `target` says what released weights predict.
+    Raises BadInput where network and data do not fit.
     """
     model, config = load_checkpoint(path, target=target)
     if config.get("dataset") == "shapes" and not data:
@@ -326,8 +333,10 @@ def weights_command(out):
 
 
 def measure_command(ckpt, n):
-    """Append to a run's quality.csv the FD-pixels to 2,048 of its images of n samples of the EMA weights (Heun,
-    18 steps, no guidance), and their x0 error over all t, n samples in each of 10 bins.
+    """Append FD-pixels and x0 error of the EMA weights to a run's quality.csv.
+
+    FD-pixels compares n samples (Heun, 18 steps, no guidance) with 2,048 images of the data set; the x0 error
+    is the mean over n images in each of ten bins of t.
     """
     model, diffusion, data = load(ckpt)
     if data.latents:

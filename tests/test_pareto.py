@@ -17,8 +17,16 @@ from experiments import figures, pareto
 from files import BadInput
 from model_vit import ViT
 
-SHAPE = dict(img_size=8, patch_size=4, in_channels=3, num_classes=8, T=40)
-SHAPE.update(dim=16, depth=2, heads=2)
+SHAPE = dict(
+    img_size=8,
+    patch_size=4,
+    in_channels=3,
+    num_classes=8,
+    T=40,
+    dim=16,
+    depth=2,
+    heads=2,
+)
 
 
 def network():
@@ -72,20 +80,17 @@ def drawn(T, K, k, n, seed):
 
 
 def test_samples_of_a_bin_cover_its_timesteps():
-    x0, t, noise, y = drawn(100, 7, 3, 200, seed=0)
+    t = drawn(100, 7, 3, 200, seed=0)[1]
     assert t.unique().tolist() == list(range(42, 57))
-    assert x0.shape == noise.shape == (200, 3, 8, 8)
 
 
-@pytest.mark.parametrize("k, seed, same", [(3, 0, True), (3, 1, False), (4, 0, False)])
-def test_samples_depend_on_bin_and_seed(k, seed, same):
+def test_samples_depend_on_bin_and_seed_alone():
     noise = drawn(100, 7, 3, 200, seed=0)[2]
-    other = drawn(100, 7, k, 200, seed)[2]
-    assert torch.equal(noise, other) == same
+    others = [drawn(100, 7, k, 200, seed)[2] for k, seed in [(3, 0), (3, 1), (4, 0)]]
+    assert [torch.equal(noise, other) for other in others] == [True, False, False]
 
 
 def test_bins_are_at_most_the_timesteps():
-    assert pareto.edges(10, 10) == list(range(11))
     with pytest.raises(BadInput, match="11 bins"):
         pareto.edges(10, 11)
 
@@ -146,28 +151,18 @@ def test_solvers_reach_the_referee_on_gradients_of_a_network(loaded, solver):
     assert pareto.objective(G, solver(G)) <= best * 1.001 + zero
 
 
-@pytest.mark.parametrize("decades", [2, 3, 5])
-def test_ugd_reaches_the_referee_for_lengths_over_many_decades(decades):
-    rng = np.random.default_rng(decades)
-    length = 10 ** rng.uniform(-decades, decades, (50, 1))
-    g = length * rng.standard_normal((50, 77))
-    best, _ = check_referee(g @ g.T)
-    assert pareto.objective(g @ g.T, pareto.ugd(g @ g.T)) < 1.0001 * best
-
-
 @pytest.mark.parametrize("solver", [pareto.exact, pareto.ugd, pareto.frank_wolfe])
-@pytest.mark.parametrize("g1, g2, lam, first", [
-    ([2, 0], [0, 1], 0, 1 / 5),                                              # orthogonal: as 1 / |g|^2
-    ([2, 0], [0, 1], 1, 2 / 7),
-    ([1, 0], [-3, 0], 0, 3 / 4),                                             # opposite: they cancel
-    ([1, 0], [2, 2], 0, 1),                                                  # the shorter one serves both
+@pytest.mark.parametrize("g1, g2, lam, first, optimum", [
+    ([2, 0], [0, 1], 0, 1 / 5, 4 / 5),                                       # orthogonal: as 1 / |g|^2
+    ([2, 0], [0, 1], 1, 2 / 7, 10 / 7),
+    ([1, 0], [-3, 0], 0, 3 / 4, 0),                                          # opposite: they cancel
+    ([1, 0], [2, 2], 0, 1, 1),                                               # the shorter one serves both
 ])
-def test_two_gradients_by_hand(solver, g1, g2, lam, first):
-    g = np.array([g1, g2], float)
-    w = solver(g @ g.T, lam)
-    expected = ([first, 1 - first] @ g) @ ([first, 1 - first] @ g) + lam * (first ** 2 + (1 - first) ** 2)
+def test_two_gradients_by_hand(solver, g1, g2, lam, first, optimum):
+    G = np.array([g1, g2]) @ np.array([g1, g2]).T
+    w = solver(G, lam)
     assert np.allclose(w, [first, 1 - first], atol=1e-3)
-    assert pareto.objective(g @ g.T, w, lam) == pytest.approx(expected, abs=1e-4)
+    assert pareto.objective(G, w, lam) == pytest.approx(optimum, abs=1e-5)
 
 
 @pytest.mark.parametrize("g1, g2, first, expected", [
@@ -209,12 +204,6 @@ def test_weights_of_a_bin_are_added_up(weighting, gamma):
     assert np.allclose(found, bins / bins.sum(), rtol=1e-12)
 
 
-def test_ugd_table_is_the_solution_at_every_timestep(loaded):
-    G = pareto.gram(*loaded, 40, 2, seed=5)
-    expected = 40 * pareto.ugd(G, 0.01 * np.median(G.diagonal()))
-    assert np.allclose(pareto.ugd_table(*loaded, 40, 2, 0.01, seed=5), expected)
-
-
 def test_ugd_table_is_linear_between_the_centres_of_bins(loaded):
     G = pareto.gram(*loaded, 3, 2)                                           # bins of 13, 13, 14 timesteps
     a, b, c = pareto.ugd(G, 0.01 * np.median(G.diagonal())) / [13, 13, 14]
@@ -224,21 +213,14 @@ def test_ugd_table_is_linear_between_the_centres_of_bins(loaded):
     assert w[[0, 6, 7, 19, 39]] / w[19] == pytest.approx(expected / b)
 
 
-def test_fine_tuning_sees_its_tenth_and_lowers_its_loss(loaded, monkeypatch):
+def test_fine_tuning_serves_its_own_tenth(loaded):
     model, *where = loaded
-    seen, loss = set(), pareto.x0_loss
-
-    def watched(model, diffusion, part):
-        seen.update(part[1].tolist())
-        return loss(model, diffusion, part)
-
-    monkeypatch.setattr(pareto, "x0_loss", watched)
-    tuned = pareto.fine_tuned(model, *where, 2, steps=10, seed=0, lr=3e-3)
-    monkeypatch.undo()
-    before = pareto.bin_losses(model, *where, 10, 64, seed=0)
-    after = pareto.bin_losses(tuned, *where, 10, 64, seed=0)
-    assert seen == {8, 9, 10, 11}
-    assert after[2] < 0.9 * before[2]
+    losses = {}
+    for tenth in (1, 8):
+        tuned = pareto.fine_tuned(model, *where, tenth, steps=5, seed=0, lr=3e-3)
+        losses[tenth] = pareto.bin_losses(tuned, *where, 10, 16, seed=0)
+    assert losses[1][1] < losses[8][1]
+    assert losses[8][8] < losses[1][8]
 
 
 # ------------------------------------------------------------------------------------------------- commands
@@ -247,10 +229,21 @@ def test_fine_tuning_sees_its_tenth_and_lowers_its_loss(loaded, monkeypatch):
 def command(monkeypatch, tmp_path):
     """command(module, "spread", ...) runs a script's main in a folder with a checkpoint in run/."""
     weights = network().state_dict()
-    config = dict(model="vit-tiny", network=SHAPE, dataset="shapes")
-    config.update(schedule="cosine", T=40, target="eps")
+    config = dict(
+        model="vit-tiny",
+        network=SHAPE,
+        dataset="shapes",
+        schedule="cosine",
+        T=40,
+        target="eps",
+    )
     (tmp_path / "run").mkdir()
-    state = dict(model=weights, ema=weights, step=7, config=config)
+    state = dict(
+        model=weights,
+        ema=weights,
+        step=7,
+        config=config,
+    )
     torch.save(state, tmp_path / "run/ckpt.pt")
     monkeypatch.chdir(tmp_path)
 
@@ -388,7 +381,7 @@ def test_runs_are_told_apart_and_lost_ones_counted(command, axes, tmp_path):
 @pytest.mark.parametrize("command_, y, out, why", [
     ("curves", "no", "a.png", "column no: not found"),
     ("curves", "kind", "a.png", "found 'p', expected numbers"),
-    ("bars", "t", "a.jpg", ".png or .svg"),
+    ("bars", "t", "a.jpg", "a .png or .svg"),
 ])
 def test_mistakes_in_figures_are_one_line(command, tmp_path, command_, y, out, why):
     pytest.importorskip("matplotlib", reason="figures need matplotlib")
