@@ -235,7 +235,7 @@ def interpolate_command(args):
         if kind_a != kind:
             raise BadInput(f"--ckpt: found {kind} beside {kind_a}, expected pairs of one network")
         for name, (module, loss) in B.items():
-            curve = [float(loss(interpolate(A[name][0], module, alpha))) for alpha in alphas]
+            curve = [loss(interpolate(A[name][0], module, alpha)).item() for alpha in alphas]
             for alpha, value in zip(alphas, curve):
                 rows.append(dict(kind=kind, b=path_b, a=path_a, loss=name, alpha=alpha, value=value))
             print(f"{path_b} {name}: roughness {roughness(curve):.3f}", flush=True)
@@ -250,7 +250,7 @@ def hessian_command(args):
         for name, (module, loss) in losses.items():
             which = dict(kind=kind, ckpt=path, loss=name)
             found = spectrum(module, loss, args.lanczos, args.probes, args.seed)
-            numbers = dict(value=float(loss(module)), **summary(found))
+            numbers = dict(value=loss(module).item(), **summary(found))
             print(path, name, *(f"{key} {number:.3g}" for key, number in numbers.items()), flush=True)
             rows.append(which | numbers)
             curves += [dict(which, eigenvalue=x, density=y) for x, y in density_curve(found)]

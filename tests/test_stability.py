@@ -255,7 +255,7 @@ def test_dcgan_has_the_first_weights_of_its_paper():
         if name.endswith("bias"):
             mean, std = 0, 0
         assert p.mean().item() == pytest.approx(mean, abs=1e-2), name
-        assert p.std().item() == pytest.approx(std, abs=5e-3), name
+        assert p.std(correction=0).item() == pytest.approx(std, abs=5e-3), name
 
 
 def test_losses_of_a_gan_by_hand():
@@ -304,7 +304,9 @@ def test_a_gan_killed_and_started_again_is_the_same_to_the_bit(tmp_path, monkeyp
     assert read(tmp_path / "parts")["step"] == 2
     monkeypatch.setattr(dcgan, "batch", batch)
     call(dcgan, "--out", tmp_path / "parts", *words)
-    torch.testing.assert_close(read(tmp_path / "parts"), read(tmp_path / "whole"), rtol=0, atol=0)
+    whole, parts = read(tmp_path / "whole"), read(tmp_path / "parts")
+    for name in ("model", "adam_G", "adam_D"):
+        torch.testing.assert_close(parts[name], whole[name], rtol=0, atol=0)
 
 
 def test_a_gan_does_not_write_over_another_run(tmp_path, capsys):
