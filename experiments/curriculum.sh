@@ -5,8 +5,8 @@ set -e; out=out/stability
 train() { python train.py --lr 2e-3 --decay 0 --cfg 1 --sample-steps 1 --log-every 30 --out $run "$@" \
   $([ ! -e $run/ckpt.pt ] || echo --resume); }
 both() { [ -e $run/early.pt ] || { "$@" --steps $n; cp $run/ckpt.pt $run/early.pt; }; "$@" --steps ${n}0; }
-for t in uniform clts:.3:60 laplace; do for w in const min_snr; do for s in 0 1 2; do for n in 200 400 600; do
-  run=out/densities/${t%%:*}_${w}_$s; grep -qs "^$n," $run/quality.csv && continue
+for t in uniform clts:0.3:60 laplace; do for w in const min_snr; do for s in 0 1 2; do for n in 200 400 600
+do run=out/densities/${t%%:*}_${w}_$s; grep -qs "^$n," $run/quality.csv && continue
   train --timesteps $t --weighting $w --seed $s --steps $n
   python -m experiments.pareto measure --ckpt $run
 done; done; done; done

@@ -8,9 +8,9 @@ Each command writes a CSV file, which `python -m experiments.figures` draws.
 
 Wang et al., "Analyzing Stability in Diffusion Model Training", 2024; equation numbers are that paper's. A
 checkpoint is a file of train.py or of dcgan.py, or its folder. The paper leaves some choices open. Here
-images are drawn from the EMA weights. Losses are those of training, with all labels and under uniform t, around the
-weights that the optimizer holds. Of a GAN's two networks one moves at a time. The kinks of its ReLUs have no
-part in the Hessian.
+images are drawn from the EMA weights. Losses are those of training, with all labels and under uniform t,
+around the weights that the optimizer holds. Of a GAN's two networks one moves at a time. The kinks of its
+ReLUs have no part in the Hessian.
 """
 import copy
 import math
@@ -39,7 +39,8 @@ def psnr(a, b):
     Equal images get the value of images that differ by 1 in one byte, the largest finite value, so that means
     stay finite.
     """
-    error = (a.double() - b.double()).square().flatten(-3).sum(-1)
+    difference = a.double() - b.double()
+    error = difference.square().flatten(-3).sum(-1)
     peak = 255 ** 2 * math.prod(a.shape[-3:])
     return 10 * torch.log10(peak / error.clamp(min=1))
 
@@ -53,7 +54,8 @@ def consistency(images):
 def interpolate(model_a, model_b, alpha):
     """A copy of model_b with the parameters alpha theta_a + (1 - alpha) theta_b (eq. 2)."""
     mixed = copy.deepcopy(model_b)
-    for p, a, b in zip(mixed.parameters(), model_a.parameters(), model_b.parameters()):
+    theta_a, theta_b = model_a.parameters(), model_b.parameters()
+    for p, a, b in zip(mixed.parameters(), theta_a, theta_b):
         p.copy_(alpha * a + (1 - alpha) * b)
     return mixed
 
@@ -110,7 +112,8 @@ def lanczos(product, v, k):
             break
     side = np.diag(beta[:-1], 1)
     values, vectors = np.linalg.eigh(np.diag(alpha) + side + side.T)
-    return values, vectors[0] ** 2, beta[-1] * np.abs(vectors[-1])
+    residuals = beta[-1] * np.abs(vectors[-1])
+    return values, vectors[0] ** 2, residuals
 
 
 def spectrum(module, loss, k, probes, seed=0):
@@ -118,8 +121,10 @@ def spectrum(module, loss, k, probes, seed=0):
     theta = parameters_to_vector(module.parameters())                        # (P,)
     found = []
     for r in range(probes):
-        signs = 2 * torch.randint(2, theta.shape, generator=generator("probe", seed, r)) - 1
-        found.append(lanczos(lambda v: hvp(module, loss, v), signs.to(theta), k))
+        g = generator("probe", seed, r)
+        signs = 2 * torch.randint(2, theta.shape, generator=g) - 1
+        ritz = lanczos(lambda v: hvp(module, loss, v), signs.to(theta), k)
+        found.append(ritz)
     return found
 
 
@@ -140,8 +145,8 @@ def density(found, x, width):
     """
     curves = []
     for values, weights, _ in found:
-        bells = np.exp(-((x[:, None] - values) / width) ** 2 / 2)            # (N,k)
-        curves.append(bells @ weights)
+        distance = (x[:, None] - values) / width                             # (N,k)
+        curves.append(np.exp(-distance ** 2 / 2) @ weights)
     return np.mean(curves, 0) / (width * math.sqrt(2 * math.pi))
 
 
@@ -164,8 +169,9 @@ def pictures(path, args):
         z = [start(args.seed, k, "balanced", model)[1] for k in ks]
         return to_uint8(model.generator(torch.stack(z).to(DEVICE))).cpu()
     model, config = load_checkpoint(path)
+    model = to_device(model, DEVICE)
     vae = find_vae(config, DEVICE, args.vae)
-    return draw(to_device(model, DEVICE), config, ks, args.seed, vae=vae, steps=18)
+    return draw(model, config, ks, args.seed, vae=vae, steps=18)
 
 
 def landscape(path, args):
@@ -174,7 +180,7 @@ def landscape(path, args):
     Of a diffusion model it is the weighted loss of its training, at the timesteps args.t and over all.
     """
     if is_gan(path):
-        return "DCGAN", gan_losses(path, args)
+        return gan_landscape(path, args)
     _, _, data = load(path, args.data)
     model, config = load_checkpoint(path, raw=True)
     model = to_device(model, DEVICE)
@@ -191,18 +197,21 @@ def landscape(path, args):
         raise BadInput(f"--t: found {max(args.t)}, {path} has t = 0 .. {T - 1}")
     losses = {f"t = {t}": (model, mean_over_bin(T, t)) for t in args.t}
     losses["all t"] = model, mean_over_bin(1, 0)
-    return f"{config['model']} {target}", losses
+    return f"{type(model).__name__}-{model.img_size} {target}", losses
 
 
-def gan_losses(path, args):
-    """The losses of landscape() for a DCGAN. Its norms take the statistics of the samples, as in training."""
+def gan_landscape(path, args):
+    """landscape() of a DCGAN, whose norms take the statistics of the samples, as in training."""
     model, config = dcgan.load(path)
     G, D = model.train().generator, model.discriminator
     data = dcgan.open_data(args.data or config["data"], config["size"])
     x, z = dcgan.batch(data, "landscape", args.seed, 0, args.n)
     fake = G(z).detach()
-    return {"generator": (G, lambda G: dcgan.generator_loss(D, G(z))),
-            "discriminator": (D, lambda D: dcgan.discriminator_loss(D, x, fake))}
+    losses = {
+        "generator": (G, lambda G: dcgan.generator_loss(D, G(z))),
+        "discriminator": (D, lambda D: dcgan.discriminator_loss(D, x, fake)),
+    }
+    return f"DCGAN-{config['size']}", losses
 
 
 # ------------------------------------------------------------------------------------------------ commands
@@ -210,14 +219,19 @@ def gan_losses(path, args):
 def consistency_command(args):
     """PSNR to the first model's images, eq. 1; and a sheet, .png, with a row of images for each model."""
     images = [pictures(path, args) for path in args.ckpt]
-    if len({x.shape for x in images}) > 1:
-        raise BadInput("--ckpt: these models draw images of different shapes")
+    if len(images) < 2 or len({x.shape for x in images}) > 1:
+        raise BadInput("--ckpt: expected two or more models that draw images of one shape")
     q = torch.stack(images)                                                  # (N,M,3,S,S)
-    other = psnr(q[:1], q[1:].roll(1, 1)).mean()                             # what all images have in common
-    print(f"consistency {consistency(q):.2f} dB; with other images {other:.2f} dB")
-    values = psnr(q[:1], q[1:]).mean(1).tolist()
-    write_csv(args.out, [dict(ckpt=path, psnr=value) for path, value in zip(args.ckpt[1:], values)])
-    sheet = tile(q[:, :12].flatten(0, 1).numpy(), min(args.count, 12))
+    first, others = q[:1], q[1:]
+    unrelated = psnr(first, others.roll(1, 1)).mean()                        # what all images have in common
+    print(f"consistency {consistency(q):.2f} dB; with other images {unrelated:.2f} dB")
+    rows = []
+    for path, values in zip(args.ckpt[1:], psnr(first, others)):
+        rows.append(dict(ckpt=path, psnr=values.mean().item()))
+    write_csv(args.out, rows)
+
+    shown = q[:, :12]
+    sheet = tile(shown.flatten(0, 1).numpy(), shown.shape[1])
     replace(args.out.with_suffix(".png"), lambda file: sheet.save(file, "PNG"))
 
 
@@ -227,7 +241,8 @@ def interpolate_command(args):
 
     The samples, the loss and the network of a GAN that does not move are B's.
     """
-    alphas = np.linspace(0, 1, 21).tolist()
+    if len(args.ckpt) % 2:
+        raise BadInput(f"--ckpt: found {len(args.ckpt)} checkpoints, expected pairs")
     rows = []
     for path_b, path_a in zip(args.ckpt[::2], args.ckpt[1::2]):
         kind, B = landscape(path_b, args)
@@ -235,9 +250,12 @@ def interpolate_command(args):
         if kind_a != kind:
             raise BadInput(f"--ckpt: found {kind} beside {kind_a}, expected pairs of one network")
         for name, (module, loss) in B.items():
-            curve = [loss(interpolate(A[name][0], module, alpha)).item() for alpha in alphas]
-            for alpha, value in zip(alphas, curve):
-                rows.append(dict(kind=kind, b=path_b, a=path_a, loss=name, alpha=alpha, value=value))
+            curve = []
+            for alpha in np.linspace(0, 1, 21):
+                mixed = interpolate(A[name][0], module, alpha)
+                curve.append(loss(mixed).item())
+                row = dict(kind=kind, b=path_b, a=path_a, loss=name)
+                rows.append(row | dict(alpha=alpha, value=curve[-1]))
             print(f"{path_b} {name}: roughness {roughness(curve):.3f}", flush=True)
     write_csv(args.out, rows)
 
@@ -264,8 +282,10 @@ def summary(found):
     ritz_variance is the plain variance of the Ritz values. The paper's sigma^2 = 37.9 beside lambda_1 = 13.3
     is too large for the variance of all eigenvalues, most of which are near 0.
     """
-    lambda_1, error_1 = max((values[-1], residuals[-1]) for values, _, residuals in found)
-    lambda_P, error_P = min((values[0], residuals[0]) for values, _, residuals in found)
+    highest = [(values[-1], residuals[-1]) for values, _, residuals in found]
+    lowest = [(values[0], residuals[0]) for values, _, residuals in found]
+    lambda_1, error_1 = max(highest)
+    lambda_P, error_P = min(lowest)
     mean, variance = moments(found)
     ritz_variance = np.mean([values.var() for values, *_ in found])
     return dict(lambda_1=lambda_1, error_1=error_1, lambda_P=lambda_P, error_P=error_P, mean=mean,

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import sample
 from data import built_in
 from diffusion import Diffusion
 from experiments import dcgan, stability
+from experiments.pareto import draw_bin
 from files import read, run
 from model_vit import ViT
 
@@ -34,15 +36,17 @@ def test_psnr_by_hand():
     b = a.clone()
     b[0, 0, 0, 0] = 48                                                       # MSE 48^2 / 48
     b[1] = 51                                                                # MSE 51^2
-    expected = [10 * math.log10(255 ** 2 / 48), 20 * math.log10(5)]
-    assert stability.psnr(a, b).tolist() == pytest.approx(expected)
+    first, second = stability.psnr(a, b).tolist()
+    assert first == pytest.approx(10 * math.log10(255 ** 2 / 48))
+    assert second == pytest.approx(20 * math.log10(5))
 
 
 def test_psnr_of_equal_images_is_that_of_one_byte_off_by_1():
     a = torch.full((3, 4, 4), 9, dtype=torch.uint8)
     b = a.clone()
     b[0, 0, 0] = 10
-    assert stability.psnr(a, a) == stability.psnr(a, b) == pytest.approx(10 * math.log10(255 ** 2 * 48))
+    assert stability.psnr(a, a) == stability.psnr(a, b)
+    assert stability.psnr(a, b) == pytest.approx(10 * math.log10(255 ** 2 * 48))
 
 
 def test_consistency_is_equation_1():
@@ -50,11 +54,11 @@ def test_consistency_is_equation_1():
     q = torch.randint(256, (N, M, 3, 4, 4), dtype=torch.uint8, generator=seeded(0))
     C = 0.0
     for i in range(M):
-        for j in range(1, N):
-            mse = np.mean((q[0, i].numpy().astype(float) - q[j, i].numpy()) ** 2)
+        for j in range(1, N):                                                # the first model is the reference
+            difference = q[0, i].double() - q[j, i].double()
+            mse = difference.square().mean().item()
             C += 10 * math.log10(255 ** 2 / mse) / (N - 1) / M
     assert stability.consistency(q) == pytest.approx(C)
-    assert stability.consistency(q.flip(0)) != pytest.approx(C)              # the first model is the reference
 
 
 def flat(module):
@@ -72,7 +76,12 @@ def test_interpolation_is_equation_2():
 
 
 @pytest.mark.parametrize("curve, expected", [
-    ([5, 3, 2, -1], 1), ([0, 1, 9], 1), ([0, 1, 0, 1, 0], 4), ([2, 0, 1], 1.5), ([14, 0, 7], 1.5), ([2, 2, 2], 1)])
+    ([5, 3, 2, -1], 1),                                                      # falls alone
+    ([0, 1, 0, 1, 0], 4),
+    ([2, 0, 1], 1.5),
+    ([14, 0, 7], 1.5),                                                       # another scale
+    ([2, 2, 2], 1),
+])
 def test_roughness_counts_the_turns(curve, expected):
     assert stability.roughness(curve) == expected
 
@@ -81,10 +90,11 @@ def test_roughness_counts_the_turns(curve, expected):
 
 def symmetric(values):
     """A symmetric matrix (P,P) of doubles with these eigenvalues, and a vector (P,) to start from."""
+    values = torch.as_tensor(values, dtype=torch.float64)
     P = len(values)
-    Q, _ = torch.linalg.qr(torch.randn(P, P, generator=seeded(0), dtype=torch.float64))
-    H = Q @ torch.diag(torch.as_tensor(values, dtype=torch.float64)) @ Q.T
-    return H, torch.randn(P, generator=seeded(1), dtype=torch.float64)
+    Q, _ = torch.linalg.qr(torch.randn(P, P, generator=seeded(0)).double())
+    v = torch.randn(P, generator=seeded(1)).double()
+    return Q @ torch.diag(values) @ Q.T, v
 
 
 SPECTRUM = np.append(np.linspace(-1, 1, 298), [30.0, -7.0])
@@ -168,14 +178,14 @@ def test_spectrum_has_the_ends_of_the_exact_hessian(exact):
         assert abs(ritz[i] - values[i]) <= residuals[i] + 1e-9
 
 
-def test_probes_of_a_spectrum_depend_on_seed_and_number(exact):
+def test_probes_of_a_spectrum_depend_on_their_number_and_the_seed(exact):
     model, loss, _ = exact
     first, second = stability.spectrum(model, loss, 2, 2)
-    (again, *_), = stability.spectrum(model, loss, 2, 1)
-    (other, *_), = stability.spectrum(model, loss, 2, 1, seed=1)
-    assert np.array_equal(first[0], again)
-    assert not np.array_equal(first[0], second[0])
-    assert not np.array_equal(first[0], other)
+    again, = stability.spectrum(model, loss, 2, 1)
+    other, = stability.spectrum(model, loss, 2, 1, seed=1)
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(first, other)
 
 
 def test_moments_are_those_of_the_exact_hessian(exact):
@@ -197,39 +207,36 @@ def test_density_integrates_to_1_and_has_the_moments(exact):
     model, loss, _ = exact
     found = stability.spectrum(model, loss, 20, 3)
     width = 0.05
-    low = min(values[0] for values, *_ in found)
-    high = max(values[-1] for values, *_ in found)
-    x, dx = np.linspace(low - 8 * width, high + 8 * width, 20_001, retstep=True)
-    f = stability.density(found, x, width)
+    values = np.concatenate([values for values, *_ in found])
+    low, high = values.min() - 8 * width, values.max() + 8 * width
+    x, dx = np.linspace(low, high, 20_001, retstep=True)
+    mass = stability.density(found, x, width) * dx
     mean, variance = stability.moments(found)
-    assert f.min() >= 0
-    assert f.sum() * dx == pytest.approx(1, abs=1e-9)
-    assert (f * x).sum() * dx == pytest.approx(mean, rel=1e-6)
-    assert (f * (x - mean) ** 2).sum() * dx == pytest.approx(variance + width ** 2, rel=1e-6)
+    assert mass.sum() == pytest.approx(1, abs=1e-9)
+    assert mass @ x == pytest.approx(mean, rel=1e-6)
+    assert mass @ (x - mean) ** 2 == pytest.approx(variance + width ** 2, rel=1e-6)
 
 
 def test_density_curve_covers_the_spectrum():
-    found = [(np.array([-1.0, 3.0]), np.array([0.25, 0.75]), np.zeros(2))]
+    found = [(np.array([-1.0, 3.0]), np.array([0.25, 0.75]), None)]
     x, y = stability.density_curve(found).T
-    assert (y * (x[1] - x[0])).sum() == pytest.approx(1, abs=1e-3)
+    assert y.sum() * (x[1] - x[0]) == pytest.approx(1, abs=1e-3)
     assert x[y.argmax()] == pytest.approx(3, abs=0.01)
-    assert y.min() > 1e-8 * y.max()
 
 
 # ------------------------------------------------------------------------------------------------------- DCGAN
 
 def call(module, *words):
-    """Run a script of experiments/ in this process."""
+    """Run a script of experiments/ in this process, as from the command line."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [module.__name__, *map(str, words)])
-        module.main()
+        run(module.main)
 
 
 def refusal(capsys, module, *words):
-    """The one line with which a script of experiments/ refuses its flags."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit:
-        patch.setattr(sys, "argv", [module.__name__, *map(str, words)])
-        run(module.main)
+    """The one line with which a script refuses its flags."""
+    with pytest.raises(SystemExit) as exit:
+        call(module, *words)
     assert exit.value.code == 2
     line, = capsys.readouterr().err.splitlines()
     return line
@@ -242,28 +249,29 @@ def test_dcgan_has_the_shapes_of_its_paper(size, layers):
     assert images.shape == (2, 3, size, size)
     assert images.abs().max() <= 1
     assert model.discriminator(images).shape == (2, 1, 1, 1)
-    strided = [m for m in model.modules() if getattr(m, "stride", 0) == (2, 2)]
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert len(strided) == 2 * layers
     assert len(norms) == 2 * layers - 1                                      # not beside the image or the logit
 
 
 def test_dcgan_has_the_first_weights_of_its_paper():
     torch.manual_seed(0)
     for name, p in dcgan.DCGAN(32).named_parameters():
-        mean, std = (1, 0.02) if p.ndim == 1 else (0, 0.02)
+        mean, std = 0, 0.02
         if name.endswith("bias"):
-            mean, std = 0, 0
+            std = 0
+        elif p.ndim == 1:                                                    # the scale of a norm
+            mean = 1
         assert p.mean().item() == pytest.approx(mean, abs=1e-2), name
         assert p.std(correction=0).item() == pytest.approx(std, abs=5e-3), name
 
 
 def test_losses_of_a_gan_by_hand():
     logits = {"real": torch.tensor([2.0, -1.0]), "fake": torch.tensor([0.5, -3.0])}
-    real, fake = (x.sigmoid() for x in logits.values())
-    D_loss = -real.log().mean() - (1 - fake).log().mean()
-    assert dcgan.discriminator_loss(logits.get, "real", "fake") == pytest.approx(D_loss.item())
-    assert dcgan.generator_loss(logits.get, "fake") == pytest.approx(-fake.log().mean().item())
+    D = logits.get
+    real, fake = D("real").sigmoid(), D("fake").sigmoid()
+    expected = -real.log().mean() - (1 - fake).log().mean()
+    assert dcgan.discriminator_loss(D, "real", "fake").item() == pytest.approx(expected.item())
+    assert dcgan.generator_loss(D, "fake").item() == pytest.approx(-fake.log().mean().item())
 
 
 def test_two_steps_of_a_gan_by_hand(tmp_path):
@@ -272,12 +280,14 @@ def test_two_steps_of_a_gan_by_hand(tmp_path):
     torch.manual_seed(3)
     model = dcgan.DCGAN(8)
     G, D = model.generator, model.discriminator
-    adam_D, adam_G = (torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.999)) for network in (D, G))
+    adam_D = torch.optim.Adam(D.parameters(), lr=2e-4, betas=(0.5, 0.999))
+    adam_G = torch.optim.Adam(G.parameters(), lr=2e-4, betas=(0.5, 0.999))
     for step in range(2):
         x, z = dcgan.batch(built_in(8), "gan", 3, step)
         fake = G(z)
+        p, q = D(x).sigmoid(), D(fake.detach()).sigmoid()
         model.zero_grad()
-        (-D(x).sigmoid().log().mean() - (1 - D(fake.detach()).sigmoid()).log().mean()).backward()
+        (-p.log().mean() - (1 - q).log().mean()).backward()
         adam_D.step()
         model.zero_grad()
         (-D(fake).sigmoid().log().mean()).backward()
@@ -287,24 +297,13 @@ def test_two_steps_of_a_gan_by_hand(tmp_path):
         assert torch.allclose(found[key], value, atol=1e-4), key
 
 
-def test_a_gan_killed_and_started_again_is_the_same_to_the_bit(tmp_path, monkeypatch):
-    words = ["--size", 8, "--steps", 5, "--seed", 1]
-    call(dcgan, "--out", tmp_path / "whole", *words)
-    monkeypatch.setattr(dcgan, "SAVE_EVERY", 2)
-    batch = dcgan.batch
-
-    def kill(data, purpose, seed, k):
-        if k == 3:
-            raise KeyboardInterrupt
-        return batch(data, purpose, seed, k)
-
-    monkeypatch.setattr(dcgan, "batch", kill)
-    with pytest.raises(KeyboardInterrupt):
-        call(dcgan, "--out", tmp_path / "parts", *words)
-    assert read(tmp_path / "parts")["step"] == 2
-    monkeypatch.setattr(dcgan, "batch", batch)
-    call(dcgan, "--out", tmp_path / "parts", *words)
+def test_a_gan_trained_in_two_parts_is_the_same_to_the_bit(tmp_path):
+    call(dcgan, "--out", tmp_path / "whole", "--size", 8, "--steps", 5)
+    for steps in (2, 5):
+        torch.manual_seed(99)
+        call(dcgan, "--out", tmp_path / "parts", "--size", 8, "--steps", steps)
     whole, parts = read(tmp_path / "whole"), read(tmp_path / "parts")
+    assert parts["step"] == 5
     for name in ("model", "adam_G", "adam_D"):
         torch.testing.assert_close(parts[name], whole[name], rtol=0, atol=0)
 
@@ -335,19 +334,11 @@ def test_losses_of_a_gan_are_those_of_its_training(gan):
     G, D = model.train().generator, model.discriminator
     x, z = dcgan.batch(built_in(8), "landscape", 0, 0, 6)
     expected = dict(generator=dcgan.generator_loss(D, G(z)), discriminator=dcgan.discriminator_loss(D, x, G(z)))
-    assert kind == "DCGAN"
-    assert list(losses) == list(expected)
+    assert kind == "DCGAN-8"
     for name, (module, loss) in losses.items():
-        assert torch.equal(loss(module), expected[name])
+        assert torch.equal(loss(module), expected.pop(name))
         assert torch.equal(flat(module), flat(getattr(model, name)))
-
-
-def test_hessian_of_a_gan_does_not_depend_on_what_was_asked_before(gan):
-    """The running averages of the batch norms move with each call and have no part in a loss."""
-    _, losses = stability.landscape(gan, flags())
-    for module, loss in losses.values():
-        v = torch.randn(len(flat(module)), generator=seeded(0))
-        assert torch.equal(stability.hvp(module, loss, v), stability.hvp(module, loss, v))
+    assert not expected
 
 
 def test_pictures_of_a_gan_depend_on_their_number_and_the_seed(gan):
@@ -355,3 +346,124 @@ def test_pictures_of_a_gan_depend_on_their_number_and_the_seed(gan):
     assert three.shape == (3, 3, 8, 8)
     assert torch.equal(stability.pictures(gan, flags(count=2)), three[:2])
     assert not torch.equal(stability.pictures(gan, flags(seed=1)), three)
+
+
+def checkpoint(path, target="x0", weighting="min_snr", **other):
+    """A checkpoint as train.py writes it, of a small ViT on 8 x 8 shapes; its EMA are other weights."""
+    network = dict(img_size=8, patch_size=4, in_channels=3, num_classes=8, dim=8, depth=1, heads=2, T=100)
+    config = dict(model="vit-tiny", network=network, dataset="shapes", data=None, flip=False, schedule="cosine",
+                  T=100, target=target, weighting=weighting, gamma=5.0)
+    model, ema = ViT(**network), ViT(**network)
+    state = dict(model=model.state_dict(), ema=ema.state_dict(), step=1, config=config, **other)
+    torch.save(state, path)
+    return model, ema
+
+
+DIFFUSION = Diffusion("cosine", 100)
+TABLE = torch.linspace(0, 2, 100, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("target, weighting, weight", [
+    ("eps", "snr", torch.ones(100)),                                         # plain eps loss
+    ("x0", "min_snr", DIFFUSION.snr.clamp(max=5)),
+    ("x0", "file.csv", TABLE),
+])
+def test_loss_is_that_of_training_at_the_raw_weights(tmp_path, target, weighting, weight):
+    other = dict(weight=TABLE) if weighting == "file.csv" else {}
+    raw, _ = checkpoint(tmp_path / "a.pt", target, weighting, **other)
+    kind, losses = stability.landscape(tmp_path / "a.pt", flags(n=70, t=[30]))
+    assert kind == f"ViT-8 {target}"
+    for name, bin in (("t = 30", (100, 30)), ("all t", (1, 0))):
+        parts = draw_bin(built_in(8), 100, *bin, 70, 0)
+        x0, t, noise, y = (torch.cat(part) for part in zip(*parts))          # 64 and 6 samples
+        output = raw(DIFFUSION.q_sample(x0, t, noise), t, y)
+        wanted = x0 if target == "x0" else noise
+        mse = (output - wanted).square().flatten(1).mean(1)
+        module, loss = losses[name]
+        assert loss(module).item() == pytest.approx((weight[t] * mse).mean().item(), rel=1e-4)
+
+
+def test_pictures_of_a_diffusion_model_are_those_of_its_ema(tmp_path):
+    _, ema = checkpoint(tmp_path / "a.pt")
+    config = read(tmp_path / "a.pt")["config"]
+    expected = sample.draw(ema.eval(), config, range(3), seed=4, steps=18)
+    assert torch.equal(stability.pictures(tmp_path / "a.pt", flags(seed=4)), expected)
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+def test_consistency_command(tmp_path, gan, capsys):
+    paths = [tmp_path / "a.pt", tmp_path / "b.pt", gan]
+    checkpoint(paths[0])
+    checkpoint(paths[1])
+    call(stability, "consistency", "--ckpt", *paths, "--count", 3, "--out", tmp_path / "c.csv")
+    q = torch.stack([stability.pictures(path, flags()) for path in paths])
+    expected = [stability.consistency(q[[0, j]]) for j in (1, 2)]
+    assert [float(row["psnr"]) for row in table(tmp_path / "c.csv")] == pytest.approx(expected)
+    assert f"consistency {stability.consistency(q):.2f} dB" in capsys.readouterr().out
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_interpolate_command_goes_from_the_first_to_the_second_checkpoint(tmp_path, gan):
+    paths = [tmp_path / "b.pt", tmp_path / "a.pt"]
+    for path in paths:
+        checkpoint(path)
+    call(stability, "interpolate", "--ckpt", *paths, gan, gan, "--n", 6, "--out", tmp_path / "i.csv")
+    rows = table(tmp_path / "i.csv")
+    assert {row["loss"] for row in rows} == {"all t", "generator", "discriminator"}
+    line = [row for row in rows if row["loss"] == "all t"]
+    assert [float(row["alpha"]) for row in line] == pytest.approx(np.linspace(0, 1, 21))
+    for row, path in ((line[0], paths[0]), (line[-1], paths[1])):
+        _, losses = stability.landscape(path, flags())
+        module, loss = losses["all t"]
+        assert float(row["value"]) == pytest.approx(loss(module).item(), rel=1e-5)
+
+
+def test_summary_takes_the_ends_over_all_probes():
+    first = np.array([-2.0, 5.0]), np.array([0.5, 0.5]), np.array([0.1, 0.2])
+    second = np.array([-3.0, 4.0]), np.array([0.5, 0.5]), np.array([0.3, 0.4])
+    found = stability.summary([first, second])
+    expected = dict(lambda_1=5, error_1=0.2, lambda_P=-3, error_P=0.3, mean=1, variance=12.5, ritz_variance=12.25)
+    assert found == pytest.approx(expected)
+
+
+def test_hessian_command(tmp_path):
+    checkpoint(tmp_path / "a.pt")
+    words = ["--n", 6, "--t", 50, "--lanczos", 4, "--probes", 2, "--out", tmp_path / "h.csv"]
+    call(stability, "hessian", "--ckpt", tmp_path / "a.pt", *words)
+    _, losses = stability.landscape(tmp_path / "a.pt", flags(t=[50]))
+    curves = table(tmp_path / "h_density.csv")
+    for row in table(tmp_path / "h.csv"):
+        module, loss = losses.pop(row["loss"])
+        expected = stability.summary(stability.spectrum(module, loss, 4, 2))
+        assert {key: float(row[key]) for key in expected} == pytest.approx(expected, rel=1e-4)
+        assert float(row["value"]) == pytest.approx(loss(module).item(), rel=1e-5)
+        assert sum(point["loss"] == row["loss"] for point in curves) > 100
+    assert not losses
+
+
+@pytest.mark.parametrize("words, why", [
+    ("hessian --ckpt a.pt --t 100", "--t"),
+    ("hessian --ckpt a.pt --count 4", "--count"),                            # a flag of another command
+    ("hessian --ckpt none", "none"),
+    ("consistency --ckpt a.pt", "two or more"),
+    ("interpolate --ckpt a.pt", "pairs"),
+    ("interpolate --ckpt a.pt eps.pt", "one network"),
+])
+def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, words, why):
+    monkeypatch.chdir(tmp_path)
+    checkpoint("a.pt")
+    checkpoint("eps.pt", "eps")
+    assert why in refusal(capsys, stability, *words.split())
+
+
+@pytest.mark.slow
+def test_runs_of_train_are_measured(script, tmp_path):
+    flags = ["--size", 8, "--steps", 2, "--batch-size", 8, "--sample-steps", 1]
+    paths = [tmp_path / "run0", tmp_path / "run1"]
+    for seed, path in enumerate(paths):
+        script("train.py", *flags, "--seed", seed, "--out", path)
+    call(stability, "consistency", "--ckpt", *paths, "--count", 2, "--out", tmp_path / "c.csv")
+    call(stability, "interpolate", "--ckpt", *paths, "--n", 2, "--out", tmp_path / "i.csv")
+    call(stability, "hessian", "--ckpt", *paths, "--n", 2, "--lanczos", 2, "--out", tmp_path / "h.csv")
+    assert len(table(tmp_path / "h.csv")) == 2
