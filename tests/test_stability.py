@@ -1,521 +1,468 @@
-"""Consistency, interpolation and the Hessian's spectrum against formulas and exact values; the DCGAN; the commands."""
-import argparse
-import copy
+"""Consistency, interpolation, Hessian spectra and DCGAN against formulas and exact values; the commands."""
 import csv
 import math
-import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import finish, fork
-from test_train import distance
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import stability
+import sample
 from data import built_in
 from diffusion import Diffusion
+from experiments import dcgan, stability
+from experiments.pareto import draw_bin
+from files import read, run
 from model_vit import ViT
-from sample import read, to_uint8
 
 
 def table(path):
-    return list(csv.DictReader(path.open()))
+    with open(path) as file:
+        return list(csv.DictReader(file))
 
 
-# ------------------------------------------------------------------------------------- consistency, interpolation
+def normal(*shape, seed=0):
+    """Unit normal doubles, always the same."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def same(found, expected):
+    """Equal to the bit, in nested dicts too."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+# -------------------------------------------------------------------------------- consistency, interpolation
 
 def test_psnr_by_hand():
-    a = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    a = torch.zeros(3, 3, 4, 4, dtype=torch.uint8)
     b = a.clone()
-    b[0, 0, 0, 0], b[1] = 48, 51                                             # MSE 48^2 / 48 = 48, and 51^2: 255 / 5
-    assert stability.psnr(a, b).tolist() == pytest.approx([10 * math.log10(255 ** 2 / 48), 20 * math.log10(5)])
-    assert stability.psnr(b, a).tolist() == stability.psnr(a, b).tolist()
-    best = stability.psnr(a[0], a[0])
-    b[0, 0, 0, 0] = 1                                                        # equal images: as one byte off by 1
-    assert best == stability.psnr(a[0], b[0]) == pytest.approx(10 * math.log10(255 ** 2 * 48))
-    x = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    assert torch.equal(stability.psnr(x, -x), stability.psnr(to_uint8(x), to_uint8(-x)))
+    b[0, 0, 0, 0] = 48                                                       # MSE 48^2 / 48
+    b[1] = 51                                                                # MSE 51^2
+    different, other, equal = stability.psnr(a, b).tolist()
+    assert different == pytest.approx(10 * math.log10(255 ** 2 / 48))
+    assert other == pytest.approx(20 * math.log10(5))
+    assert equal == pytest.approx(10 * math.log10(255 ** 2 * 48))            # as one byte off by 1
 
 
 def test_consistency_is_equation_1():
     N, M = 3, 5
-    q = torch.randint(256, (N, M, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    q = (128 + 50 * normal(N, M, 3, 4, 4)).byte()
     C = 0.0
     for i in range(M):
-        for j in range(1, N):
-            mse = np.mean((q[0, i].numpy().astype(float) - q[j, i].numpy()) ** 2)
+        for j in range(1, N):                                                # q[0] is the reference
+            mse = (q[0, i].double() - q[j, i]).square().mean()
             C += 10 * math.log10(255 ** 2 / mse) / (N - 1) / M
     assert stability.consistency(q) == pytest.approx(C)
-    assert stability.consistency(q.flip(0)) != pytest.approx(C)              # the first model is the reference
-    assert stability.consistency(q.flip(1)) == pytest.approx(C)
 
 
-def quadratic(seed=0):
-    """A module of 12 parameters, a loss sum (theta - part's target)^2 with theta = its parameters, and parts."""
-    torch.manual_seed(seed)
-    module = nn.Sequential(nn.Linear(3, 2), nn.Linear(1, 2)).double()
-    flat = lambda m: torch.cat([p.flatten() for p in m.parameters()])
-    loss = lambda m, part: (flat(m) - part[0]).square().sum(1).mean()
-    targets = torch.randn(5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    return module, loss, [(targets[:3],), (targets[3:],)], flat, targets
+def flat(module):
+    return torch.cat([p.flatten() for p in module.parameters()])
 
 
-def test_interpolation_of_a_quadratic_is_its_parabola():
-    (a, loss, parts, flat, targets), (b, *_) = quadratic(0), quadratic(7)
-    before = flat(a).clone(), flat(b).clone()
-    for alpha in (0, 0.25, 0.7, 1):
-        theta = alpha * before[0] + (1 - alpha) * before[1]
+def test_interpolation_is_equation_2():
+    a, b = nn.Linear(3, 2), nn.Linear(3, 2)
+    theta_a, theta_b = flat(a).clone(), flat(b).clone()
+    for alpha in (0, 0.25, 1):
         mixed = stability.interpolate(a, b, alpha)
-        expected = (theta - targets).square().sum(1).mean()
-        assert stability.mean_loss(mixed, loss, parts) == pytest.approx(expected.item(), rel=1e-12)
-    assert torch.equal(flat(a), before[0]) and torch.equal(flat(b), before[1])
-    assert torch.equal(flat(stability.interpolate(a, b, 1.0)), before[0])    # to the bit
-    assert torch.equal(flat(stability.interpolate(a, b, 0.0)), before[1])
+        assert torch.equal(flat(mixed), alpha * theta_a + (1 - alpha) * theta_b)
 
 
-def test_roughness():
-    assert stability.roughness([5, 3, 2, -1]) == stability.roughness([0, 1, 9]) == 1
-    assert stability.roughness([0, 1, 0, 1, 0]) == 4 and stability.roughness([2, 0, 1]) == 1.5
-    curve = np.random.default_rng(0).standard_normal(21)
-    assert stability.roughness(7 * curve + 3) == pytest.approx(stability.roughness(curve))
-    assert stability.roughness([2, 2, 2]) == 1
+@pytest.mark.parametrize("curve, expected", [
+    ([5, 3, 2, -1], 1),                                                      # falls alone
+    ([0, 1, 0, 1, 0], 4),
+    ([2, 0, 1], 1.5),
+    ([14, 0, 7], 1.5),                                                       # another scale
+    ([2, 2, 2], 1),
+])
+def test_roughness_counts_the_turns(curve, expected):
+    assert stability.roughness(curve) == expected
 
 
-# ---------------------------------------------------------------------------------------------- Hessian spectrum
+# ------------------------------------------------------------------------------------------ Hessian spectrum
 
-def known(values, seed=0):
-    """A symmetric matrix (P,P) of doubles with these eigenvalues."""
-    g = torch.Generator().manual_seed(seed)
-    Q = torch.linalg.qr(torch.randn(len(values), len(values), generator=g, dtype=torch.float64))[0]
-    return Q @ torch.diag(torch.as_tensor(values, dtype=torch.float64)) @ Q.T
+def symmetric(values):
+    """A symmetric matrix (P,P) of doubles with these eigenvalues, and a vector (P,) to start from."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    P = len(values)
+    Q, _ = torch.linalg.qr(normal(P, P))
+    return Q @ torch.diag(values) @ Q.T, normal(P, seed=1)
 
 
-def test_lanczos_of_a_known_spectrum():
-    values = torch.cat([torch.linspace(-1, 1, 298, dtype=torch.float64), torch.tensor([30.0, -7.0])])
-    H = known(values)
-    v = torch.randn(300, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    found, weights, residuals = stability.lanczos(lambda x: H @ x, v, 25)
-    assert len(found) == 25 and found[-1] == pytest.approx(30, rel=1e-9) and found[0] == pytest.approx(-7, rel=1e-9)
-    assert (np.abs(found[:, None] - values.numpy()).min(1) <= residuals + 1e-9).all() and residuals[5] > 1e-3
-    assert residuals[[0, -1]].max() < 1e-6                                   # the ends have converged
-    power = v / v.norm()
-    for degree in range(2 * 25):                                             # the quadrature is exact below 2 k
-        assert weights @ found ** degree == pytest.approx(float(power @ v / v.norm()), rel=1e-8), degree
+SPECTRUM = np.append(np.linspace(-1, 1, 298), [30.0, -7.0])
+
+
+def test_lanczos_finds_the_ends_of_a_known_spectrum():
+    H, v = symmetric(SPECTRUM)
+    values, _, residuals = stability.lanczos(lambda x: H @ x, v, 25)
+    assert values[0] == pytest.approx(-7, rel=1e-9)
+    assert values[-1] == pytest.approx(30, rel=1e-9)
+    assert residuals[[0, -1]].max() < 1e-6
+    nearest = np.abs(values[:, None] - SPECTRUM).min(1)
+    assert (nearest <= residuals + 1e-9).all()
+
+
+def test_lanczos_gives_a_quadrature_exact_below_degree_2k():
+    H, v = symmetric(SPECTRUM)
+    values, weights, _ = stability.lanczos(lambda x: H @ x, v, 25)
+    v = v / v.norm()
+    power = v
+    for degree in range(2 * 25):
+        exact = (v @ power).item()
+        assert weights @ values ** degree == pytest.approx(exact, rel=1e-8), degree
         power = H @ power
-    everything = stability.lanczos(lambda x: H @ x, v, 1000)                 # more steps than dimensions
-    assert np.allclose(everything[0], np.sort(values.numpy()), atol=1e-9)    # orthogonality did not get lost
+
+
+def test_lanczos_keeps_its_vectors_orthogonal():
+    H, v = symmetric(SPECTRUM)
+    values, *_ = stability.lanczos(lambda x: H @ x, v, 1000)                 # more steps than dimensions
+    assert np.allclose(values, np.sort(SPECTRUM), atol=1e-9)
 
 
 def test_lanczos_ends_where_nothing_new_comes():
-    H = known([2.0] * 6 + [5.0] * 4)
-    v = torch.randn(10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    H, v = symmetric([2.0] * 6 + [5.0] * 4)
     values, weights, residuals = stability.lanczos(lambda x: H @ x, v, 8)
-    assert np.allclose(values, [2, 5]) and weights.sum() == pytest.approx(1) and residuals.max() < 1e-12
-    assert np.allclose(stability.lanczos(lambda x: 0 * x, v, 8)[0], 0)
+    assert np.allclose(values, [2, 5])
+    assert weights.sum() == pytest.approx(1)
+    assert residuals.max() < 1e-12
 
 
 @pytest.fixture(scope="module")
 def exact():
-    """A ViT of fewer than 2,000 parameters, its loss over different t, and the exact Hessian (P,P), in doubles."""
+    """A small ViT, its loss at different t, and the exact Hessian (P,P) of that, all in doubles."""
     torch.manual_seed(0)
-    model = ViT(8, 4, 3, 8, dim=4, depth=2, heads=2, T=10).double()
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.1 * torch.randn(p.shape)
-    diffusion, g = Diffusion("cosine", 10), torch.Generator().manual_seed(0)
-    x0, y = built_in(8).batch(range(5))                                      # batch 5, width 4
-    noise = torch.randn(x0.shape, generator=g, dtype=torch.float64)
-    whole = (x0.double(), torch.tensor([9, 0, 4, 4, 7]), noise, y)
-    loss = lambda model, part: diffusion.loss(model, *part)[0].mean()
-    parts = [[x[:3] for x in whole], [x[3:] for x in whole]]
+    model = ViT(8, 4, 3, 8, dim=4, depth=1, heads=2, T=10).double()
     params = list(model.parameters())
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        grads = torch.autograd.grad(loss(model, whole), params, create_graph=True)
-        flat = torch.cat([grad.flatten() for grad in grads])
-        rows = torch.autograd.grad(flat, params, torch.eye(len(flat), dtype=torch.float64), is_grads_batched=True,
-                                   allow_unused=True, materialize_grads=True)
-        H = torch.cat([part.flatten(1) for part in rows], 1)
-    assert len(H) < 2000
-    return model, loss, parts, H
+    for p in params:
+        p.data += 0.1 * torch.randn(p.shape)
+    x0, y = built_in(8).batch(range(5))                                      # batch 5, width 4
+    x0, t = x0.double(), torch.tensor([9, 0, 4, 4, 7])
+    noise = normal(*x0.shape)
+    diffusion = Diffusion("cosine", 10)
+
+    def loss(model):
+        return diffusion.loss(model, x0, t, noise, y)[0].mean()
+
+    with sdpa_kernel(SDPBackend.MATH):
+        grads = torch.autograd.grad(loss(model), params, create_graph=True)
+        gradient = torch.cat([grad.flatten() for grad in grads])
+        ones = torch.eye(len(gradient)).double()
+        how = dict(is_grads_batched=True, allow_unused=True, materialize_grads=True)
+        rows = torch.autograd.grad(gradient, params, ones, **how)
+    H = torch.cat([part.flatten(1) for part in rows], 1)
+    return model, loss, H
 
 
 def test_hessian_vector_product_is_that_of_the_exact_hessian(exact):
-    model, loss, parts, H = exact
-    assert (H - H.T).abs().max() < 1e-12 * H.abs().max()
-    v = torch.randn(len(H), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    assert torch.allclose(stability.hvp(model, loss, parts, v), H @ v, rtol=1e-9, atol=1e-12)
-    single = stability.hvp(copy.deepcopy(model).float(), loss, [[x.float() if x.is_floating_point() else x for x in part]
-                                                                for part in parts], v.float())
-    assert (single - H @ v).norm() < 1e-5 * (H @ v).norm()                   # as the command runs, in float32
+    model, loss, H = exact
+    v = normal(len(H))
+    found = stability.hvp(model, loss, v)
+    assert torch.allclose(found, H @ v, rtol=1e-9, atol=1e-12)
 
 
-def test_spectrum_is_that_of_the_exact_hessian(exact):
-    model, loss, parts, H = exact
+def test_spectrum_has_the_ends_of_the_exact_hessian(exact):
+    model, loss, H = exact
     values = torch.linalg.eigvalsh(H).numpy()
-    found = stability.spectrum(model, loss, parts, 40, 1)
-    (ritz, _, residuals), = found
-    for i in (-1, 0):
+    (ritz, _, residuals), = stability.spectrum(model, loss, 40, 1)
+    for i in (0, -1):
         assert ritz[i] == pytest.approx(values[i], rel=1e-4)
         assert abs(ritz[i] - values[i]) <= residuals[i] + 1e-9
-    again, other = stability.spectrum(model, loss, parts, 2, 2), stability.spectrum(model, loss, parts, 2, 1, seed=1)
-    assert not np.array_equal(again[0][0], again[1][0]) and not np.array_equal(again[0][0], other[0][0])
-    assert np.array_equal(again[0][0], stability.spectrum(model, loss, parts, 2, 1)[0][0])
+
+
+def test_probes_of_a_spectrum_depend_on_their_number_and_the_seed(exact):
+    model, loss, _ = exact
+    first, second = stability.spectrum(model, loss, 2, 2)
+    again, = stability.spectrum(model, loss, 2, 1)
+    other, = stability.spectrum(model, loss, 2, 1, seed=1)
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(first, other)
 
 
 def test_moments_are_those_of_the_exact_hessian(exact):
-    """Probes of random signs err by 1 / sqrt(their number), so that 1 % would take thousands: here they are the P' >= P
-    rows of a Hadamard matrix, cut to P, over which the estimates of both moments are exact for every matrix.
+    """The P' >= P rows of a Hadamard matrix, cut to P, are probes over which both estimates are exact.
+
+    Random signs err by 1 / sqrt(their number).
     """
-    H = exact[3]
-    rows = torch.ones(1, 1, dtype=torch.float64)
+    _, _, H = exact
+    corner = torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double()
+    rows = corner
     while len(rows) < len(H):
-        rows = torch.cat([torch.cat([rows, rows], 1), torch.cat([rows, -rows], 1)])
-    found = [stability.lanczos(lambda x: H @ x, row[:len(H)], 2) for row in rows]
+        rows = torch.kron(corner, rows)
+    probes = rows[:, :len(H)]
+    found = [stability.lanczos(lambda x: H @ x, v, 2) for v in probes]
     mean, variance = stability.moments(found)
     values = torch.linalg.eigvalsh(H)
-    assert mean == pytest.approx(float(values.mean()), rel=1e-8)
-    assert variance == pytest.approx(float(values.var(correction=0)), rel=1e-8)
+    assert mean == pytest.approx(values.mean().item(), rel=1e-8)
+    assert variance == pytest.approx(values.var(correction=0).item(), rel=1e-8)
 
 
 def test_density_integrates_to_1_and_has_the_moments(exact):
-    found, width = stability.spectrum(*exact[:3], 20, 3), 0.05
-    low, high = (end([end(values) for values, *_ in found]) for end in (min, max))
-    x = np.linspace(low - 8 * width, high + 8 * width, 20_001)
-    f = stability.density(found, x, width)
-    step = x[1] - x[0]
+    model, loss, _ = exact
+    found = stability.spectrum(model, loss, 20, 3)
+    width = 0.05
+    values = np.concatenate([values for values, *_ in found])
+    low, high = values.min() - 8 * width, values.max() + 8 * width
+    x, dx = np.linspace(low, high, 20_001, retstep=True)
+    mass = stability.density(found, x, width) * dx
     mean, variance = stability.moments(found)
-    assert f.min() >= 0 and f.sum() * step == pytest.approx(1, abs=1e-9)
-    assert (f * x).sum() * step == pytest.approx(mean, rel=1e-6)
-    assert (f * (x - mean) ** 2).sum() * step == pytest.approx(variance + width ** 2, rel=1e-6)
+    assert mass.sum() == pytest.approx(1, abs=1e-9)
+    assert mass @ x == pytest.approx(mean, rel=1e-6)
+    assert mass @ (x - mean) ** 2 == pytest.approx(variance + width ** 2, rel=1e-6)
 
 
-# --------------------------------------------------------------------------------------------------------- DCGAN
+def test_density_curve_covers_the_spectrum():
+    values, weights = np.array([-1.0, 3.0]), np.array([0.25, 0.75])
+    x, y = stability.density_curve([(values, weights, None)]).T
+    assert x[y.argmax()] == pytest.approx(3, abs=0.01)
+    assert np.trapezoid(y[x < 1], x[x < 1]) == pytest.approx(0.25, abs=1e-3)
 
-def test_dcgan_has_the_shapes_and_the_first_weights_of_its_paper():
-    for size, layers in ((8, 1), (16, 2), (32, 3), (64, 4)):
-        torch.manual_seed(0)
-        model = stability.DCGAN(size)
-        z = torch.randn(2, 100, 1, 1)
-        images = model.generator(z)
-        assert images.shape == (2, 3, size, size) and images.abs().max() <= 1
-        assert model.discriminator(images).shape == (2, 1, 1, 1)
-        strided = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)) and m.stride == (2, 2)]
-        assert len(strided) == 2 * layers
-        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-        assert len(norms) == 2 * layers - 1                                  # not beside the image or the logit
-    weights = {name: p for name, p in model.named_parameters() if p.ndim == 4}
-    assert all(0.018 < p.std() < 0.022 and p.mean().abs() < 2e-3 for p in weights.values())
-    assert all(0.9 < m.weight.mean() < 1.1 and m.weight.std() > 0.01 and (m.bias == 0).all() for m in norms)
-    assert {m.negative_slope for m in model.modules() if isinstance(m, nn.LeakyReLU)} == {0.2}
-    for size in (4, 12, 48):
-        with pytest.raises(ValueError, match=str(size)):
-            stability.DCGAN(size)
+
+# ----------------------------------------------------------------------------------------------------- DCGAN
+
+def call(module, *words):
+    """Run a script of experiments/ in this process, as from the command line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module.__name__, *map(str, words)])
+        run(module.main)
+
+
+def refusal(capsys, module, *words):
+    """The one line with which a script refuses its flags."""
+    with pytest.raises(SystemExit) as exit:
+        call(module, *words)
+    assert exit.value.code == 2
+    line, = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("size, layers", [(8, 1), (16, 2), (64, 4)])
+def test_dcgan_has_the_shapes_of_its_paper(size, layers):
+    model = dcgan.DCGAN(size)
+    images = model.generator(torch.randn(2, 100, 1, 1))
+    assert images.shape == (2, 3, size, size)
+    assert images.abs().max() <= 1
+    assert model.discriminator(images).shape == (2, 1, 1, 1)
+    assert model.discriminator[1].negative_slope == 0.2
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 2 * layers - 1                                      # not beside images and logits
+
+
+def test_dcgan_has_the_first_weights_of_its_paper():
+    torch.manual_seed(0)
+    for name, p in dcgan.DCGAN(32).named_parameters():
+        mean, std = 0, 0.02
+        if name.endswith("bias"):
+            std = 0
+        elif p.ndim == 1:                                                    # the scale of a norm
+            mean = 1
+        assert p.mean().item() == pytest.approx(mean, abs=1e-2), name
+        assert p.std(correction=0).item() == pytest.approx(std, abs=5e-3), name
 
 
 def test_losses_of_a_gan_by_hand():
-    logits = {"real": torch.tensor([2.0, -1.0]), "fake": torch.tensor([0.5, -3.0])}
-    p = {name: torch.sigmoid(x) for name, x in logits.items()}
-    expected = -p["real"].log().mean() - (1 - p["fake"]).log().mean()
-    assert stability.discriminator_loss(logits.get, "real", "fake") == pytest.approx(expected.item())
-    assert stability.generator_loss(logits.get, "fake") == pytest.approx(-p["fake"].log().mean().item())
-
-
-def train_gan(out, steps=20, seed=0, **other):
-    stability.gan(argparse.Namespace(**{**dict(out=out, steps=steps, seed=seed, size=8, data=None), **other}))
-    return read(out)
+    p, q = torch.tensor([0.9, 0.2]), torch.tensor([0.6, 0.1])                # D of real, of generated images
+    D = dict(real=p.logit(), fake=q.logit()).get
+    expected = -p.log().mean() - (1 - q).log().mean()
+    assert torch.allclose(dcgan.discriminator_loss(D, "real", "fake"), expected)
+    assert torch.allclose(dcgan.generator_loss(D, "fake"), -q.log().mean())
 
 
 def test_two_steps_of_a_gan_by_hand(tmp_path):
-    """Radford et al.: Adam 2e-4, (0.5, 0.999); the discriminator first, and the generator against the new one."""
-    found = train_gan(tmp_path / "run", steps=2, seed=3)["model"]
+    """Radford et al.: Adam 2e-4, (0.5, 0.999). The discriminator first, the generator against the new one."""
+    call(dcgan, "--out", tmp_path, "--size", 8, "--steps", 2, "--seed", 3)
     torch.manual_seed(3)
-    model = stability.DCGAN(8)
+    model = dcgan.DCGAN(8)
     G, D = model.generator, model.discriminator
-    adam = [torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.999)) for network in (D, G)]
+    how = dict(lr=2e-4, betas=(0.5, 0.999))
+    adam_D = torch.optim.Adam(D.parameters(), **how)
+    adam_G = torch.optim.Adam(G.parameters(), **how)
     for step in range(2):
-        x, z = stability.gan_batch(built_in(8), "gan", 3, step)
+        x, z = dcgan.batch(built_in(8), "gan", 3, step)
         fake = G(z)
         model.zero_grad()
-        (-D(x).sigmoid().log().mean() - (1 - D(fake.detach()).sigmoid()).log().mean()).backward()
-        adam[0].step()
+        dcgan.discriminator_loss(D, x, fake.detach()).backward()
+        adam_D.step()
         model.zero_grad()
-        (-D(fake).sigmoid().log().mean()).backward()
-        adam[1].step()
-    assert distance(model.state_dict(), found) < 1e-4
+        dcgan.generator_loss(D, fake).backward()
+        adam_G.step()
+    same(read(tmp_path)["model"], dict(model.state_dict()))
 
 
-def test_gan_run_is_its_seeds_and_killed_and_resumed_the_same_to_the_bit(tmp_path, monkeypatch):
-    whole = train_gan(tmp_path / "whole")
-    assert whole["step"] == 20 and read(tmp_path / "whole/early.pt")["step"] == 2
-    assert distance(whole["model"], read(tmp_path / "whole/early.pt")["model"]) > 1e-3
-    train_gan(tmp_path / "other", seed=1)
-    assert distance(*(read(tmp_path / name / "early.pt")["model"] for name in ("whole", "other"))) > 0.02    # not batches alone
-    batch, killed = stability.gan_batch, []
-
-    def kill(data, purpose, seed, k, *n):
-        if k == 13 and not killed:
-            killed.append(k)
-            raise KeyboardInterrupt
-        return batch(data, purpose, seed, k, *n)
-    monkeypatch.setattr(stability, "gan_batch", kill)
-    with pytest.raises(KeyboardInterrupt):
-        train_gan(tmp_path / "parts")
-    assert read(tmp_path / "parts")["step"] == 12
-    torch.manual_seed(99)
-    parts = train_gan(tmp_path / "parts")
-    assert distance(whole["model"], parts["model"]) == 0
-    for a, b in zip(whole["optimizer"], parts["optimizer"]):
-        assert distance(a, b) == 0
-    before = (tmp_path / "parts/ckpt.pt").stat().st_mtime_ns
-    train_gan(tmp_path / "parts")                                            # done: nothing is left to do
-    assert (tmp_path / "parts/ckpt.pt").stat().st_mtime_ns == before
-    for other in (dict(seed=1), dict(steps=30), dict(size=16)):
-        with pytest.raises(ValueError, match="holds another run"):
-            train_gan(tmp_path / "parts", **other)
+def test_a_gan_trained_in_two_parts_is_the_same_to_the_bit(tmp_path):
+    call(dcgan, "--out", tmp_path / "whole", "--size", 8, "--steps", 5)
+    for steps in (2, 5):
+        torch.manual_seed(99)
+        call(dcgan, "--out", tmp_path / "parts", "--size", 8, "--steps", steps)
+    whole, parts = read(tmp_path / "whole"), read(tmp_path / "parts")
+    assert parts["step"] == 5
+    for name in ("model", "adam_G", "adam_D"):
+        same(parts[name], whole[name])
 
 
-def test_losses_of_a_gan_depend_on_parameters_alone(gans):
-    args = argparse.Namespace(n=70, seed=0, data=None, target=None)
-    what, losses = stability.landscape(gans / "g/early.pt", args)
-    model = stability.open_model(gans / "g/early.pt")[0].train()
-    for i, (name, (module, loss, parts)) in enumerate(losses.items()):
-        assert [len(part[0]) for part in parts] == [64, 6] and name == ["generator", "discriminator"][i]
-        first = stability.mean_loss(module, loss, parts)
-        v = torch.randn(sum(p.numel() for p in module.parameters()), generator=torch.Generator().manual_seed(0))
-        H_v = stability.hvp(module, loss, parts, v)
-        assert stability.mean_loss(module, loss, parts) == first and torch.equal(stability.hvp(module, loss, parts, v), H_v)
-        own = getattr(model, name)
-        assert all(torch.equal(a, b) for a, b in zip(own.parameters(), module.parameters()))
-        saved = read(gans / "g/early.pt")["model"]
-        assert all(torch.equal(b, saved[f"{name}.{key}"]) for key, b in module.state_dict().items() if "running" in key)
-    (x, z), (x_, fake) = losses["generator"][2][0], losses["discriminator"][2][0]
-    assert torch.equal(x, x_) and torch.allclose(model.generator(z), fake)   # statistics of the batch
-    assert not torch.allclose(model.eval().generator(z), fake)
-    expected = (64 * stability.generator_loss(model.train().discriminator, fake) + 6 * stability.generator_loss(
-        model.discriminator, losses["discriminator"][2][1][1])) / 70
-    assert stability.mean_loss(*losses["generator"]) == pytest.approx(expected.item(), rel=1e-5)
+def test_a_gan_does_not_write_over_another_run(tmp_path, capsys):
+    call(dcgan, "--out", tmp_path, "--size", 8, "--steps", 1)
+    assert "another run" in refusal(capsys, dcgan, "--out", tmp_path, "--size", 8, "--seed", 1)
+    assert read(tmp_path)["config"]["seed"] == 0
 
 
-# ------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- losses of checkpoints
 
 @pytest.fixture(scope="module")
-def gans(tmp_path_factory):
-    """A folder with a DCGAN of ten steps, g, and another seed's, h."""
-    folder = tmp_path_factory.mktemp("gans")
-    for name, seed in (("g", 0), ("h", 1)):
-        train_gan(folder / name, 10, seed)
+def gan(tmp_path_factory):
+    """The folder of a DCGAN of three steps."""
+    folder = tmp_path_factory.mktemp("gan")
+    call(dcgan, "--out", folder, "--size", 8, "--steps", 3)
     return folder
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A folder with runs of ten steps: a, eps, and one of side 16."""
-    folder = tmp_path_factory.mktemp("runs")
-    for name, words in (("a", ["--size", 8]), ("large", ["--size", 16, "--patch", 8]),
-                        ("eps", ["--size", 8, "--target", "eps", "--weighting", "snr"])):
-        flags = ["--steps", 10, "--batch-size", 8, "--sample-steps", 1, "--decay", 0, "--T", 100, *words, "--out", folder / name]
-        assert finish([fork(folder / f"{name}.txt", folder, "train.py", *flags)]) == 0
-    return folder
+def flags(**other):
+    """What the command line gives to `landscape` and `pictures`."""
+    args = SimpleNamespace(n=6, seed=0, t=[], data=None, count=3, vae=None)
+    vars(args).update(other)
+    return args
 
 
-@pytest.fixture
-def command(monkeypatch, tmp_path, capsys):
-    """command("hessian", ...) runs stability.py in this process, in an empty folder -> what it printed."""
-    def call(*words):
-        if words[0] != "gan":
-            pytest.importorskip("matplotlib", reason="figures need matplotlib")
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["stability.py", *map(str, words)])
-        stability.main()
-        return capsys.readouterr().out
-    return call
+def test_losses_of_a_gan_are_those_of_its_training(gan):
+    kind, losses = stability.landscape(gan, flags())
+    model, _ = dcgan.load(gan)
+    G, D = model.train().generator, model.discriminator
+    x, z = dcgan.batch(built_in(8), "landscape", 0, 0, 6)
+    of_G, of_D = [loss(module) for module, loss in losses.values()]
+    assert kind == "DCGAN-8"
+    assert of_G == dcgan.generator_loss(D, G(z))
+    assert of_D == dcgan.discriminator_loss(D, x, G(z))
 
 
-def ckpts(*paths):
-    return [word for path in paths for word in ("--ckpt", path)]
+def test_pictures_of_a_gan_depend_on_their_number_and_the_seed(gan):
+    three = stability.pictures(gan, flags(count=3))
+    assert torch.equal(stability.pictures(gan, flags(count=2)), three[:2])
+    assert not torch.equal(stability.pictures(gan, flags(seed=1)), three)
 
 
-def test_consistency_command(command, runs, gans, tmp_path):
-    pytest.importorskip("matplotlib")
-    text = command("consistency", *ckpts(runs / "a", runs / "eps/ckpt.pt", gans / "g", runs / "a"), "--count", 5, "--heun", 3)
-    rows, args = table(tmp_path / "consistency.csv"), argparse.Namespace(count=5, seed=0, target=None, heun=3, vae=None)
-    q = torch.stack([stability.pictures(path, args) for path in (runs / "a", runs / "eps", gans / "g", runs / "a")])
-    assert q.shape == (4, 5, 3, 8, 8) and len(rows) == 3 * 5 and (tmp_path / "consistency.png").stat().st_size > 5000
-    assert f"consistency {stability.consistency(q):.2f} dB" in text
-    other = stability.psnr(q[:1], q[1:, [4, 0, 1, 2, 3]]).mean()             # each beside the one before it
-    assert f"with other images {other:.2f} dB" in text
-    args.heun = 2
-    assert not torch.equal(stability.pictures(runs / "a", args), q[0])
-    args.heun = 3
-    for row, expected in zip(rows, stability.psnr(q[:1], q[1:]).flatten().tolist()):
-        assert float(row["psnr_to_first"]) == pytest.approx(expected, rel=1e-5)
-    assert float(rows[-1]["psnr_to_first"]) == pytest.approx(10 * math.log10(255 ** 2 * 192), rel=1e-5)
-    args.count = 2                                                           # image k is the same in any number
-    assert torch.equal(stability.pictures(gans / "g", args), q[2, :2]) and torch.equal(stability.pictures(runs / "a", args), q[0, :2])
-    args.seed = 1
-    assert not torch.equal(stability.pictures(gans / "g", args), q[2, :2])
+def checkpoint(path, target="x0", weighting="min_snr", **other):
+    """A checkpoint as train.py writes it, of a small ViT on 8 x 8 shapes; its EMA are other weights."""
+    side = dict(img_size=8, patch_size=4, in_channels=3, num_classes=8)
+    network = dict(side, dim=8, depth=1, heads=2, T=100)
+    data = dict(dataset="shapes", data=None, flip=False)
+    loss = dict(schedule="cosine", T=100, target=target, weighting=weighting, gamma=5.0)
+    config = dict(model="vit-tiny", network=network, **data, **loss)
+    model, ema = ViT(**network), ViT(**network)
+    for p in [*model.parameters(), *ema.parameters()]:
+        p.data += 0.1 * torch.randn(p.shape)                                 # a fresh head is close to 0
+    weights = dict(model=model.state_dict(), ema=ema.state_dict())
+    torch.save(dict(weights, step=1, config=config, **other), path)
+    return model, ema
 
 
-def test_interpolate_command_ends_at_the_checkpoints_own_losses(command, runs, gans, tmp_path):
-    text = command("interpolate", *ckpts(gans / "g/early.pt", gans / "g"), "--points", 3, "--n", 6, "--out", "g.svg")
-    rows = table(tmp_path / "g.csv")
-    assert [row["loss"] for row in rows] == ["generator"] * 3 + ["discriminator"] * 3 and "generator" in text
-    assert [float(row["alpha"]) for row in rows[:3]] == [0, 0.5, 1]
-    a, b = runs / "a/ckpt.pt", runs / "c.pt"
-    state = read(a)
-    state["model"] = {key: 1.1 * value for key, value in state["model"].items()}
-    torch.save(state, b)
-    command("interpolate", *ckpts(a, b), "--points", 2, "--n", 6, "--t", 70, 3, "--out", "d.png")
-    rows, args = table(tmp_path / "d.csv"), argparse.Namespace(n=6, seed=0, t=[70, 3], data=None, target=None, K=1)
-    assert [row["loss"] for row in rows] == ["t = 70"] * 2 + ["t = 3"] * 2 + ["all t"] * 2
-    for row, path in zip(rows, 3 * [b, a]):                                  # alpha 0 is B, 1 is A
-        expected = stability.mean_loss(*stability.landscape(path, args)[1][row["loss"]])
-        assert float(row["value"]) == pytest.approx(expected, rel=1e-5)
+DIFFUSION = Diffusion("cosine", 100)
+TABLE = torch.linspace(0, 2, 100, dtype=torch.float64)
 
 
-def test_losses_of_a_diffusion_model_are_those_of_its_training(runs):
-    args = argparse.Namespace(n=70, seed=0, t=None, data=None, target=None, K=1)
-    what, losses = stability.landscape(runs / "eps", args)
-    assert what == ["eps", "snr", 5.0, "cosine", 100] and [*losses] == ["t = 10", "t = 50", "t = 90", "all t"]
-    raw = read(runs / "eps")["model"]
-    for name, (model, loss, parts) in losses.items():
-        assert all(torch.equal(p, raw[key]) for key, p in model.named_parameters())      # not the EMA
-        x0, t, noise, y = (torch.cat(part) for part in zip(*parts))
-        assert len(t) == 70 and (t.unique().tolist() == [int(name[4:])] if name != "all t" else len(t.unique()) > 30 and t.max() > 90)
-        x_t = Diffusion("cosine", 100).q_sample(x0, t, noise)
-        expected = (model(x_t, t, y) - noise).square().mean()                # snr on x0 = plain on eps
-        assert stability.mean_loss(model, loss, parts) == pytest.approx(expected.item(), rel=1e-4)
-    model, loss, parts = stability.landscape(runs / "a", args)[1]["all t"]
-    x0, t, noise, y = (torch.cat(part) for part in zip(*parts))
-    diffusion = Diffusion("cosine", 100)
-    mse = (model(diffusion.q_sample(x0, t, noise), t, y) - x0).square().flatten(1).mean(1)
-    assert stability.mean_loss(model, loss, parts) == pytest.approx((diffusion.snr[t].clamp(max=5) * mse).mean().item(), rel=1e-4)
+@pytest.mark.parametrize("target, weighting, weight", [
+    ("eps", "snr", torch.ones(100)),                                         # plain eps loss
+    ("x0", "min_snr", DIFFUSION.snr.clamp(max=5)),
+    ("x0", "file.csv", TABLE),
+])
+def test_loss_is_that_of_training_at_the_raw_weights(tmp_path, target, weighting, weight):
+    other = dict(weight=TABLE) if weighting == "file.csv" else {}
+    raw, _ = checkpoint(tmp_path / "a.pt", target, weighting, **other)
+    kind, losses = stability.landscape(tmp_path / "a.pt", flags(n=70, t=[30]))
+    assert kind == f"ViT-8 {target}"
+    for name, K, k in (("t = 30", 100, 30), ("all t", 1, 0)):
+        parts = draw_bin(built_in(8), 100, K, k, 70, 0)
+        x0, t, noise, y = (torch.cat(part) for part in zip(*parts))          # 64 and 6 samples
+        output = raw(DIFFUSION.q_sample(x0, t, noise), t, y)
+        wanted = x0 if target == "x0" else noise
+        mse = (output - wanted).square().flatten(1).mean(1)
+        expected = (weight[t] * mse).mean().item()
+        module, loss = losses[name]
+        assert loss(module).item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_hessian_command(command, runs, gans, tmp_path):
-    words = ("--n", 4, "--lanczos", 4, "--probes", 2)
-    text = command("hessian", *ckpts(runs / "a", gans / "g"), *words, "--t", 50)
-    rows = table(tmp_path / "hessian.csv")
-    assert [row["loss"] for row in rows] == ["t = 50", "all t", "generator", "discriminator"]
-    args = argparse.Namespace(n=4, seed=0, t=[50], data=None, target=None, K=1)
-    module, loss, parts = stability.landscape(runs / "a", args)[1]["all t"]
-    found = stability.spectrum(module, loss, parts, 4, 2)
-    (mean, variance), row = stability.moments(found), rows[1]
-    expected = dict(lambda_1=max(f[0][-1] for f in found), lambda_P=min(f[0][0] for f in found), mean=mean,
-                    variance=variance, value=stability.mean_loss(module, loss, parts),
-                    ritz_variance=np.mean([((f[0] - f[0].mean()) ** 2).mean() for f in found]))
-    assert {key: float(row[key]) for key in expected} == pytest.approx(expected, rel=1e-4)
-    best = max(found, key=lambda f: f[0][-1])
-    assert float(row["error_1"]) == pytest.approx(best[2][-1], rel=1e-3) and f"{mean:.3g}" in text
+def test_pictures_of_a_diffusion_model_are_those_of_its_ema(tmp_path):
+    _, ema = checkpoint(tmp_path / "a.pt")
+    config = read(tmp_path / "a.pt")["config"]
+    expected = sample.draw(ema.eval(), config, range(3), seed=4, steps=18)
+    assert torch.equal(stability.pictures(tmp_path / "a.pt", flags(seed=4)), expected)
 
 
-@pytest.mark.slow
-def test_miniature(command, script, tmp_path):
-    words = ("miniature", "--steps", 10, "--size", 8, "--seeds", 2, "--n", 4, "--count", 3, "--lanczos", 3, "--t", 500,
-             "--points", 3, "--out", "mini")
-    text, out = command(*words), tmp_path / "mini"
-    assert "run 6 / 6" in text and len(list(out.glob("*/early.pt"))) == 6
-    assert [read(out / name / "early.pt")["step"] for name in ("seed1", "unet", "gan1")] == [1, 1, 3]
-    assert read(out / "gan0")["step"] == 30 and read(out / "eps")["config"]["target"] == "eps"
-    assert all((out / f"{name}.{kind}").exists() for name in ("consistency", "interpolate", "hessian") for kind in ("png", "csv"))
-    assert len(table(out / "hessian.csv")) == 2 * 2 + 2 * 2 and len(table(out / "interpolate.csv")) == 3 * 8
-    numbers, stamp = table(out / "hessian.csv"), (out / "seed0/ckpt.pt").stat().st_mtime_ns
-    (out / "gan1/ckpt.pt").unlink()                                          # killed in its last run
-    for name in ("early.pt", "ckpt.pt", "ckpt_previous.pt"):                  # not begun
-        (out / "unet" / name).unlink()
-    command(*words)
-    assert (out / "seed0/ckpt.pt").stat().st_mtime_ns == stamp and table(out / "hessian.csv") == numbers
-    assert [read(out / name / "early.pt")["step"] for name in ("seed1", "unet", "gan1")] == [1, 1, 3]
-    assert "other flags" in script("stability.py", *words, "--steps", 20, code=2)
-    assert table(out / "hessian.csv") == numbers
+# ---------------------------------------------------------------------------------------------- command line
+
+def test_consistency_command(tmp_path, gan, capsys):
+    paths = [tmp_path / "a.pt", tmp_path / "b.pt", gan]
+    checkpoint(paths[0])
+    checkpoint(paths[1])
+    call(stability, "consistency", "--ckpt", *paths, "--count", 3, "--out", tmp_path / "c.csv")
+    q = torch.stack([stability.pictures(path, flags()) for path in paths])
+    second, third = table(tmp_path / "c.csv")
+    assert float(second["psnr"]) == pytest.approx(stability.consistency(q[:2]))
+    assert float(third["psnr"]) == pytest.approx(stability.consistency(q[::2]))
+    assert f"consistency {stability.consistency(q):.2f} dB" in capsys.readouterr().out
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_step_at_which_a_level_is_reached():
-    curve = {200: 8.0, 400: 2.0, 600: 1.0}
-    assert stability.reached(curve, 4.0) == pytest.approx(300) and stability.reached(curve, 2.0) == pytest.approx(400)
-    assert stability.reached(curve, 1.0) == pytest.approx(600) and stability.reached(curve, 0.9) == math.inf
-    assert stability.reached(curve, 9.0) == 200 and stability.reached({5: 1.0}, 2.0) == 5
-    assert stability.reached({}, 1.0) == math.inf
-    assert stability.reached({200: 8.0, 400: 1.0, 600: 3.0}, 2.0) == pytest.approx(200 + 200 * math.log(4) / math.log(8))
-
-
-@pytest.mark.slow
-def test_densities(command, tmp_path):
-    words = ("densities", "--steps", 1, "--size", 8, "--seeds", 1, "--count", 8, "--out", "d")
-    text, out = command(*words), tmp_path / "d"
-    assert "run 6 / 6" in text and (out / "densities.png").exists()
-    found = {(read(path)["config"]["timesteps"], read(path)["config"]["weighting"]) for path in out.glob("*/ckpt.pt")}
-    assert found == {(t, w) for t in ("uniform", "clts:0.3:1", "laplace") for w in ("const", "min_snr")}
-    rows = table(out / "densities.csv")
-    assert len(rows) == 6 * 2 and {row["column"] for row in rows} == {"x0_mse", "fd_pixels"}
-    last = table(out / "uniform_min_snr_seed0/quality.csv")[-1]
-    for j, key in enumerate(("x0_mse", "fd_pixels")):
-        level = float(last[key])
-        assert float(re.search(r"x0 error of (\S+) and FD-pixels of (\S+),", text)[1 + j]) == pytest.approx(level, rel=1e-2)
-    lines = {line.split("timesteps")[1].split()[0]: line.split()[-2:] for line in text.splitlines() if line.startswith("min-SNR-5")}
-    times = [float(x) for x in lines["uniform"]]
-    assert times == [1, 1] and set(lines) == {"uniform", "clts:0.3:1", "laplace"}
-
-
-def test_a_damaged_gan_is_refused(script, gans, tmp_path):
-    for key, value in (("step", "x"), ("step", -4), ("step", 10 ** 9), ("optimizer", 5), ("optimizer", []), ("optimizer", None)):
-        state = read(gans / "g")
-        (tmp_path / "bad").mkdir(exist_ok=True)
-        torch.save({**state, key: value}, tmp_path / "bad/ckpt.pt")
-        words = [word for name in ("size", "seed", "steps") for word in (f"--{name}", state["config"][name])]
-        assert "damaged" in script("stability.py", "gan", "--out", "bad", *words, code=2), (key, value)
-    assert "seed 0 for 7" in script("stability.py", "gan", "--out", gans / "g", *words[:2], "--seed", 7, *words[4:], code=2)
-
-
-def test_the_landscape_of_a_ugd_run_has_its_weights(runs, tmp_path):
-    state = read(runs / "a")
-    state["config"]["weighting"], state["weight"] = "ugd", torch.linspace(0, 2, 100, dtype=torch.float64)
-    torch.save(state, tmp_path / "ugd.pt")
-    args = argparse.Namespace(n=4, seed=0, t=[50], data=None, target=None, K=1)
+def test_interpolate_command_goes_from_the_first_to_the_second_checkpoint(tmp_path):
+    paths = [tmp_path / "b.pt", tmp_path / "a.pt"]
     values = []
-    for path in (runs / "a", tmp_path / "ugd.pt"):
-        model, loss, parts = stability.landscape(path, args)[1]["t = 50"]
-        values.append(stability.mean_loss(model, loss, parts))
-    weight = Diffusion("cosine", 100).weight[50]
-    assert values[1] / values[0] == pytest.approx(float(state["weight"][50] / weight), rel=1e-5)
-    for weight in (None, torch.ones(7), torch.full((100,), float("nan"))):
-        torch.save({**state, "weight": weight}, tmp_path / "ugd.pt")
-        with pytest.raises(stability.BadInput, match="damaged"):
-            stability.landscape(tmp_path / "ugd.pt", args)
+    for path in paths:
+        checkpoint(path)
+        _, losses = stability.landscape(path, flags())
+        module, loss = losses["all t"]
+        values.append(loss(module).item())
+    call(stability, "interpolate", "--ckpt", *paths, "--n", 6, "--out", tmp_path / "i.csv")
+    first, *_, last = table(tmp_path / "i.csv")
+    for row, alpha, value in ((first, 0, values[0]), (last, 1, values[1])):
+        assert float(row["alpha"]) == alpha
+        assert float(row["value"]) == pytest.approx(value, rel=1e-5)
 
 
-def test_gan_command(command, tmp_path):
-    text = command("gan", "--size", 8, "--steps", 2, "--out", "g", "--seed", 3)
-    state = torch.load(tmp_path / "g/ckpt.pt", weights_only=True)
-    assert state["config"] == dict(model="dcgan", data=None, size=8, seed=3, steps=2) and "2 / 2" in text
+def test_summary_takes_the_ends_over_all_probes():
+    half = np.array([0.5, 0.5])
+    first = np.array([-2.0, 5.0]), half, np.array([0.1, 0.2])
+    second = np.array([-3.0, 4.0]), half, np.array([0.3, 0.4])
+    expected = dict(lambda_1=5, error_1=0.2, lambda_P=-3, error_P=0.3)
+    expected.update(mean=1, variance=12.5, ritz_variance=12.25)
+    assert stability.summary([first, second]) == pytest.approx(expected)
 
 
-def test_refusals(script, runs, gans, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib", reason="figures need matplotlib")
-    a, g = ckpts(runs / "a"), ckpts(gans / "g")
-    for words, why in (((), "command"), (("spectrum",), "spectrum"), (("consistency", *a), "found 1 --ckpt"),
-                       (("interpolate", *a, *a, *a), "found 3 --ckpt"), (("hessian",), "found 0 --ckpt"), (("gan", *a), "--ckpt"),
-                       (("consistency", *a, *ckpts("none")), "none: no such file"), (("consistency", *a, *ckpts(runs / "large")), "(3, 16, 16)"),
-                       (("interpolate", *a, *g), "one kind"), (("interpolate", *a, *ckpts(runs / "eps")), "one kind"),
-                       (("interpolate", *a, *ckpts(runs / "large")), "other shapes"), (("hessian", *a, "--t", 100), "--t"),
-                       (("hessian", *a, "--t", -1), "--t"), (("hessian", *a, "--budget", 1e-4), "--budget"),
-                       (("hessian", *a, "--lanczos", 1), "--lanczos"), (("hessian", *a, "--n", 0), "--n"), (("hessian", *a, "--probes", 0), "--probes"),
-                       (("interpolate", *a, *a, "--points", 1), "--points"), (("consistency", *a, *a, "--count", 1), "--count"),
-                       (("hessian", *a, "--budget", "nan"), "--budget"), (("miniature", "--seeds", 1), "--seeds"), (("gan", "--steps", 0), "--steps"),
-                       (("miniature", "--size", 12), "size"), (("miniature", "--t", 1000), "--t"), (("consistency", *a, *a, "--heun", 0), "--heun"),
-                       (("miniature", "--data", "none"), "--data"), (("hessian", *a, "--out", "x.jpg"), "--out"), (("gan", "--size", 12), "size"),
-                       (("gan", "--data", "none"), "none"), (("hessian", *g, "--data", "none"), "none"), (("gan", "--out", runs / "a"), "holds another run")):
-        assert why in script("stability.py", *words, code=2), words
-    for source, part in ((runs / "a", "model"), (runs / "a", "ema"), (gans / "g", "model")):
-        state = read(source)
-        next(iter(state[part].values())).view(-1)[0] = float("nan")
-        torch.save(state, tmp_path / "nan.pt")
-        figure = "consistency" if part == "ema" else "hessian"
-        assert "not finite" in script("stability.py", figure, *ckpts("nan.pt"), *(a if part == "ema" else []), code=2)
-    state["model"].popitem()
-    torch.save(state, tmp_path / "cut.pt")
-    assert "cut.pt: damaged" in script("stability.py", "hessian", *ckpts("cut.pt"), code=2)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install matplotlib" in script("stability.py", "hessian", *a, code=2)
+def test_hessian_command(tmp_path, gan):
+    words = ["--n", 6, "--lanczos", 4, "--probes", 2, "--out", tmp_path / "h.csv"]
+    call(stability, "hessian", "--ckpt", gan, *words)
+    rows, curves = table(tmp_path / "h.csv"), table(tmp_path / "h_density.csv")
+    _, losses = stability.landscape(gan, flags())
+    assert [row["loss"] for row in rows] == list(losses)
+    for row in rows:
+        module, loss = losses[row["loss"]]
+        expected = stability.summary(stability.spectrum(module, loss, 4, 2))
+        for key, value in expected.items():
+            assert float(row[key]) == pytest.approx(value, rel=1e-4), key
+    assert {point["loss"] for point in curves} == set(losses)
+
+
+@pytest.mark.parametrize("words, why", [
+    ("hessian --ckpt a.pt --t 100", "--t"),
+    ("hessian --ckpt a.pt --count 4", "--count"),                            # a flag of another command
+    ("hessian --ckpt none", "none"),
+    ("consistency --ckpt a.pt", "two or more"),
+    ("interpolate --ckpt a.pt", "pairs"),
+    ("interpolate --ckpt a.pt eps.pt", "one network"),
+])
+def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, words, why):
+    monkeypatch.chdir(tmp_path)
+    checkpoint("a.pt")
+    checkpoint("eps.pt", "eps")
+    assert why in refusal(capsys, stability, *words.split())
+
+
+@pytest.mark.slow
+def test_runs_of_train_are_measured(script, tmp_path):
+    flags = ["--size", 8, "--steps", 2, "--batch-size", 8, "--sample-steps", 1]
+    paths = [tmp_path / "run0", tmp_path / "run1"]
+    for seed, path in enumerate(paths):
+        script("train.py", *flags, "--seed", seed, "--out", path)
+    for command in ("consistency", "interpolate", "hessian"):
+        call(stability, command, "--ckpt", *paths, "--out", tmp_path / f"{command}.csv")
+    assert len(table(tmp_path / "hessian.csv")) == 2
