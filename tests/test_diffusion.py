@@ -115,7 +115,7 @@ FORMULAS = {
     "soft_min_snr": lambda snr: 4 * snr / (snr + 4),
     "p2":           lambda snr: snr / (1 + snr),
     "sqrt_snr":     lambda snr: math.sqrt(snr),
-    "snr_plus_1":   lambda snr: snr + 1,
+    "snr_plus_1":   lambda snr: snr + 1
 }
 
 
@@ -168,7 +168,7 @@ def test_a_schedule_that_ends_at_snr_0_has_finite_samples():
     dict(weighting=torch.full((1000,), math.nan)),
     dict(gamma=0.0),
     dict(gamma=math.inf),
-    dict(gamma=math.nan),
+    dict(gamma=math.nan)
 ])
 def test_unknown_names_and_impossible_values_are_refused(how):
     with pytest.raises(ValueError):
@@ -181,7 +181,7 @@ WITH_GAMMA = {
     "max_snr_1":  ("max_snr", 1.0),
     "min_snr_1":  ("min_snr", 1.0),
     "min_snr_5":  ("min_snr", 5.0),
-    "min_snr_20": ("min_snr", 20.0),
+    "min_snr_20": ("min_snr", 20.0)
 }
 
 
@@ -226,10 +226,10 @@ def test_a_guess_of_x0_has_one_loss_in_every_target(target, weighting):
     assert torch.allclose(mse / d.factor[TIMES], error, rtol=1e-9, atol=0)
 
 
-def test_the_loss_is_float32_under_autocast():
+@each("dtype", [torch.bfloat16, torch.float64])
+def test_the_loss_has_the_images_dtype_whatever_the_network_s_is(dtype):
     x0, noise = X0.float(), NOISE.float()
-    with torch.autocast("cpu", torch.bfloat16):
-        loss, mse = D.loss(lambda x_t, t, y: x_t.bfloat16(), x0, TIMES, noise)
+    loss, mse = D.loss(lambda x_t, t, y: x_t.to(dtype), x0, TIMES, noise)
     assert loss.dtype == mse.dtype == torch.float32
 
 
@@ -256,7 +256,7 @@ def test_curriculum_is_equations_6_and_7(step, gamma):
 @each("timesteps, exact", [
     ("laplace:-1.5:0.75", stats.laplace(-1.5, 0.75)),
     ("logit_normal:0.5:0.7", stats.norm(-1, 1.4)),
-    ("cosine_scaled:1.5", stats.hypsecant(0, 4 / 3)),
+    ("cosine_scaled:1.5", stats.hypsecant(0, 4 / 3))
 ])
 def test_log_snr_has_the_distribution_function(timesteps, exact):
     d = Diffusion(T=4000, timesteps=timesteps)
@@ -274,7 +274,7 @@ def test_cosine_scaled_by_1_is_the_cosine_schedule():
     ("clts", "clts:0.3:50000"),
     ("laplace", "laplace:0:0.5"),
     ("logit_normal", "logit_normal:0:1"),
-    ("cosine_scaled", "cosine_scaled:2"),
+    ("cosine_scaled", "cosine_scaled:2")
 ])
 def test_default_parameters_of_densities(short, long):
     found = Diffusion(timesteps=short).density(9)
@@ -317,20 +317,21 @@ def test_a_batch_is_in_random_order(timesteps):
 
 
 @each_density
-def test_a_draw_comes_with_its_importance_ratio(timesteps):
-    d = Diffusion(T=200, timesteps=timesteps)
-    t, ratio = d.draw(B, torch.Generator(), step=500)
-    q = d.density(500)
-    assert t.dtype == torch.long
-    assert relative(ratio, 1 / (200 * q[t])) < 1e-12
-
-
-@each_density
-def test_importance_sampling_keeps_the_mean_weight(timesteps):
+def test_the_importance_ratio_keeps_the_mean_weight(timesteps):
     d = Diffusion(timesteps=timesteps)
     t, ratio = d.draw(20_000, torch.Generator(), step=500)
-    found = (d.weight[t] * ratio).mean()
-    assert abs(found / d.weight.mean() - 1) < 0.01
+    q = d.density(500)
+    mean = (d.weight[t] * ratio).mean()
+    assert relative(ratio, 1 / (1000 * q[t])) < 1e-12
+    assert abs(mean / d.weight.mean() - 1) < 0.01
+
+
+def test_the_highest_draw_is_the_last_t_though_the_density_adds_up_to_less_than_1(monkeypatch):
+    d = Diffusion(T=10)
+    highest = torch.tensor([1 - 2 ** -53], dtype=torch.float64)
+    monkeypatch.setattr(torch, "rand", lambda *shape, **how: highest)
+    t, _ = d.draw(1, torch.Generator())
+    assert t == 9
 
 
 # ----------------------------------------------------------------------------------- sampler: the solvers
@@ -339,7 +340,7 @@ GUIDED = {
     "cfg1_n5":         dict(steps=5),
     "cfg1.5_n5":       dict(steps=5, cfg=1.5),
     "cfg1.5_n30":      dict(steps=30, cfg=1.5),
-    "interval2.1_n10": dict(steps=10, cfg=2.1, interval=(0, 800)),
+    "interval2.1_n10": dict(steps=10, cfg=2.1, interval=(0, 800))
 }
 
 
@@ -369,13 +370,13 @@ def test_timesteps_have_the_nearest_levels_to_edm_s_without_repeats(steps):
 
 @each("solver, order", [("euler", 1), ("heun", 2), ("dpm++2m", 2)])
 def test_order_of_convergence(solver, order):
-    mean, spread = MEANS[:1], 0.6
-    path = (80 * Z - mean) / math.hypot(spread, 80)                          # does not change with the level
-    exact = mean + path * spread ** 2 / math.hypot(spread, 0.002)
+    mean = MEANS[:1]
+    path = (80 * Z - mean) / math.hypot(0.3, 80)                             # does not change with the level
+    exact = mean + path * 0.3 ** 2 / math.hypot(0.3, 0.002)
 
     def error(steps):
         d = Diffusion(1 / (1 + edm_levels(steps).flip(0) ** 2))              # so that no level is rounded
-        found = sample(Mixture(d, mean, spread), d, 0 * LABELS, steps=steps, solver=solver)
+        found = sample(Mixture(d, mean, spread=0.3), d, 0 * LABELS, steps=steps, solver=solver)
         return relative(found, exact)
     slope = math.log2(error(80) / error(160))
     assert order - 0.25 < slope < order + 0.5
@@ -430,7 +431,7 @@ def test_networks_run_in_the_noise_s_dtype_and_the_state_in_float64():
     dict(solver="ddim"),
     dict(steps=0),
     dict(cfg=2.0),
-    dict(classifier=smooth),
+    dict(classifier=smooth)
 ])
 def test_the_sampler_refuses_what_it_does_not_know_and_guidance_without_labels(how):
     with pytest.raises(ValueError):
@@ -509,8 +510,7 @@ class Recorder(list):
 @each("how, rows", [
     (dict(cfg=2.1, interval=(0, 800)), 89),
     (dict(cfg=1.0), 59),
-    (dict(cfg=2.1, solver="euler"), 60),
-    (dict(cfg=1.0, solver="dpm++2m"), 30),
+    (dict(cfg=2.1, solver="dpm++2m"), 60)
 ])
 def test_the_unconditional_half_runs_only_where_it_is_needed(how, rows):
     network = Recorder()
