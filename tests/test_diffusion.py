@@ -1,480 +1,545 @@
 """Schedule, weights, loss and sampler against golden values, closed forms and exact denoisers."""
 import math
 
-import numpy as np
 import pytest
 import torch
-from scipy import stats
 from conftest import relative
+from scipy import stats
 
-from diffusion import SOLVERS, TARGETS, WEIGHTINGS, Diffusion, alphas_cumprod, loss_weight, sampling_timesteps, sampler
+from diffusion import (SOLVERS, TARGETS, WEIGHTINGS, Diffusion, alphas_cumprod, loss_weight, sampler,
+                       sampling_timesteps, trajectory)
 from model_vit import from_official
 
-B, C, H, W = 5, 2, 4, 3                                                      # no two equal: a wrong broadcast shows
+B, C, H, W = 5, 2, 4, 3                                # no two are equal: a wrong broadcast shows
+TIMES = torch.tensor([0, 17, 400, 801, 999])           # another t for every sample
+LABELS = torch.tensor([0, 1, 2, 1, 0])
+NULL = torch.full((B,), 3)                             # the label of "no class" beside three classes
+G = torch.Generator().manual_seed(0)
+X0, NOISE, Z = torch.randn(3, B, C, H, W, generator=G, dtype=torch.float64)
+MEANS = torch.randn(3, C, H, W, generator=G, dtype=torch.float64)
+D = Diffusion()
+
+each = pytest.mark.parametrize
+each_target = each("target", TARGETS)
+each_weighting = each("weighting", WEIGHTINGS)
+each_solver = each("solver", SOLVERS)
 
 
-def batch(seed=0, dtype=torch.float64):
-    g = torch.Generator().manual_seed(seed)
-    x0, noise, guess = (torch.randn(B, C, H, W, generator=g, dtype=dtype) for _ in range(3))
-    return x0, noise, guess, torch.tensor([0, 17, 400, 801, 999])
+def alpha_sigma(d, t):
+    """alpha_t and sigma_t, each (B,1,1,1)."""
+    squared = d.alphas_cumprod[t].view(-1, 1, 1, 1)
+    return squared.sqrt(), (1 - squared).sqrt()
 
 
-# ------------------------------------------------------------------------------------------------- schedule
-
-def test_schedules_golden(golden):
-    for key, expected in golden("schedule")[0].items():
-        name, T = key.split("/")[1].split("_")
-        found = alphas_cumprod(name, int(T))
-        assert found.dtype == torch.float64 and torch.allclose(found, expected, rtol=1e-12, atol=0), key
-
-
-@pytest.mark.parametrize("T", [50, 1000, 4000])
-@pytest.mark.parametrize("name", ["cosine", "linear"])
-def test_schedule_falls_and_does_not_depend_on_T(name, T):
-    found = alphas_cumprod(name, T)
-    assert found.shape == (T,) and (found.diff() < 0).all() and 0 < found[-1] and found[0] < 1
-    s = torch.arange(1, T + 1, dtype=torch.float64) / T
-    if name == "cosine":                                                     # closed form, up to the clipped last step
-        f = torch.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
-        assert torch.allclose(found[:-1], f[:-1], rtol=1e-9)
-    else:                                                                    # exp(-integral of beta)
-        assert torch.allclose(found.log(), -(0.1 * s + 9.95 * s ** 2), rtol=0.5 if T == 50 else 0.05, atol=1e-3)
+def as_target(d, x0, x_t, t):
+    """What a network of d's target says when it means x0."""
+    alpha, sigma = alpha_sigma(d, t)
+    eps = (x_t - alpha * x0) / sigma
+    v = alpha * eps - sigma * x0
+    return {"x0": x0, "eps": eps, "v": v}[d.target]
 
 
-def test_schedule_refuses():
-    for name, T in (("sine", 1000), ("linear", 20)):
-        with pytest.raises(ValueError):
-            alphas_cumprod(name, T)
+class Mixture:
+    """The exact denoiser E[x0 | x_t] of equally likely Gaussians N(mean, spread^2), a network of d's target.
+
+    Label k stands for the k-th Gaussian alone, the null label for the whole mixture.
+    """
+
+    def __init__(self, d=D, means=MEANS, spread=0.3):
+        self.d = d
+        self.means = means[:, None]                                          # (K,1,C,H,W)
+        self.spread = spread
+        self.num_classes = len(means)
+
+    def parts(self, x_t, t):
+        """E[x0 | x_t, k] (K,B,C,H,W) and log p(k | x_t) up to a constant (K,B)."""
+        alpha, sigma = alpha_sigma(self.d, t)
+        variance = alpha ** 2 * self.spread ** 2 + sigma ** 2
+        offset = x_t - alpha * self.means
+        x0 = self.means + alpha * self.spread ** 2 / variance * offset
+        return x0, -(offset ** 2 / (2 * variance)).flatten(2).sum(2)
+
+    def classifier(self, x_t, t):
+        return self.parts(x_t, t)[1].T
+
+    def __call__(self, x_t, t, y):
+        x0, logits = self.parts(x_t, t)
+        known = torch.eye(self.num_classes + 1, dtype=torch.float64)[:-1, y]
+        share = torch.where(y == self.num_classes, logits.softmax(0), known)
+        x0 = torch.einsum("kb,kbchw->bchw", share, x0)
+        return as_target(self.d, x0, x_t, t)
 
 
-# -------------------------------------------------------------------------------------------------- weights
+def smooth(x_t, t, y=None):
+    """Some x0 network that depends on x_t and t."""
+    return torch.tanh(x_t) * (1 + t.view(-1, 1, 1, 1) / 1000)
 
-def test_losses_golden(golden):
+
+def sample(network, d=D, y=LABELS, **how):
+    return sampler(network, d, Z, y, **how)
+
+
+# ----------------------------------------------------------------------------------------------- schedule
+
+@each("name", ["cosine_1000", "linear_1000", "cosine_4000"])
+def test_schedule_golden(golden, name):
+    expected = golden("schedule")[0][f"alphas_cumprod/{name}"]
+    schedule, T = name.split("_")
+    found = alphas_cumprod(schedule, int(T))
+    assert found.dtype == torch.float64
+    assert torch.allclose(found, expected, rtol=1e-12, atol=0)
+
+
+def test_cosine_schedule_is_a_squared_cosine_up_to_its_last_step():
+    s = torch.arange(51, dtype=torch.float64) / 50
+    f = torch.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2
+    expected = f / f[0]
+    found = alphas_cumprod("cosine", 50)
+    assert relative(found[:-1], expected[1:-1]) < 1e-12
+
+
+def test_betas_of_the_linear_schedule_rise_linearly_and_faster_for_a_smaller_T():
+    found = alphas_cumprod("linear", 50)
+    betas = 1 - found[1:] / found[:-1]
+    expected = [20 * (1e-4 + 0.0199 * t / 49) for t in range(1, 50)]
+    assert betas.tolist() == pytest.approx(expected, rel=1e-9)
+
+
+# ------------------------------------------------------------------------------------------- loss weights
+
+FORMULAS = {
+    "const":        lambda snr: 1.0,
+    "snr":          lambda snr: snr,
+    "max_snr":      lambda snr: max(snr, 4.0),
+    "min_snr":      lambda snr: min(snr, 4.0),
+    "soft_min_snr": lambda snr: 4 * snr / (snr + 4),
+    "p2":           lambda snr: snr / (1 + snr),
+    "sqrt_snr":     lambda snr: math.sqrt(snr),
+    "snr_plus_1":   lambda snr: snr + 1
+}
+
+
+@each_weighting
+def test_weight_of_the_x0_loss_is_its_formula(weighting):
+    snr = [1e-9, 0.3, 1.0, 4.0, 7.0, 1e4]
+    expected = [FORMULAS[weighting](value) for value in snr]
+    found = loss_weight(snr, weighting, "x0", gamma=4.0)
+    assert found.tolist() == pytest.approx(expected, rel=1e-14)
+
+
+@each_weighting
+@each_target
+def test_a_tensor_of_weights_equals_the_name_with_the_same_weights(target, weighting):
+    named = Diffusion(target=target, weighting=weighting)
+    tensor = WEIGHTINGS[weighting](named.snr, 5.0)
+    assert torch.equal(Diffusion(target=target, weighting=tensor).weight, named.weight)
+
+
+@each_weighting
+@each("target", ["x0", "v"])
+def test_weight_at_snr_0(target, weighting):
+    limit = {"const": 1, "max_snr": 5, "snr_plus_1": 1}.get(weighting, 0)
+    assert loss_weight(0.0, weighting, target) == limit
+
+
+@each("weighting", ["snr", "min_snr", "soft_min_snr", "p2"])
+def test_weight_of_the_eps_loss_at_snr_0_is_its_limit(weighting):
+    assert loss_weight(0.0, weighting, "eps") == pytest.approx(1)
+
+
+@each("weighting", ["const", "max_snr", "sqrt_snr", "snr_plus_1"])
+def test_weight_of_the_eps_loss_at_snr_0_is_refused_where_it_has_no_limit(weighting):
+    with pytest.raises(ValueError, match="no finite limit"):
+        loss_weight(0.0, weighting, "eps")
+
+
+def test_a_schedule_that_ends_at_snr_0_has_finite_samples():
+    schedule = alphas_cumprod()
+    schedule[-1] = 0
+    d = Diffusion(schedule, target="v")
+    assert sample(lambda x_t, t, y: 0.1 * x_t, d).isfinite().all()
+
+
+@each("how", [
+    dict(schedule="sine"),
+    dict(schedule="linear", T=20),
+    dict(target="noise"),
+    dict(weighting="min_snr_5"),
+    dict(weighting=torch.full((1000,), math.nan)),
+    dict(gamma=0.0),
+    dict(gamma=math.inf),
+    dict(gamma=math.nan)
+])
+def test_unknown_names_and_impossible_values_are_refused(how):
+    with pytest.raises(ValueError):
+        Diffusion(**how)
+
+
+# ------------------------------------------------------------------------------- forward process and loss
+
+WITH_GAMMA = {
+    "max_snr_1":  ("max_snr", 1.0),
+    "min_snr_1":  ("min_snr", 1.0),
+    "min_snr_5":  ("min_snr", 5.0),
+    "min_snr_20": ("min_snr", 20.0)
+}
+
+
+@each("key", ["x0/const", "x0/snr", "x0/max_snr_1", "x0/min_snr_1", "x0/min_snr_5", "x0/min_snr_20",
+              "eps/snr", "eps/min_snr_5", "eps/max_snr_1", "v/min_snr_5", "v/snr_plus_1"])
+def test_loss_golden(golden, key):
     values, _ = golden("losses")
-    seen = 0
-    for key in values:
-        if not key.startswith("loss/"):
-            continue
-        _, target, name = key.split("/")
-        name, gamma = (name.rsplit("_", 1)[0], float(name.rsplit("_", 1)[1])) if name[-1].isdigit() and "snr_" in name \
-            and name != "snr_plus_1" else (name, 5.0)
-        loss, mse = Diffusion(target=target, weighting=name, gamma=gamma).loss(
-            lambda x, t, y: values["model_output"], values["x0"], values["t"], values["noise"])
-        assert loss.dtype == mse.dtype == torch.float32
-        assert torch.allclose(loss.double(), values[key], rtol=1e-5, atol=0), key
-        assert torch.allclose(mse.double(), values[f"mse/{target}"], rtol=1e-5, atol=0), key
-        seen += 1
-    assert seen == 11
-    x_t = Diffusion().q_sample(values["x0"], values["t"], values["noise"])
+    target, name = key.split("/")
+    weighting, gamma = WITH_GAMMA.get(name, (name, 5.0))
+    d = Diffusion(target=target, weighting=weighting, gamma=gamma)
+    output = values["model_output"]
+    loss, _ = d.loss(lambda x_t, t, y: output, values["x0"], values["t"], values["noise"])
+    assert torch.allclose(loss.double(), values[f"loss/{key}"], rtol=1e-5, atol=0)
+
+
+def test_noisy_images_golden(golden):
+    values, _ = golden("losses")
+    x_t = D.q_sample(values["x0"], values["t"], values["noise"])
     assert relative(x_t, values["x_t"]) < 1e-6
 
 
-def test_mean_weights_of_min_snr_5():
-    means = [Diffusion(target=target).weight.mean().item() for target in TARGETS]
-    assert means == pytest.approx([2.00396, 0.82402, 0.32611], abs=5e-6)     # x0, eps, v
-    assert (Diffusion().snr > 5).sum() == 261
+@each_target
+def test_an_output_stands_for_one_x0_and_one_eps(target):
+    d = Diffusion(target=target)
+    x_t = d.q_sample(X0, TIMES, NOISE)
+    output = as_target(d, X0, x_t, TIMES)
+    assert relative(d.to_x0(output, x_t, TIMES), X0) < 1e-9
+    assert relative(d.to_eps(output, x_t, TIMES), NOISE) < 1e-9
 
 
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_one_guess_has_one_loss_in_every_target(weighting):
-    x0, noise, guess, t = batch()
-    losses = {}
-    for target in TARGETS:
-        d = Diffusion(target=target, weighting=weighting, gamma=3.0)
-        x_t = d.q_sample(x0, t, noise)
-        alpha, sigma = d.alphas_cumprod[t].sqrt().view(-1, 1, 1, 1), (1 - d.alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1)
-        eps = (x_t - alpha * guess) / sigma
-        output = {"x0": guess, "eps": eps, "v": alpha * eps - sigma * guess}[target]
-        assert relative(d.to_x0(output, x_t, t)[:-1], guess[:-1]) < 1e-9     # alpha is 5e-5 at t = 999
-        assert relative(d.to_eps(output, x_t, t), eps) < 1e-9
-        losses[target], mse = d.loss(lambda x, t, y: output, x0, t, noise)
-        assert losses[target].dtype == torch.float64
-        assert torch.allclose(mse / d.factor[t], (x0 - guess).square().mean((1, 2, 3)), rtol=1e-9)
-    assert torch.allclose(losses["x0"], losses["eps"], rtol=1e-9) and torch.allclose(losses["x0"], losses["v"], rtol=1e-9)
+@each_weighting
+@each_target
+def test_a_guess_of_x0_has_one_loss_in_every_target(target, weighting):
+    d = Diffusion(target=target, weighting=weighting, gamma=3.0)
+
+    def network(x_t, t, y):
+        return as_target(d, MEANS[y], x_t, t)
+    error = (X0 - MEANS[LABELS]).square().mean((1, 2, 3))
+    weight = WEIGHTINGS[weighting](d.snr[TIMES], 3.0)
+    loss, mse = d.loss(network, X0, TIMES, NOISE, LABELS)
+    assert torch.allclose(loss, weight * error, rtol=1e-9, atol=0)
+    assert torch.allclose(mse / d.factor[TIMES], error, rtol=1e-9, atol=0)
 
 
-def test_weight_formulas():
-    snr = torch.tensor([1e-9, 0.3, 1.0, 4.0, 7.0, 1e4], dtype=torch.float64)
-    expected = {"const": snr ** 0, "snr": snr, "max_snr": torch.maximum(snr, torch.tensor(4.0)), "sqrt_snr": snr ** 0.5,
-                "min_snr": torch.minimum(snr, torch.tensor(4.0)), "soft_min_snr": 4 * snr / (snr + 4),
-                "p2": snr / (1 + snr), "snr_plus_1": snr + 1}
-    assert set(expected) == set(WEIGHTINGS)
-    for name, w in expected.items():
-        for target, factor in (("x0", 1), ("eps", snr), ("v", snr + 1)):
-            assert torch.allclose(loss_weight(snr, name, target, gamma=4.0), w / factor, rtol=1e-14), (name, target)
-    assert torch.equal(loss_weight(snr, "p2", "x0"), loss_weight(snr, "soft_min_snr", "x0", gamma=1.0))
-
-
-def test_zero_terminal_snr():
-    snr = torch.tensor([2.0, 1e-8, 0.0], dtype=torch.float64)
-    limits = {"const": (1, None, 1), "snr": (0, 1, 0), "max_snr": (5, None, 5), "min_snr": (0, 1, 0), "soft_min_snr": (0, 1, 0),
-              "p2": (0, 1, 0), "sqrt_snr": (0, None, 0), "snr_plus_1": (1, None, 1)}
-    for name in WEIGHTINGS:
-        for target, limit in zip(TARGETS, limits[name]):
-            if limit is None:
-                with pytest.raises(ValueError, match="no finite limit"):
-                    loss_weight(snr, name, target)
-            else:
-                assert loss_weight(snr, name, target)[-1] == pytest.approx(limit, abs=1e-200), (name, target)
-    table = alphas_cumprod()
-    root = table.sqrt()
-    rescaled = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2     # Lin et al. 2024: abar_T = 0
-    for target in ("x0", "v"):
-        d = Diffusion(rescaled, target=target)
-        z = torch.randn(B, C, H, W)
-        assert torch.isfinite(d.weight).all() and torch.isfinite(sampler(lambda x, t, y: 0.1 * x, d, z, steps=7)).all()
-
-
-def test_bad_names_and_values_are_refused():
-    snr = torch.ones(3)
-    for arguments in ((snr, "min_snr_5", "x0"), (snr, "min_snr", "noise"), (snr, "min_snr", "x0", 0.0), (-snr, "snr", "x0"),
-                      (snr, "soft_min_snr", "x0", math.inf), (snr / 0, "snr", "x0"), (snr * float("nan"), "snr", "x0")):
-        with pytest.raises(ValueError):
-            loss_weight(*arguments)
-    for how in (dict(solver="ddim"), dict(steps=0), dict(cfg=2.0)):
-        with pytest.raises(ValueError):
-            sampler(lambda x, t, y: x, Diffusion(), torch.randn(B, C, H, W), **how)
-
-
-# ------------------------------------------------------------------------------------------------ density of t
-
-def clts(T, mu, gamma):
-    """Eq. 6 and 7 of the curriculum paper, a number at a time, made to sum to 1."""
-    normal = [math.exp(-(t - mu) ** 2 / (2 * T ** 2)) / (T * math.sqrt(2 * math.pi)) for t in range(T)]
-    P = np.array([(1 - gamma) / T + gamma * n for n in normal])
-    return P / P.sum()
-
-
-def test_curriculum_at_its_beginning_middle_and_end():
-    for T, target, mu in ((1000, 300_000, 0.3), (4000, 50_000, 0.3), (100, 7, 0.8)):
-        d = Diffusion(T=T, timesteps=f"clts:{mu}:{target}")
-        for step, gamma in ((0, 0), (target // 2, (target // 2) / target), (target, 1), (10 * target, 1)):
-            assert np.allclose(d.density(step), clts(T, mu * T, gamma), rtol=1e-12)
-    assert torch.equal(Diffusion(timesteps="clts").density(9), Diffusion(timesteps="clts:0.3:50000").density(9))
-    assert torch.equal(Diffusion(T=30).density(5), torch.full((30,), 1 / 30, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "linear"])
-@pytest.mark.parametrize("timesteps, exact", [
-    ("laplace", stats.laplace(0, 0.5)), ("laplace:-1.5:0.75", stats.laplace(-1.5, 0.75)),
-    ("logit_normal", stats.norm(0, 2)), ("logit_normal:0.5:0.7", stats.norm(-1, 1.4)),
-    ("cosine_scaled", stats.hypsecant(0, 1)), ("cosine_scaled:0.8", stats.hypsecant(0, 2.5))])
-def test_densities_of_log_snr_have_their_distribution_function(timesteps, exact, schedule):
-    d = Diffusion(schedule, T=4000, timesteps=timesteps)
-    q, lam = d.density(), d.snr.log().numpy()                                # falling in t
-    assert abs(q.sum() - 1) < 1e-12 and q.min() >= 0
-    middle = (lam[:-1] + lam[1:]) / 2
-    inside = exact.cdf(lam[0]) - exact.cdf(lam[-1])                          # the linear schedule has finite ends
-    expected = (exact.cdf(lam[0]) - exact.cdf(middle)) / inside
-    assert np.abs(q.cumsum(0)[:-1].numpy() - expected).max() < 2e-3
-
-
-def test_cosine_scaled_by_1_is_the_cosine_schedule():
-    q = Diffusion(T=1000, timesteps="cosine_scaled:1").density() * 1000
-    assert (q[50:950] - 1).abs().max() < 0.02
-
-
-@pytest.mark.parametrize("timesteps, steps", [pytest.param("clts:0.3:1000", (0, 500, 1000), marks=pytest.mark.slow), ("laplace", (0,)), ("uniform", (7,)), ("logit_normal:1:0.5", (0,))])
-def test_draws_have_the_table_s_frequencies(timesteps, steps):
-    d, N = Diffusion(T=200, timesteps=timesteps), 10 ** 6
-    for step in steps:
-        q = d.density(step)
-        t, ratio = d.draw(N, torch.Generator().manual_seed(step), step)
-        assert t.dtype == torch.long and t.shape == (N,) and torch.allclose(ratio, 1 / (200 * q[t]), rtol=1e-12)
-        assert (torch.bincount(t, minlength=200) - N * q).abs().max() < 2    # one batch: every stratum once
-        g = torch.Generator().manual_seed(step)
-        t = torch.stack([d.draw(100, g, step)[0] for _ in range(N // 100)])  # (10000,100)
-        often = (N * q > 50).numpy()
-        chi2 = lambda t, size: (((torch.bincount(t, minlength=200) - size * q) ** 2 / (size * q)).numpy()[often]).sum()
-        assert chi2(t.flatten(), N) < stats.chi2(often.sum() - 1).ppf(0.999)
-        assert (t.diff(dim=1) < 0).any() and (t[1:] != t[:-1]).any(1).float().mean() > 0.9
-        rows = torch.arange(len(t))                                          # one of each batch: independent draws
-        one = chi2(t[rows, torch.randint(100, rows.shape, generator=g)], len(t))
-        assert stats.chi2(often.sum()).ppf(1e-4) < one < stats.chi2(often.sum()).ppf(1 - 1e-4)
-
-
-def test_importance_keeps_the_expectation_and_changes_the_variance():
-    """The loss of a network that predicts 0, x0 being +-1 and never 0: w_t exactly, so that its mean is known."""
-    d = {name: Diffusion(timesteps=name) for name in ("uniform", "clts:0.3:10", "laplace", "laplace:1:2", "logit_normal")}
-    x0 = torch.ones(64, 3, 2, 2)
-    found = {}
-    for name, diffusion in d.items():
-        g, values = torch.Generator().manual_seed(0), []
-        for step in range(400):
-            t, ratio = diffusion.draw(64, g, step)
-            loss, _ = diffusion.loss(lambda x, t, y: torch.zeros_like(x), x0, t, torch.randn(x0.shape, generator=g))
-            values.append((loss.double() * ratio).mean())
-        found[name] = torch.stack(values)
-    expected = d["uniform"].weight.mean()
-    for name, values in found.items():
-        q = d[name].density(399)                                             # far tails of "laplace" are never drawn
-        seen = d["uniform"].weight[q * 400 * 64 > 1].sum() / 1000
-        assert abs(values.mean() - (seen if name == "laplace" else expected)) < 5 * values.std() / 20 + 0.02 * expected, name
-    w, q = d["laplace:1:2"].weight, d["laplace:1:2"].density()
-    variance = lambda q: (w ** 2 / (1000 ** 2 * q)).sum() - w.mean() ** 2    # of one draw's w / (q T)
-    assert variance(q) < variance(torch.full_like(q, 1e-3))
-
-
-def test_unknown_densities_are_refused():
-    for name in ("lognormal", "laplace:0:0", "laplace:a", "laplace:0:1:2", "clts:0.3:0", "clts:nan", "logit_normal:0:inf:3",
-                 "cosine_scaled:nan", "laplace:inf", "uniform:1", "", "clts:0.3:-5", "laplace:0:-1", "logit_normal:0:inf",
-                 "clts:0.3:nan", "laplace:100000", "laplace:0:0.5:"):
-        with pytest.raises(ValueError, match="timesteps"):
-            Diffusion(timesteps=name)
-    with pytest.raises(ValueError, match="timesteps"):
-        Diffusion(T=1, timesteps="laplace")
-    assert torch.equal(Diffusion(timesteps="laplace:0").density(), Diffusion(timesteps="laplace:0:0.5").density())
-
-
-def test_weights_ignore_autocast():
-    x0, noise, guess, t = (part.float() if part.is_floating_point() else part for part in batch())
-    plain = Diffusion(target="v").loss(lambda x, t, y: guess, x0, t, noise)
-    with torch.autocast("cpu", torch.bfloat16):
-        cast = Diffusion(target="v").loss(lambda x, t, y: guess, x0, t, noise)
-    assert torch.equal(plain[0], cast[0]) and cast[0].dtype == torch.float32
-
-
-# -------------------------------------------------------------------------------------------------- sampler
-
-def golden_sampler(golden, prefix):
-    values, weights = golden("sampler")
-    model = from_official(weights, heads=4)
-    for key in (key for key in values if key.startswith(prefix + "/")):
-        _, target, (how, steps) = *key.split("/")[:2], key.split("/")[2].rsplit("_n", 1)
-        scale, interval = float(how.lstrip("cfginterval")), (0, 800) if how.startswith("interval") else None
-        yield sampler(model, Diffusion(target=target), values["z"], values["y"], int(steps), scale, interval), values[key]
-
-
-def test_sampler_golden(golden):
-    errors = [relative(*pair) for pair in golden_sampler(golden, "out")]
-    assert len(errors) == 8 and max(errors) < 1e-5
-
-
-def test_sampler_golden_official_float32_table(golden):
-    errors = [relative(*pair) for pair in golden_sampler(golden, "out_official_float32_table")]
-    assert len(errors) == 8 and max(errors) < 1e-3
-
-
-def test_sampling_timesteps_golden(golden):
-    table = golden("sampler")[0]["sigma_table"].double()[:1000].flip(0)      # sigma at t = 0 .. 999
-    assert torch.allclose(Diffusion().snr.rsqrt(), table, rtol=1e-3)
-    ts = sampling_timesteps(Diffusion(), 30)
-    assert len(ts) == 30 and (ts.diff() < 0).all() and ts[-1] == 0
-    assert Diffusion().snr.rsqrt()[ts[0]] == pytest.approx(80, rel=0.05)
-    assert len(sampling_timesteps(Diffusion(), 3000)) <= 1000                      # repeats are dropped
-
-
-def gaussian(d, mean=0.4, std=0.6):
-    """The exact denoiser E[x0 | x_t] of N(mean, std^2), as a network for d's target."""
-    def model(x_t, t, y=None):
-        a, s = d.alphas_cumprod[t].sqrt().view(-1, 1, 1, 1), (1 - d.alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1)
-        x0 = mean + a * std ** 2 / (a ** 2 * std ** 2 + s ** 2) * (x_t - a * mean)
-        return as_target(d, x0, x_t, a, s)
-    return model
-
-
-def as_target(d, x0, x_t, a, s):
-    eps = (x_t - a * x0) / s
-    return {"x0": x0, "eps": eps, "v": a * eps - s * x0}[d.target]
-
-
-def points(d, data):
-    """The exact denoiser of a finite set of images (N,C,H,W)."""
-    def model(x_t, t, y=None):
-        a, s = d.alphas_cumprod[t].sqrt().view(-1, 1, 1, 1), (1 - d.alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1)
-        distance = (x_t[:, None] - a[:, None] * data).square().flatten(2).sum(2)         # (B,N)
-        x0 = torch.einsum("bn,nchw->bchw", (-distance / (2 * s.view(-1, 1) ** 2)).softmax(1), data)
-        return as_target(d, x0, x_t, a, s)
-    return model
-
-
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("exact", ["gaussian", "points"])
-def test_targets_give_the_same_samples(exact, solver):
-    g = torch.Generator().manual_seed(3)
-    z, data = torch.randn(B, C, H, W, generator=g, dtype=torch.float64), torch.randn(4, C, H, W, generator=g, dtype=torch.float64)
-    out = {}
-    for target in TARGETS:
-        d = Diffusion(target=target)
-        out[target] = sampler(gaussian(d) if exact == "gaussian" else points(d, data), d, z, steps=20, solver=solver)
-    assert relative(out["eps"], out["x0"]) < 1e-9 and relative(out["v"], out["x0"]) < 1e-9
-    if exact == "points":                                                    # every sample is one of the images
-        assert (out["x0"][:, None] - data).abs().flatten(2).amax(2).amin(1).max() < 0.05
-
-
-@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2), ("dpm++2m", 2)])
-def test_order_of_convergence(solver, order):
-    d = Diffusion(T=200_000)                                                 # levels so dense that rounding is no matter
-    z = torch.randn(B, C, H, W, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    mean, std = 0.4, 0.6
-    levels = d.snr.rsqrt()[sampling_timesteps(d, 10)]
-    first, last = levels[0], levels[-1]                                      # exact flow: (x - mean) / sqrt(std^2 + sigma^2)
-    flow = (z * first - mean) / (std ** 2 + first ** 2).sqrt()
-    x_last = mean + flow * (std ** 2 + last ** 2).sqrt()
-    exact = mean + std ** 2 / (std ** 2 + last ** 2) * (x_last - mean)       # the last step returns the denoised image
-    error = [relative(sampler(gaussian(d), d, z, steps=n, solver=solver), exact) for n in (40, 80, 160)]
-    slopes = [math.log2(error[0] / error[1]), math.log2(error[1] / error[2])]
-    assert all(order - 0.25 < slope < order + 0.6 for slope in slopes), (error, slopes)
-
-
-def test_dpm_solver_2m_by_hand():
-    """Unequal steps in log sigma: x0 is extrapolated by half a step, (1 + 1/2r) x0 - 1/2r x0_before (Lu et al. 2022)."""
-    d, z = Diffusion(), torch.randn(B, C, H, W, dtype=torch.float64)
-    ts = sampling_timesteps(d, 4).tolist()
-    s = d.snr.rsqrt()[ts].tolist()
-    net = lambda x, t, y=None: torch.tanh(x) * (1 + t.view(-1, 1, 1, 1) / 1000)
-    at = lambda x, i: net(x / math.sqrt(1 + s[i] ** 2), torch.full((B,), ts[i]))
-    x, before = z * s[0], None
-    for i in range(3):
-        x0, h = at(x, i), math.log(s[i] / s[i + 1])
-        r = math.log(s[i - 1] / s[i]) / h if i else None
-        guess = x0 if before is None else (1 + 1 / (2 * r)) * x0 - before / (2 * r)
-        x, before = s[i + 1] / s[i] * x - math.expm1(-h) * guess, x0
-    assert relative(sampler(net, d, z, steps=4, solver="dpm++2m"), at(x, 3)) < 1e-10
-
-
-def test_levels_are_the_nearest_in_sigma_and_end_at_0_002():
-    d = Diffusion(T=50)
-    sigma = d.snr.rsqrt()
-    high, low = 80 ** (1 / 7), float(sigma[0]) ** (1 / 7)
-    wanted = [(high + i / 6 * (low - high)) ** 7 for i in range(7)]
-    nearest = [min(range(50), key=lambda t: abs(float(sigma[t]) - w)) for w in wanted]
-    assert sampling_timesteps(d, 7).tolist() == list(dict.fromkeys(nearest))       # repeats dropped
-    fine = Diffusion(1 / (1 + torch.logspace(-5, 2, 300, dtype=torch.float64) ** 2))
-    assert fine.snr.rsqrt()[sampling_timesteps(fine, 9)[-1]] == pytest.approx(0.002, rel=0.03)
-
-
-def test_state_stays_float64_and_without_gradients():
-    y, z = torch.tensor([0, 1, 2, 1, 0]), torch.randn(B, C, H, W)
-    weight = torch.nn.Parameter(torch.ones(()))
-
-    class Model:
-        num_classes = 3
-
-        def __call__(self, x, t, y):
-            return weight.to(x.dtype) * torch.tanh(x) * (1 + y.view(-1, 1, 1, 1))
-    for how in (dict(), dict(cfg=1.5), dict(solver="dpm++2m")):
-        single, double = (sampler(Model(), Diffusion(), part, y, steps=30, **how) for part in (z, z.double()))
-        assert single.dtype == torch.float64 and not single.requires_grad and relative(single, double) < 1e-6
-
-
-@pytest.mark.parametrize("solver", ["heun", "euler", "dpm++2m"])
-def test_classifier_guidance_turns_a_mixture_into_its_component(solver):
-    """An exact denoiser of a Gaussian mixture plus the gradient of its exact classifier is the exact denoiser of one
-    component, so both give the same samples, whose mean is the component's.
-    """
-    d, y, spread = Diffusion(), torch.arange(400) % 3, 0.3
-    means = torch.tensor([[1.0, -0.5, 0.2, 0.0], [-1.0, 0.4, 0.0, 0.7], [0.3, 0.1, -0.9, -0.4]], dtype=torch.float64).view(3, 1, 2, 2)
-    prior = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
-
-    def parts(x, t):                                                         # all components, (B,3,1,2,2)
-        alpha, sigma = d.alpha_sigma(t, x[:, None])
-        v = alpha ** 2 * spread ** 2 + sigma ** 2
-        off = x[:, None] - alpha * means
-        logits = prior.log() - (off ** 2 / (2 * v)).flatten(2).sum(2)        # (B,3): log p(c | x_t) + constant
-        return means + alpha * spread ** 2 / v * off, logits
-
-    def mixture(x, t, y=None):
-        x0, logits = parts(x, t)
-        return (x0 * logits.softmax(1).view(-1, 3, 1, 1, 1)).sum(1)
-
-    def component(x, t, y):
-        return parts(x, t)[0][torch.arange(len(x)), y]
-    z = torch.randn(400, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    how = dict(steps=30, solver=solver)
-    guided = sampler(mixture, d, z, y, classifier=lambda x, t: parts(x, t)[1], **how)
-    assert relative(guided, sampler(component, d, z, y, **how)) < 1e-9
-    for c in range(3):
-        assert (guided[y == c].mean(0) - means[c]).abs().max() < 0.08
-    assert (sampler(mixture, d, z, y, **how) - guided).abs().max() > 0.5
-    twice = sampler(mixture, d, z, y, classifier=lambda x, t: parts(x, t)[1], classifier_scale=2.0, **how)
-    half = sampler(mixture, d, z, y, classifier=lambda x, t: parts(x, t)[1], interval=(0, 300), **how)
-    assert (twice - guided).abs().max() > 0.05 and (half - guided).abs().max() > 0.05
-    # both kinds of guidance add up: the classifier's shift, doubled, is also cfg 3 between mixture and component
-
-    class Both:
-        num_classes = 3
-
-        def __call__(self, x, t, y):
-            wild = mixture(x, t)
-            known = component(x, t, y.clamp(max=2))
-            return torch.where((y == 3).view(-1, 1, 1, 1), wild, known)
-    for where in (None, (0, 500)):
-        classifier = lambda x, t: parts(x, t)[1]
-        added = sampler(Both(), d, z, y, cfg=2.0, classifier=classifier, interval=where, **how)
-        alone = sampler(Both(), d, z, y, cfg=3.0, interval=where, **how)
-        assert relative(added, alone) < 1e-9
-    strong = sampler(mixture, d, z, y, classifier=classifier, classifier_scale=3.0, **how)
-    assert relative(strong, sampler(Both(), d, z, y, cfg=3.0, **how)) < 1e-9
-    with pytest.raises(ValueError):
-        sampler(mixture, d, z, classifier=lambda x, t: parts(x, t)[1])
+@each("dtype", [torch.bfloat16, torch.float64])
+def test_the_loss_has_the_images_dtype_whatever_the_network_s_is(dtype):
+    x0, noise = X0.float(), NOISE.float()
+    loss, mse = D.loss(lambda x_t, t, y: x_t.to(dtype), x0, TIMES, noise)
+    assert loss.dtype == mse.dtype == torch.float32
 
 
 def test_tables_move_together():
     d = Diffusion().to("meta")
-    assert all(getattr(d, name).is_meta for name in ("alphas_cumprod", "snr", "weight", "factor"))
+    tables = (d.alphas_cumprod, d.snr, d.weight, d.factor)
+    assert all(table.is_meta for table in tables)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("steps", [1, 2, 3, 18, 1000])
+# ------------------------------------------------------------------------------------------- density of t
+
+def test_uniform_density():
+    q = Diffusion(T=30).density()
+    assert q.tolist() == [1 / 30] * 30
+
+
+@each("step, gamma", [(0, 0), (3, 3 / 7), (7, 1), (70, 1)])
+def test_curriculum_is_equations_6_and_7(step, gamma):
+    expected = (1 - gamma) / 100 + gamma * stats.norm(80, 100).pdf(range(100))
+    found = Diffusion(T=100, timesteps="clts:0.8:7").density(step)
+    assert relative(found, expected / expected.sum()) < 1e-12
+
+
+@each("timesteps, exact", [
+    ("laplace:-1.5:0.75", stats.laplace(-1.5, 0.75)),
+    ("logit_normal:0.5:0.7", stats.norm(-1, 1.4)),
+    ("cosine_scaled:1.5", stats.hypsecant(0, 4 / 3))
+])
+def test_log_snr_has_the_distribution_function(timesteps, exact):
+    d = Diffusion(T=4000, timesteps=timesteps)
+    lam = d.snr.log()                                                        # falls with t
+    above = exact.sf((lam[:-1] + lam[1:]) / 2)
+    assert relative(d.density().cumsum(0)[:-1], above) < 2e-3
+
+
+def test_cosine_scaled_by_1_is_the_cosine_schedule():
+    q = Diffusion(timesteps="cosine_scaled:1").density()
+    assert (1000 * q[50:950] - 1).abs().max() < 0.02
+
+
+@each("short, long", [
+    ("clts", "clts:0.3:50000"),
+    ("laplace", "laplace:0:0.5"),
+    ("logit_normal", "logit_normal:0:1"),
+    ("cosine_scaled", "cosine_scaled:2")
+])
+def test_default_parameters_of_densities(short, long):
+    found = Diffusion(timesteps=short).density(9)
+    assert torch.equal(found, Diffusion(timesteps=long).density(9))
+
+
+@each("timesteps", [
+    "", "lognormal", "uniform:1", "laplace:a", "laplace:0:0.5:", "laplace:0:1:2", "laplace:0:0",
+    "laplace:0:-1", "laplace:inf", "laplace:100000", "logit_normal:0:1:3", "cosine_scaled:nan", "clts:0.3:0",
+    "clts:0.3:-5", "clts:0.3:nan", "clts:nan", "clts:1.1", "clts:-0.1"])
+def test_what_is_no_density_is_refused(timesteps):
+    with pytest.raises(ValueError, match="timesteps"):
+        Diffusion(timesteps=timesteps)
+
+
+each_density = each("timesteps", ["uniform", "clts:0.3:1000", "laplace:1:2", "logit_normal:0:2"])
+
+
+@each_density
+def test_each_of_equal_shares_of_the_density_gives_a_batch_one_t(timesteps):
+    d = Diffusion(timesteps=timesteps)
+    q = d.density(500)
+    t, _ = d.draw(64, torch.Generator(), step=500)
+    t = t.sort().values
+    passed = q.cumsum(0)[t]
+    share = torch.arange(64) / 64
+    assert (passed > share).all()
+    assert (passed - q[t] <= share + 1 / 64).all()
+
+
+@each_density
+def test_a_batch_is_in_random_order(timesteps):
+    """The first t of many batches has the density q, not that of the first share."""
+    d = Diffusion(T=200, timesteps=timesteps)
+    g = torch.Generator()
+    first = [d.draw(B, g, step=500)[0][0] for _ in range(2000)]
+    found = torch.stack(first).bincount(minlength=200) / 2000
+    distance = (found - d.density(500)).cumsum(0).abs().max()
+    assert distance < 1.95 / math.sqrt(2000)        # Kolmogorov and Smirnov, p = 0.001
+
+
+@each_density
+def test_the_importance_ratio_keeps_the_mean_weight(timesteps):
+    d = Diffusion(timesteps=timesteps)
+    t, ratio = d.draw(20_000, torch.Generator(), step=500)
+    q = d.density(500)
+    mean = (d.weight[t] * ratio).mean()
+    assert relative(ratio, 1 / (1000 * q[t])) < 1e-12
+    assert abs(mean / d.weight.mean() - 1) < 0.01
+
+
+def test_the_highest_draw_is_the_last_t_though_the_density_adds_up_to_less_than_1(monkeypatch):
+    d = Diffusion(T=10)
+    highest = torch.tensor([1 - 2 ** -53], dtype=torch.float64)
+    monkeypatch.setattr(torch, "rand", lambda *shape, **how: highest)
+    t, _ = d.draw(1, torch.Generator())
+    assert t == 9
+
+
+# ----------------------------------------------------------------------------------- sampler: the solvers
+
+GUIDED = {
+    "cfg1_n5":         dict(steps=5),
+    "cfg1.5_n5":       dict(steps=5, cfg=1.5),
+    "cfg1.5_n30":      dict(steps=30, cfg=1.5),
+    "interval2.1_n10": dict(steps=10, cfg=2.1, interval=(0, 800))
+}
+
+
+@each("key", GUIDED)
+@each("target", ["x0", "eps"])
+def test_sampler_golden(golden, target, key):
+    values, weights = golden("sampler")
+    model = from_official(weights, heads=4)
+    found = sampler(model, Diffusion(target=target), values["z"], values["y"], **GUIDED[key])
+    assert relative(found, values[f"out/{target}/{key}"]) < 1e-5
+    assert relative(found, values[f"out_official_float32_table/{target}/{key}"]) < 1e-3
+
+
+def edm_levels(steps):
+    """Equation 5 of Karras et al. 2022 from 80 to 0.002 with rho = 7, float64 (steps,), falling."""
+    high, low = 80 ** (1 / 7), 0.002 ** (1 / 7)
+    return torch.linspace(high, low, steps, dtype=torch.float64) ** 7
+
+
+@each("steps", [1, 7, 200])
+def test_timesteps_have_the_nearest_levels_to_edm_s_without_repeats(steps):
+    levels = torch.logspace(-5, 5, 50, dtype=torch.float64)
+    d = Diffusion(1 / (1 + levels ** 2))
+    nearest = (edm_levels(steps)[:, None] - levels).abs().argmin(1)
+    assert torch.equal(sampling_timesteps(d, steps), nearest.unique().flip(0))
+
+
+@each("solver, order", [("euler", 1), ("heun", 2), ("dpm++2m", 2)])
+def test_order_of_convergence(solver, order):
+    mean = MEANS[:1]
+    path = (80 * Z - mean) / math.hypot(0.3, 80)                             # does not change with the level
+    exact = mean + path * 0.3 ** 2 / math.hypot(0.3, 0.002)
+
+    def error(steps):
+        d = Diffusion(1 / (1 + edm_levels(steps).flip(0) ** 2))              # so that no level is rounded
+        found = sample(Mixture(d, mean, spread=0.3), d, 0 * LABELS, steps=steps, solver=solver)
+        return relative(found, exact)
+    slope = math.log2(error(80) / error(160))
+    assert order - 0.25 < slope < order + 0.5
+
+
+@each("solver", ["euler", "dpm++2m"])
+def test_euler_is_ddim_and_dpm_solver_is_ddim_with_x0_extrapolated_by_half_a_step(solver):
+    times = sampling_timesteps(D, 6)[:, None]
+    lam = D.snr[times].log()
+    x_t = D.q_sample(0 * Z, times[0], Z)
+    estimates = [smooth(x_t, times[0])]
+    for i in range(5):
+        x0 = estimates[i]
+        if solver == "dpm++2m" and i > 0:
+            slope = (x0 - estimates[i - 1]) / (lam[i] - lam[i - 1])
+            x0 = x0 + slope * (lam[i + 1] - lam[i]) / 2
+        x_t = D.q_sample(x0, times[i + 1], D.to_eps(x0, x_t, times[i]))
+        estimates.append(smooth(x_t, times[i + 1]))
+    found = [x0 for _, x0 in trajectory(smooth, D, Z, steps=6, solver=solver)]
+    assert relative(torch.stack(found), torch.stack(estimates)) < 1e-10
+
+
+@each_solver
+@each_target
+def test_samples_of_a_finite_set_are_its_images_and_the_same_for_every_target(target, solver):
+    d = Diffusion(target=target)
+    found = sample(Mixture(d, spread=0.0), d, NULL, solver=solver)
+    distance = (found[:, None] - MEANS).abs().flatten(2).amax(2)
+    assert distance.amin(1).max() < 0.05
+    assert relative(found, sample(Mixture(spread=0.0), D, NULL, solver=solver)) < 1e-9
+
+
+@each_solver
+@each("steps", [1, 2, 18])
 def test_a_constant_comes_back_exactly(steps, solver):
-    z, constant = torch.randn(B, C, H, W), torch.rand(B, C, H, W)
-    out = sampler(lambda x, t, y: constant, Diffusion(), z, steps=steps, solver=solver)
-    assert out.dtype == torch.float64 and torch.equal(out, constant.double())
+    found = sample(lambda x_t, t, y: X0, steps=steps, solver=solver)
+    assert torch.equal(found, X0)
 
 
-class Counted:
-    """A network that counts its rows and answers by class, the null label being 3."""
+def test_networks_run_in_the_noise_s_dtype_and_the_state_in_float64():
+    def network(x_t, t, y=None):
+        assert x_t.dtype == torch.float32
+        return x_t
+
+    def classifier(x_t, t):
+        return network(x_t, t).flatten(1)
+    found = sampler(network, D, Z.float(), LABELS, classifier=classifier)
+    assert found.dtype == torch.float64
+
+
+@each("how", [
+    dict(solver="ddim"),
+    dict(steps=0),
+    dict(cfg=2.0),
+    dict(classifier=smooth)
+])
+def test_the_sampler_refuses_what_it_does_not_know_and_guidance_without_labels(how):
+    with pytest.raises(ValueError):
+        sample(smooth, y=None, **how)
+
+
+# ------------------------------------------------------------ sampler: trajectory, clipping, its arguments
+
+@each_solver
+def test_a_trajectory_has_one_estimate_a_step_and_ends_with_the_sample(solver):
+    times, estimates = zip(*trajectory(smooth, D, Z, steps=12, solver=solver))
+    assert list(times) == sampling_timesteps(D, 12).tolist()
+    assert torch.equal(estimates[-1], sample(smooth, steps=12, solver=solver))
+
+
+def test_a_trajectory_has_no_gradients_and_leaves_its_caller_s_alone():
+    weight = torch.ones((), requires_grad=True)
+    for _, estimate in trajectory(lambda x_t, t, y: weight * x_t, D, Z):
+        assert not estimate.requires_grad
+        assert torch.is_grad_enabled()
+
+
+def test_clip_keeps_guided_estimates_within_their_range():
+    network = Mixture()
+    how = dict(cfg=3.0, classifier=network.classifier, clip=True)
+    estimates = [x0 for _, x0 in trajectory(network, D, Z, LABELS, **how)]
+    assert torch.stack(estimates).abs().max() == 1
+
+
+@each_solver
+def test_clip_changes_nothing_but_what_lies_outside(solver):
+    def inside(x_t, t, y):
+        return smooth(x_t, t).clamp(-1, 1)
+    expected = sample(inside, solver=solver)
+    assert torch.equal(sample(inside, solver=solver, clip=True), expected)
+    assert torch.equal(sample(smooth, solver=solver, clip=True), expected)
+
+
+class Moving(Diffusion):
+    """Every move is like one to another device: a new tensor takes the place of the old."""
+
+    def to(self, device):
+        self.snr = self.snr.clone()
+        return self
+
+
+def test_the_sampler_leaves_its_arguments_alone():
+    d, z = Moving(), Z.clone()
+    before = dict(vars(d))
+    sampler(Mixture(), d, z, LABELS, cfg=2.0)
+    assert all(value is before[name] for name, value in vars(d).items())
+    assert torch.equal(d.snr, D.snr) and torch.equal(z, Z)
+
+
+# ------------------------------------------------------------------------------------------ sampler: guidance
+
+@each_target
+def test_guidance_goes_from_the_unconditional_through_the_conditional(target):
+    d = Diffusion(target=target)
+    network = Mixture(d)
+
+    def guided(x_t, t, y):
+        return 1.5 * network(x_t, t, y) - 0.5 * network(x_t, t, NULL)
+    assert relative(sample(network, d, cfg=1.5), sample(guided, d)) < 1e-9
+
+
+class Recorder(list):
+    """A network that is the list of its calls: t and the number of rows."""
     num_classes = 3
 
-    def __init__(self):
-        self.rows, self.times = 0, []
-
-    def __call__(self, x, t, y):
-        self.rows += len(x)
-        self.times.append((t[0].item(), y is not None and (y == 3).any().item()))
-        return 0.5 * x + (y.view(-1, 1, 1, 1) if y is not None else 0)
+    def __call__(self, x_t, t, y):
+        self.append((t[0].item(), len(x_t)))
+        return x_t
 
 
-def test_unconditional_rows_run_only_where_needed():
-    y = torch.tensor([0, 1, 2, 1, 0])
-    for how, rows in ((dict(cfg=2.1), 118), (dict(cfg=2.1, interval=(0, 800)), 89), (dict(cfg=1.0), 59),
-                      (dict(cfg=2.1, solver="euler"), 60), (dict(cfg=1.0, solver="dpm++2m"), 30)):
-        model = Counted()
-        sampler(model, Diffusion(), torch.randn(B, C, H, W), y, steps=30, **how)
-        assert model.rows == rows * B, how
-        low, high = how.get("interval", (0, 999))
-        assert all(null == (how["cfg"] != 1 and low <= t <= high) for t, null in model.times)
+@each("how, rows", [
+    (dict(cfg=2.1, interval=(0, 800)), 89),
+    (dict(cfg=1.0), 59),
+    (dict(cfg=2.1, solver="dpm++2m"), 60)
+])
+def test_the_unconditional_half_runs_only_where_it_is_needed(how, rows):
+    network = Recorder()
+    sample(network, steps=30, **how)
+    assert sum(count for _, count in network) == rows * B
 
 
-def test_interval_ends_are_inclusive():
-    y = torch.tensor([0, 1, 2, 1, 0])
-    ts = sampling_timesteps(Diffusion(), 10)
-    for interval, guided in (((int(ts[6]), int(ts[3])), 4), ((int(ts[6]) + 1, int(ts[3]) - 1), 2)):
-        model = Counted()
-        sampler(model, Diffusion(), torch.randn(B, C, H, W), y, steps=10, cfg=3.0, interval=interval, solver="euler")
-        assert sum(null for _, null in model.times) == guided
+def test_the_ends_of_an_interval_are_inside_it():
+    network = Recorder()
+    times = sampling_timesteps(D, 10).tolist()
+    sample(network, steps=10, cfg=3.0, interval=(times[6], times[3]), solver="euler")
+    assert [t for t, count in network if count == 2 * B] == times[3:7]
 
 
-def test_guidance_formula_in_every_target():
-    """Guiding the network's output, whatever its target, is uncond + cfg (cond - uncond) on x0, on every channel."""
-    y, z = torch.tensor([0, 1, 2, 1, 0]), torch.randn(B, C, H, W, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    out = {}
-    for target in TARGETS:
-        d = Diffusion(target=target)
+@each_target
+@each_solver
+def test_an_exact_classifier_turns_a_mixture_into_its_component(solver, target):
+    d = Diffusion(target=target)
+    network = Mixture(d)
 
-        class Model:
-            num_classes = 3
+    def unconditional(x_t, t, y):
+        return network(x_t, t, NULL)
+    guided = sample(unconditional, d, classifier=network.classifier, solver=solver)
+    assert relative(guided, sample(network, d, solver=solver)) < 1e-9
 
-            def __call__(self, x, t, y):
-                a, s = d.alphas_cumprod[t].sqrt().view(-1, 1, 1, 1), (1 - d.alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1)
-                return as_target(d, torch.tanh(x + y.view(-1, 1, 1, 1) / 3), x, a, s)
 
-        class Guided:
-            def __call__(self, x, t, y):
-                cond, uncond = Model()(x, t, y), Model()(x, t, torch.full_like(y, 3))
-                return -0.5 * uncond + 1.5 * cond
-        out[target] = sampler(Model(), d, z, y, steps=8, cfg=1.5)
-        assert relative(out[target], sampler(Guided(), d, z, y, steps=8)) < 1e-10
-        assert torch.equal(sampler(Model(), d, z, y, steps=8, cfg=1.0), sampler(Model(), d, z, y, steps=8))
-    assert relative(out["eps"], out["x0"]) < 1e-9 and relative(out["v"], out["x0"]) < 1e-9
+@each("interval", [None, (0, 500)])
+def test_an_exact_classifier_adds_its_scale_to_cfg(interval):
+    network = Mixture()
+    how = dict(classifier=network.classifier, classifier_scale=0.5)
+    found = sample(network, cfg=2.0, interval=interval, **how)
+    assert relative(found, sample(network, cfg=2.5, interval=interval)) < 1e-9
