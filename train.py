@@ -94,12 +94,6 @@ MACHINE = "out resume accum compile grad_ckpt data_on_gpu dry_run new_weighting"
 FREE = "steps cfg sample_steps data vae_file log_every save_every sample_every".split()
 
 
-def weighting_name(text):
-    if text not in WEIGHTINGS and not text.endswith(".csv"):
-        raise argparse.ArgumentTypeError(f"found {text}, expected {', '.join(WEIGHTINGS)} or a FILE.csv")
-    return text
-
-
 def parse():
     """-> the flags, and the state of the run to resume, None for a new one. What is left out of the command line
     takes the preset's value, on --resume the run's own.
@@ -111,7 +105,7 @@ def parse():
     add("--dataset", default="shapes", help=f"{', '.join(DATASETS)}, or any packed data/NAME")
     add("--model", choices=MODELS, help="network")
     add("--target", choices=TARGETS, help="what the network predicts")
-    add("--weighting", type=weighting_name, help=f"of the loss over t, defined on x0: {', '.join(WEIGHTINGS)}, or a "
+    add("--weighting", help=f"of the loss over t, defined on x0: {', '.join(WEIGHTINGS)}, or a "
         "table FILE.csv whose column `weight` has T rows")
     add("--out", type=Path, help="folder of the run (default: out/DATASET)")
     add("--resume", action="store_true", help="go on with the run in --out")
@@ -162,7 +156,7 @@ def parse():
     known = parser.parse_args(words)                                         # what was written, to find the rest
     out = known.out or Path("out") / known.dataset
     state = read(out) if known.resume else None
-    if state and not {"model", "ema", "optimizer", "step", "config", "tally"} <= state.keys():
+    if state and "optimizer" not in state:
         raise BadInput(f"{out}: its ckpt.pt is no checkpoint to resume from")
     defaults = state["config"] if state else preset(known.dataset, known.model, known.target)
     parser.set_defaults(**defaults)
@@ -350,9 +344,10 @@ def metrics_of(step, tally):
 def log(metrics, out):
     """Add one line to log.csv: the place for wandb, TensorBoard or your own."""
     with open(out / "log.csv", "a", newline="") as file:
+        writer = csv.DictWriter(file, metrics, lineterminator="\n")
         if file.tell() == 0:
-            print(*metrics, sep=",", file=file)
-        print(*(f"{value:.9g}" for value in metrics.values()), sep=",", file=file)
+            writer.writeheader()
+        writer.writerow(metrics)
 
 
 def cut_log(out, step):
@@ -364,18 +359,16 @@ def cut_log(out, step):
     replace(file, lambda f: f.write("".join(kept).encode()))
 
 
-def sanity(model, config, data, n=256):
-    """FD-pixels to 2,048 of the data's images, of n samples and of n real images that were not trained on."""
-    how = dict(steps=config["sample_steps"], cfg=config["cfg"])
-    drawn = draw(model, config, range(n), **how)
+def sanity(model, config, n=256):
+    """FD-pixels between n samples and 2,048 of the built-in images."""
+    drawn = draw(model, config, range(n), steps=config["sample_steps"], cfg=config["cfg"])
     real, _ = shapes(range(2048), config["size"])
-    unseen, _ = shapes(range(len(data), len(data) + n), config["size"])
-    return fd_pixels(drawn, real), fd_pixels(unseen, real)
+    return fd_pixels(drawn, real)
 
 
 # ------------------------------------------------------------------------------------------------- dry run
 
-def dry_run(config, model, ema, optimizer, diffusion, parts, micro, world, device):
+def dry_run(config, model, ema, optimizer, diffusion, tally, skipped, parts, micro, world):
     """Print the configuration, FLOPs, and what a step of `parts` times `micro` images takes here, measured on
     random numbers: a micro-batch, or on a CPU as many of its images as take seconds.
     """
@@ -386,14 +379,13 @@ def dry_run(config, model, ema, optimizer, diffusion, parts, micro, world, devic
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         build_model(config)(torch.empty(1, C, S, S), t, t)
     forward = counter.get_total_flops() / 1e9
+    weight = next(model.parameters())
     n = micro
-    if device.type == "cpu":
+    if weight.device.type == "cpu":
         n = max(1, min(micro, int(100 / forward)))
-    x = torch.randn(n, C, S, S, device=device).to(next(model.parameters()).dtype)
-    t = torch.zeros(n, dtype=torch.long, device=device)
+    x = torch.randn(n, C, S, S).to(weight)
+    t = torch.zeros(n, dtype=torch.long, device=weight.device)
     batch = x, t, x, t, torch.ones_like(t)
-    tally = torch.zeros(10, 4, dtype=torch.float64, device=device)
-    skipped = torch.zeros((), device=device)
     for _ in range(2):                                                       # the first is not warm
         since = time.monotonic()
         backward(model, diffusion, batch, tally, config)
@@ -517,9 +509,12 @@ def main():
         raise BadInput(str(error)) from None
     diffusion.to(device)
     introduce(args, config, model, diffusion, data, micro, world, device)
-    if args.dry_run:
-        return rank or dry_run(config, model, ema, optimizer, diffusion, args.accum, micro, world, device)
     tally = torch.zeros(10, 4, dtype=torch.float64, device=device)           # sums since the last log line
+    skipped = torch.zeros((), device=device)                                 # updates left out since then
+    if args.dry_run and rank == 0:
+        dry_run(config, model, ema, optimizer, diffusion, tally, skipped, args.accum, micro, world)
+    if args.dry_run:
+        return
     if state and rank == 0:
         tally += state["tally"].to(tally)
     first = state["step"] if state else 0
@@ -534,10 +529,10 @@ def main():
         model.compile()                                                      # in place: names stay plain
     if args.data_on_gpu:
         data.to(device)
-    train(args, config, data, diffusion, weights, model, ema, optimizer, tally, first)
+    train(args, config, data, diffusion, weights, model, ema, optimizer, tally, skipped, first)
 
 
-def train(args, config, data, diffusion, weights, model, ema, optimizer, tally, first):
+def train(args, config, data, diffusion, weights, model, ema, optimizer, tally, skipped, first):
     """The training loop, from step `first` on."""
     rank, world, device = processes()
     ckpt = args.out / "ckpt.pt"
@@ -560,7 +555,6 @@ def train(args, config, data, diffusion, weights, model, ema, optimizer, tally, 
         parts = draw_step(data, config, diffusion, step, slice(rank * B // world, (rank + 1) * B // world))
         return [part.pin_memory() if device.type == "cuda" and part.device.type == "cpu" else part for part in parts]
     batches = ahead(make_batch, first, steps, threads=4 if device.type == "cuda" else 1)
-    skipped = torch.zeros((), device=device)                                 # updates left out since the last save
     ours = stamp(ckpt)
     since, waited, mark = time.monotonic(), 0.0, first
     lost, stop, done = "", 0, first
@@ -637,8 +631,7 @@ def train(args, config, data, diffusion, weights, model, ema, optimizer, tally, 
         say(f"stopped; checkpoint of step {done}: {ckpt}; go on with --resume")
         sys.exit(128 + stop)
     if rank == 0 and config["dataset"] == "shapes":
-        found, floor = sanity(ema, config, data)
-        say(f"FD-pixels {found:.3f} of 256 samples (256 other real images: {floor:.3f})")
+        say(f"FD-pixels {sanity(ema, config):.3f} of 256 samples")
     if rank == 0:
         say(picture(ema, config, args.out, steps, device))
 

@@ -53,7 +53,7 @@ FORKS.set_forkserver_preload(["conftest", "train"])   # the last: of meta tensor
 def forked(words, folder, env, file, change=None, whole=False):
     """A script as if started by itself: its folder, environment, arguments, output, exit code; first change()."""
     if not whole:                                                            # nor 2,560 images for one printed line
-        sample.MODELS["vit-tiny"], train.sanity = SMALL, lambda *_: (0, 0)
+        sample.MODELS["vit-tiny"], train.sanity = SMALL, lambda *_: 0.0
     os.chdir(folder)
     os.environ.update(env)
     torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
