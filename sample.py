@@ -233,6 +233,26 @@ def claim(folder, protocol):
             raise BadInput(f"--out {folder}: holds samples with {key} {found!r}, not {expected!r}")
 
 
+def save_images(out, protocol, batch_size, model, config, how):
+    """The images of a protocol in the folder `out`, or in the .npz `out`, which is made of such a folder."""
+    n = protocol["n"]
+    npz = out.suffix == ".npz"
+    folder = out.with_name(out.name + ".parts") if npz else out
+    if npz and out.exists():
+        raise BadInput(f"--out {out}: exists already")
+    claim(folder, protocol)
+    save_folder(folder, n, batch_size, lambda ks: draw(model, config, ks, **how))
+    rank, *_ = processes()
+    if rank > 0:
+        return
+    wait_for_others(folder, n)
+    if npz:
+        labels = [start(how["seed"], k, how["labels"], model)[0] for k in range(n)]
+        write_json(out.with_suffix(".protocol.json"), protocol)
+        save_npz(out, folder, n, labels)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 # ------------------------------------------------------------------------------------------- command line
 
 def parse_classes(text, names, count):
@@ -295,54 +315,37 @@ def main():
     args = parse()
     rank, _, device = processes()
     ckpt = Path(args.ckpt)
-    ckpt = ckpt / "ckpt.pt" if ckpt.is_dir() else ckpt
+    if ckpt.is_dir():
+        ckpt = ckpt / "ckpt.pt"
     args.out = args.out or ckpt.parent / "samples.png"
     if args.out.suffix not in ("", ".png", ".npz") and not args.out.is_dir():
         raise BadInput(f"--out {args.out}: expected a .png grid, an .npz, or a folder for PNGs")
     model, config = load_checkpoint(ckpt, args.raw, args.target)
-    classifier = find_classifier(args.classifier, model) if args.classifier else None
     how = settle(args, model, config)
     weights = f"EMA {config['ema']}" if config["ema"] else "as released"
     if args.raw:
         weights = "raw"
     say(f"{ckpt}: {config['target']} prediction, weights: {weights} @ step {config['step']}; "
         f"{how['solver']} {how['steps']} steps, cfg {how['cfg']}")
+    protocol = dict(how, step=config["step"], weights=weights, target=config["target"], dataset=config["dataset"],
+                    n=args.n or 64, dtype="float32")
 
     torch.backends.cudnn.allow_tf32 = False                                  # float32 means float32
     model = to_device(model, device)
     vae = find_vae(config, device, args.vae)
-    tools = dict(vae=vae)
-    if classifier:
-        tools.update(classifier=to_device(classifier, device), classifier_scale=args.classifier_scale)
-    if args.out.suffix == ".png":
-        if rank == 0:
-            grid(model, config, args.out, args.n, args.batch_size, **tools, **how)
-            print(args.out.resolve())
-        return
-
-    # images into a folder, each under its number; an npz is made of such a folder
-    n = args.n or 64
-    npz = args.out.suffix == ".npz"
-    folder = args.out.with_name(args.out.name + ".parts") if npz else args.out
-    if npz and args.out.exists():
-        raise BadInput(f"--out {args.out}: exists already")
-    protocol = dict(checkpoint=hash_file(ckpt), step=config["step"], weights=weights, n=n, dtype="float32", **how,
-                    target=config["target"], dataset=config["dataset"])
     if vae:
-        protocol.update(vae=vae.sha256)
-    if classifier:
-        protocol.update(classifier=hash_file(args.classifier), classifier_scale=args.classifier_scale)
-    claim(folder, protocol)
-    save_folder(folder, n, args.batch_size, lambda ks: draw(model, config, ks, **tools, **how))
-    if rank > 0:
-        return
-    wait_for_others(folder, n)
-    if npz:
-        labels = [start(args.seed, k, how["labels"], model)[0] for k in range(n)]
-        write_json(args.out.with_suffix(".protocol.json"), protocol)
-        save_npz(args.out, folder, n, labels)
-        shutil.rmtree(folder, ignore_errors=True)
-    print(args.out.resolve())
+        how["vae"] = vae
+        protocol["vae"] = vae.sha256
+    if args.classifier:
+        how["classifier"] = to_device(find_classifier(args.classifier, model), device)
+        how["classifier_scale"] = protocol["classifier_scale"] = args.classifier_scale
+        protocol["classifier"] = hash_file(args.classifier)
+    if args.out.suffix != ".png":
+        protocol["checkpoint"] = hash_file(ckpt)
+        save_images(args.out, protocol, args.batch_size, model, config, how)
+    elif rank == 0:
+        grid(model, config, args.out, args.n, args.batch_size, **how)
+    say(args.out.resolve())
 
 
 if __name__ == "__main__":
