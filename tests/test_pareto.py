@@ -349,7 +349,7 @@ def test_a_curve_is_the_mean_and_its_band_the_range(command, axes, tmp_path):
 def test_bars_are_means_over_files(command, axes, tmp_path):
     (tmp_path / "a.csv").write_text("weighting,over\nugd,1\nsnr,2\n")
     (tmp_path / "b.csv").write_text("weighting,over\nugd,1\nsnr,4\n")
-    words = ("--x", "weighting", "--y", "over", "--logy", "--out", "a.svg")
+    words = ("--x", "weighting", "--y", "over", "--out", "a.svg")
     command(figures, "bars", "a.csv", "b.csv", *words)
     assert [bar.get_height() for bar in axes[0].patches] == [1, 3]
 
