@@ -123,8 +123,11 @@ def test_a_killed_write_leaves_the_old_file(old):
     assert old.read_text() == "old"
 
 
+BIG = dict(w=torch.zeros(9_999))                                             # larger than the file's buffer
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-@pytest.mark.parametrize("write", [lambda file: file.write(b"new"), lambda file: torch.save({}, file)])
+@pytest.mark.parametrize("write", [lambda file: file.write(b"new"), lambda file: torch.save(BIG, file)])
 def test_a_full_disk_is_one_line(old, write):
     Path("a.pt.0.part").symlink_to("/dev/full")
     with pytest.raises(BadInput, match=r"a.pt: cannot be written \(No space left on device\)"):
