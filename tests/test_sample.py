@@ -16,7 +16,7 @@ import model_vit
 import sample
 from data import tile
 from diffusion import Diffusion, sampler
-from files import BadInput, hash_file, read_json
+from files import BadInput, read_json
 from model_vit import SIZES, ViT
 from sample import load_checkpoint, parse_classes, start, to_uint8
 
@@ -33,10 +33,8 @@ CONFIG = dict(
     ema=0.9,
     cfg=1.5,
     sample_steps=4,
-    interval=[0, 150],
 )
-RUN = Diffusion("linear", 200, "v")
-SETTINGS = dict(steps=4, cfg=1.5, interval=[0, 150])
+SETTINGS = dict(steps=4, cfg=1.5)
 MODEL = ViT(**NETWORK)
 
 
@@ -79,18 +77,21 @@ def refused(main):
 
 
 def pictures(path):
-    """int (N,S,S,3) of a folder or an npz."""
+    """uint8 (N,S,S,3) of a folder or an npz."""
     if path.endswith(".npz"):
-        return np.load(path)["arr_0"].astype(int)
+        return np.load(path)["arr_0"]
     files = sorted(Path(path).glob("*.png"))
-    return np.stack([np.asarray(Image.open(file)) for file in files]).astype(int)
+    return np.stack([Image.open(file) for file in files])
 
 
-def by_hand(model, n, labels, diffusion=RUN, seed=0, **how):
-    """Images 0 .. n-1 in one batch, int (n,S,S,C)."""
+near = partial(np.allclose, rtol=0, atol=1)      # equal but for the rounding of other batches
+
+
+def by_hand(model, n, labels, diffusion=Diffusion("linear", 200, "v"), seed=0, **how):
+    """Images 0 .. n-1 in one batch, uint8 (n,S,S,C)."""
     y, z = zip(*[start(seed, k, labels, model) for k in range(n)])
     x = sampler(model, diffusion, torch.stack(z), torch.tensor(y), **how)
-    return to_uint8(x).permute(0, 2, 3, 1).int().numpy()
+    return to_uint8(x).permute(0, 2, 3, 1).numpy()
 
 
 # ------------------------------------------------------------------------------------------------- images
@@ -124,7 +125,7 @@ def test_image_k_depends_on_the_seed_and_k(main):
     expected = pictures("by8")
     for name in ("by1", "by3", "few", "two.npz"):
         found = pictures(name)
-        assert np.abs(found - expected[:len(found)]).max() <= 1, name
+        assert near(found, expected[:len(found)]), name
     main("--seed 6 --n 8 --out other")
     images = np.concatenate([expected, pictures("other")])
     assert len(np.unique(images, axis=0)) == 16
@@ -150,8 +151,8 @@ def test_only_the_checkpoint_is_needed_for_a_grid(main):
     model, _ = load_checkpoint("ckpt.pt")
     images = by_hand(model, 40, "balanced", **SETTINGS)
     sheet = tile(images.transpose(0, 3, 1, 2), 5)                            # a class to a column
-    expected = np.asarray(sheet).repeat(8, 0).repeat(8, 1).astype(int)
-    assert np.abs(np.asarray(Image.open("samples.png")) - expected).max() <= 1
+    expected = np.asarray(sheet).repeat(8, 0).repeat(8, 1)
+    assert near(Image.open("samples.png"), expected)
 
 
 # ------------------------------------------------------------------------------------------------ on disk
@@ -163,9 +164,7 @@ def test_folder_and_npz_hold_the_same_images_and_protocol(main):
     assert np.array_equal(file["arr_0"], pictures("folder"))
     assert file["arr_0"].dtype == np.uint8
     assert file["arr_1"].tolist() == [start(0, k, "random", MODEL)[0] for k in range(7)]
-    protocol = read_json("folder/protocol.json")
-    assert protocol == read_json("a.protocol.json")
-    assert protocol["checkpoint"] == hash_file("ckpt.pt")
+    assert read_json("folder/protocol.json") == read_json("a.protocol.json")
     assert not Path("a.npz.parts").exists()
 
 
@@ -244,12 +243,11 @@ def test_a_folder_of_another_checkpoint_is_refused(main, refused):
     assert "holds samples with checkpoint " in refused("--n 1 --out folder")
 
 
-def test_what_is_not_of_this_run_is_left_alone(refused):
+def test_what_is_not_of_this_run_is_refused(refused):
     Image.new("RGB", (8, 8)).save("a.png")
     assert "without protocol.json" in refused("--out .")
     Path("old.npz").write_text("mine")
     assert "exists already" in refused("--out old.npz")
-    assert Path("old.npz").read_text() == "mine"
 
 
 # ------------------------------------------------------------------------------------- flags and refusals
@@ -265,16 +263,17 @@ def test_classes_by_name_and_number(text, expected):
     assert parse_classes(text, NAMES, 5) == expected
 
 
-@pytest.mark.parametrize("text, named", [
-    ("tenc", "of the 5 classes"),
-    ("5", "of the 5 classes"),
-    ("-1", "of the 5 classes"),
-    ("9" * 30, "of the 5 classes"),
-    ("TEN", "classes 1 and 2 have this name"),
+@pytest.mark.parametrize("text, found", [
+    ("tenc", []),
+    ("5", []),
+    ("-1", []),
+    ("9" * 30, []),
+    ("TEN", [1, 2]),
 ])
-def test_unknown_and_ambiguous_classes_are_refused(text, named):
-    with pytest.raises(BadInput, match=named):
+def test_unknown_and_ambiguous_classes_are_refused(text, found):
+    with pytest.raises(BadInput) as error:
         parse_classes(text, NAMES, 5)
+    assert f"fits classes {found}" in str(error.value)
 
 
 @pytest.mark.parametrize("flags", [
@@ -340,7 +339,7 @@ def test_latents_are_decoded_by_the_vae_of_the_data(main, monkeypatch):
     assert "warning: vae.pt is not the file" in main("--n 3 --out a.npz")
     model, _ = load_checkpoint("ckpt.pt")
     expected = by_hand(model, 3, "random", **SETTINGS)[..., :3]
-    assert np.abs(pictures("a.npz") - expected).max() <= 1
+    assert near(pictures("a.npz"), expected)
 
 
 def test_a_latent_model_asks_for_its_vae(refused):
@@ -394,9 +393,8 @@ def test_public_weights_that_do_not_fit_are_refused(public, refused):
     assert "give --target" in refused("", ckpt="unet_adm.pt")
     assert "no checkpoint of this project" in refused("", ckpt="classifier.pt")
     assert "--classifier unet_adm.pt" in refused("--classifier unet_adm.pt")
-    assert "img_size is 16, the network's is 8" in refused("--classifier classifier.pt")
     save(network={**NETWORK, "img_size": 16})
-    assert "num_classes is 10, the network's is 5" in refused("--classifier classifier.pt")
+    assert "(3, 16, 10), the network for (3, 16, 5)" in refused("--classifier classifier.pt")
 
 
 @pytest.mark.parametrize("size, shape, target, steps", [
