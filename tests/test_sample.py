@@ -25,7 +25,7 @@ CONFIG = dict(
     dataset="toy",
     model="vit-tiny",
     network=NETWORK,
-    class_names=["a", "b", "c", "d", "e"],
+    class_names=list("abcde"),
     schedule="linear",
     T=200,
     target="v",
@@ -120,12 +120,10 @@ def test_the_label_follows_the_rule_and_the_noise_does_not(rule, expected):
 def test_image_k_depends_on_the_seed_and_k(main):
     for size in (1, 3, 8):
         main(f"--seed 5 --n 8 --batch-size {size} --out by{size}")
-    main("--seed 5 --n 2 --out few")
     main("--seed 5 --count 8 --out two.npz", processes=2)
     expected = pictures("by8")
-    for name in ("by1", "by3", "few", "two.npz"):
-        found = pictures(name)
-        assert near(found, expected[:len(found)]), name
+    for name in ("by1", "by3", "two.npz"):
+        assert near(pictures(name), expected)
     main("--seed 6 --n 8 --out other")
     images = np.concatenate([expected, pictures("other")])
     assert len(np.unique(images, axis=0)) == 16
@@ -150,14 +148,13 @@ def test_only_the_checkpoint_is_needed_for_a_grid(main):
     main("--batch-size 16")
     model, _ = load_checkpoint("ckpt.pt")
     images = by_hand(model, 40, "balanced", **SETTINGS)
-    sheet = tile(images.transpose(0, 3, 1, 2), 5)                            # a class to a column
-    expected = np.asarray(sheet).repeat(8, 0).repeat(8, 1)
-    assert near(Image.open("samples.png"), expected)
+    expected = tile(images.transpose(0, 3, 1, 2), 5)                         # a class to a column
+    assert near(Image.open("samples.png").reduce(8), expected)               # small images are shown larger
 
 
 # ------------------------------------------------------------------------------------------------ on disk
 
-def test_folder_and_npz_hold_the_same_images_and_protocol(main):
+def test_folder_and_npz_hold_the_same_images_and_protocol(main, refused):
     main("--n 7 --out folder")
     main("--n 7 --out a.npz")
     file = np.load("a.npz")
@@ -166,12 +163,20 @@ def test_folder_and_npz_hold_the_same_images_and_protocol(main):
     assert file["arr_1"].tolist() == [start(0, k, "random", MODEL)[0] for k in range(7)]
     assert read_json("folder/protocol.json") == read_json("a.protocol.json")
     assert not Path("a.npz.parts").exists()
+    assert "exists already" in refused("--n 7 --out a.npz")
+
+
+def test_the_first_process_waits_for_the_others(main, monkeypatch):
+    """Here sleep stands for process 1, which comes with its image late."""
+    monkeypatch.setattr(sample, "processes", lambda: (0, 2, torch.device("cpu")))
+    white = Image.new("RGB", (8, 8), "white")
+    monkeypatch.setattr(sample.time, "sleep", lambda _: white.save("a.npz.parts/000001.png"))
+    main("--n 2 --out a.npz")
+    assert pictures("a.npz")[1].min() == 255
 
 
 def test_an_npz_is_written_image_by_image(tmp_path, monkeypatch):
-    def load(path):
-        return Image.new("RGB", (64, 64), int(path.stem))
-    monkeypatch.setattr(sample, "load_image", load)
+    monkeypatch.setattr(sample, "load_image", lambda path: Image.new("RGB", (64, 64), int(path.stem)))
     tracemalloc.start()
     sample.save_npz("a.npz", tmp_path, 250, [0])
     _, peak = tracemalloc.get_traced_memory()
@@ -201,7 +206,6 @@ def test_a_killed_run_is_finished_to_the_same_bytes(main, out, name, last):
     flags = "--n 11 --batch-size 4 --out"
     main(f"{flags} whole/{out}")
     main(f"{flags} {out}", code=9, change=partial(die_at, name, last))
-    assert not Path("a.npz").exists()
     main(f"{flags} {out}")
     for file in Path("whole").rglob("*.*"):
         assert Path(*file.parts[1:]).read_bytes() == file.read_bytes(), file
@@ -243,11 +247,9 @@ def test_a_folder_of_another_checkpoint_is_refused(main, refused):
     assert "holds samples with checkpoint " in refused("--n 1 --out folder")
 
 
-def test_what_is_not_of_this_run_is_refused(refused):
+def test_images_without_a_protocol_are_refused(refused):
     Image.new("RGB", (8, 8)).save("a.png")
     assert "without protocol.json" in refused("--out .")
-    Path("old.npz").write_text("mine")
-    assert "exists already" in refused("--out old.npz")
 
 
 # ------------------------------------------------------------------------------------- flags and refusals
@@ -266,7 +268,6 @@ def test_classes_by_name_and_number(text, expected):
 @pytest.mark.parametrize("text, found", [
     ("tenc", []),
     ("5", []),
-    ("-1", []),
     ("9" * 30, []),
     ("TEN", [1, 2]),
 ])
@@ -278,18 +279,13 @@ def test_unknown_and_ambiguous_classes_are_refused(text, found):
 
 @pytest.mark.parametrize("flags", [
     "--n 0",
-    "--n 1.5",
     "--steps 0",
     "--steps 10001",
     "--batch-size 0",
     "--seed -1",
     "--cfg nan",
-    "--cfg -1",
     "--classifier-scale nan",
-    "--solver ddim",
-    "--target noise",
     "--target eps",
-    "--labels odd",
     "--labels random --classes a",
     "--classes z",
     "--out a.jpg",
@@ -338,8 +334,7 @@ def test_latents_are_decoded_by_the_vae_of_the_data(main, monkeypatch):
     monkeypatch.setattr(sample, "load_vae", {"vae.pt": Decoder()}.get)
     assert "warning: vae.pt is not the file" in main("--n 3 --out a.npz")
     model, _ = load_checkpoint("ckpt.pt")
-    expected = by_hand(model, 3, "random", **SETTINGS)[..., :3]
-    assert near(pictures("a.npz"), expected)
+    assert near(pictures("a.npz"), by_hand(model, 3, "random", **SETTINGS)[..., :3])
 
 
 def test_a_latent_model_asks_for_its_vae(refused):
@@ -385,13 +380,16 @@ def test_weights_of_adm_and_its_classifier(public, main, flags, scale):
     how = dict(steps=2, classifier=guide, classifier_scale=scale)
     expected = by_hand(model, 3, [1, 7], Diffusion("cosine", 1000, "eps"), **how)
     assert np.array_equal(pictures("a.npz"), expected)
-    protocol = read_json("a.protocol.json")
-    assert protocol.get("classifier_scale", 0) == scale
+
+
+def test_the_classifier_is_part_of_the_protocol(public, main, refused):
+    main("--cfg 1 --n 1 --steps 1 --out folder", ckpt="adm.pt")
+    text = refused(f"--cfg 1 --n 1 --steps 1 --out folder {GUIDED}", ckpt="adm.pt")
+    assert "folder: holds samples with classifier None" in text
 
 
 def test_public_weights_that_do_not_fit_are_refused(public, refused):
     assert "give --target" in refused("", ckpt="unet_adm.pt")
-    assert "no checkpoint of this project" in refused("", ckpt="classifier.pt")
     assert "--classifier unet_adm.pt" in refused("--classifier unet_adm.pt")
     save(network={**NETWORK, "img_size": 16})
     assert "(3, 16, 10), the network for (3, 16, 5)" in refused("--classifier classifier.pt")
@@ -405,7 +403,6 @@ def test_released_files_are_known_by_their_shapes(size, shape, target, steps):
     with torch.device("meta"):
         model = ViT(*shape, num_classes=1000, **SIZES[size])
         _, config = sample.load_released("file.pt", model.state_dict())
-    expected = dict(target=target, sample_steps=steps, cfg=1.5)
-    assert config.items() >= expected.items()
+    assert config.items() >= dict(target=target, sample_steps=steps, cfg=1.5).items()
     assert config["drop"] > 0
     assert config["class_names"][1].startswith("goldfish")
