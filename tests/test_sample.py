@@ -1,293 +1,408 @@
-"""Sampling from checkpoints: image k depends on (checkpoint, seed, k) alone; what is refused."""
-import hashlib
-import json
+"""Sampling: image k depends on the checkpoint, the seed and k; what lies on disk; what is refused."""
 import os
-import pickle
-import time
-import zipfile
+import signal
+import sys
+import tracemalloc
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from files import BadInput
+import model_unet
+import model_vit
+import sample
+from data import tile
 from diffusion import Diffusion, sampler
-from sample import (RELEASED, find_classifier, build_model, draw, grid, load_checkpoint, parse_classes, read, start,
-                    to_uint8)
-from train import SIZES as NETWORKS, preset
+from files import BadInput, read_json
+from model_vit import SIZES, ViT
+from sample import load_checkpoint, parse_classes, start, to_uint8
 
-SIZES = dict(img_size=8, patch_size=2, in_channels=3, num_classes=5, dim=48, depth=2, heads=4)
+NETWORK = dict(img_size=8, patch_size=2, in_channels=3, num_classes=5, dim=48, depth=2, heads=4, T=200)
+CONFIG = dict(
+    dataset="toy",
+    model="vit-tiny",
+    network=NETWORK,
+    class_names=list("abcde"),
+    schedule="linear",
+    T=200,
+    target="v",
+    drop=0.1,
+    ema=0.9,
+    cfg=1.5,
+    sample_steps=4,
+)
+SETTINGS = dict(steps=4, cfg=1.5)
+MODEL = ViT(**NETWORK)
+
+
+def save(**change):
+    """Write ckpt.pt, whose EMA weights differ from the others; both answer loudly."""
+    state = dict(step=3, config={**CONFIG, **change})
+    for seed, part in enumerate(["model", "ema"]):
+        torch.manual_seed(seed)
+        model = ViT(**state["config"]["network"])
+        torch.nn.init.normal_(model.linear_projection.weight, std=0.1)
+        state[part] = model.state_dict()
+    torch.save(state, "ckpt.pt")
+    return state
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path, monkeypatch):
+    """The state in ckpt.pt, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return save()
 
 
 @pytest.fixture
-def ckpt(tmp_path):
-    """A checkpoint whose EMA weights answer loudly and differ from the raw ones."""
-    config = dict(dataset="toy", network=SIZES, target="x0", schedule="cosine", T=1000, drop=0.1, ema=0.9, cfg=1.5, sample_steps=4,
-                  classes=["a", "b", "c", "d", "e"])
-    states = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        model = build_model(config)
-        torch.nn.init.normal_(model.linear_projection.weight, std=0.1)
-        states.append(model.state_dict())
-    torch.save(dict(model=states[0], ema=states[1], optimizer={}, step=3, config=config), tmp_path / "ckpt.pt")
-    return tmp_path / "ckpt.pt"
+def main(script, monkeypatch, capsys):
+    """main("--n 3") runs sample.py, as a script where `how` is given, and returns what it printed."""
+    def call(flags, ckpt="ckpt.pt", **how):
+        words = ["sample.py", "--ckpt", ckpt, *flags.split()]
+        if how:
+            return script(*words, **how)
+        monkeypatch.setattr(sys, "argv", words)
+        sample.main()
+        return capsys.readouterr().out
+    return call
 
 
-def test_to_uint8():
-    levels = torch.arange(256)
-    assert torch.equal(to_uint8(levels.float() / 127.5 - 1), levels.to(torch.uint8))
-    assert to_uint8(torch.tensor([-9.0, 9.0, 0.0, -1 + 0.99 / 255, -1 + 1.01 / 255])).tolist() == [0, 255, 128, 0, 1]
+@pytest.fixture
+def refused(main):
+    """refused("--n 0") is the one line that sample.py ends with."""
+    return partial(main, code=2)
 
 
-def test_image_k_depends_on_k_alone(ckpt, script, tmp_path):
-    model, config = load_checkpoint(ckpt)
-    y, z = zip(*(start(0, k, "random", SIZES) for k in range(8)))
-    out = {}
-    for size in (1, 3, 8):
-        ks = [list(range(i, min(i + size, 8))) for i in range(0, 8, size)]
-        for part in ks:
-            again = [start(0, k, "random", SIZES) for k in part]
-            assert all(label == y[k] and torch.equal(noise, z[k]) for k, (label, noise) in zip(part, again))
-        out[size] = torch.cat([sampler(model, Diffusion(), torch.stack([z[k] for k in part]), torch.tensor([y[k] for k in part]), 4, 1.5)
-                               for part in ks])
-    assert (out[1] - out[8]).abs().max() < 1e-4 and (out[3] - out[8]).abs().max() < 1e-4 and out[8].std() > 0.1
-    words = ("--ckpt", ckpt, "--count", 8, "--labels", "random")
-    script("sample.py", *words, "--out", "one")
-    script("sample.py", *words, "--out", "two", processes=2)
-    script("sample.py", *words, "--out", "three", "--batch-size", 3)
-    for k in range(8):
-        images = [np.asarray(Image.open(tmp_path / run / f"{k:06d}.png")).astype(int) for run in ("one", "two", "three")]
-        assert np.abs(images[0] - images[1]).max() <= 1 and np.abs(images[0] - images[2]).max() <= 1
-        assert np.abs(images[0] - to_uint8(out[8][k]).permute(1, 2, 0).numpy()).max() <= 1
+def pictures(path):
+    """uint8 (N,S,S,3) of a folder or an npz."""
+    if path.endswith(".npz"):
+        return np.load(path)["arr_0"]
+    files = sorted(Path(path).glob("*.png"))
+    return np.stack([Image.open(file) for file in files])
 
 
-def test_draw_uses_the_target_schedule_and_solver_of_the_run(ckpt):
-    model, config = load_checkpoint(ckpt)
-    config.update(target="v", schedule="linear", T=200)
-    y, z = zip(*(start(3, k, [1, 4], SIZES) for k in range(5)))
-    for how in (dict(steps=6, cfg=2.0, solver="euler"), dict(steps=3, cfg=1.0), dict(steps=5, cfg=3.0, interval=(0, 90))):
-        by_hand = sampler(model, Diffusion("linear", 200, "v"), torch.stack(z), torch.tensor(y), **how)
-        assert torch.equal(draw(model, config, range(5), seed=3, labels=[1, 4], **how), to_uint8(by_hand))
+near = partial(np.allclose, rtol=0, atol=1)      # equal but for the rounding of other batches
 
 
-def test_a_grid_goes_on_after_64(ckpt, tmp_path):
-    model, config = load_checkpoint(ckpt)
-    grid(model, config, tmp_path / "grid.png", n=70, steps=1, cfg=1.0)
-    sheet = np.asarray(Image.open(tmp_path / "grid.png"))[::8, ::8].reshape(14, 8, 5, 8, 3).transpose(0, 2, 1, 3, 4).reshape(70, -1)
-    assert len(np.unique(sheet, axis=0)) == 70
+def by_hand(model, n, labels, diffusion=Diffusion("linear", 200, "v"), seed=0, **how):
+    """Images 0 .. n-1 in one batch, uint8 (n,S,S,C)."""
+    y, z = zip(*[start(seed, k, labels, model) for k in range(n)])
+    x = sampler(model, diffusion, torch.stack(z), torch.tensor(y), **how)
+    return to_uint8(x).permute(0, 2, 3, 1).numpy()
 
 
-def test_start_noise_is_unit_normal_and_labels_follow_the_rule():
-    y, z = zip(*(start(3, k, "random", SIZES) for k in range(2000)))
+# ------------------------------------------------------------------------------------------------- images
+
+def test_to_uint8_rounds_and_clips():
+    x = torch.tensor([-9, 0.4, 0.6, 127.4, 999]) / 127.5 - 1
+    assert to_uint8(x).tolist() == [0, 0, 1, 127, 255]
+
+
+def test_noise_is_unit_normal_and_labels_are_uniform():
+    y, z = zip(*[start(3, k, "random", MODEL) for k in range(2000)])
     z = torch.stack(z)
-    assert abs(z.mean()) < 0.01 and abs(z.std() - 1) < 0.01 and np.bincount(y, minlength=5).min() > 340
-    assert [start(3, k, "balanced", SIZES)[0] for k in range(7)] == [0, 1, 2, 3, 4, 0, 1]
-    assert [start(3, k, [4, 1], SIZES)[0] for k in range(3)] == [4, 1, 4]
-    assert all(torch.equal(start(3, k, rule, SIZES)[1], z[k]) for k in range(3) for rule in ("balanced", [2]))
-    assert not torch.equal(start(4, 0, "random", SIZES)[1], z[0])
+    assert abs(z.mean()) < 0.01
+    assert abs(z.std() - 1) < 0.01
+    assert np.bincount(y).min() > 340
 
 
-def test_only_the_checkpoint_is_needed(ckpt, script, tmp_path):
-    text = script("sample.py", "--ckpt", ckpt)
-    assert "EMA 0.9 @ step 3" in text and text.splitlines()[-1] == str(tmp_path / "samples.png")
-    assert Image.open(tmp_path / "samples.png").size == (5 * 64, 8 * 64)
-    ema = (tmp_path / "samples.png").read_bytes()
-    assert "raw @ step 3" in script("sample.py", "--ckpt", tmp_path, "--raw")
-    assert (tmp_path / "samples.png").read_bytes() != ema
+@pytest.mark.parametrize("rule, expected", [("balanced", 2), ([4, 1, 0], 1)])
+def test_the_label_follows_the_rule_and_the_noise_does_not(rule, expected):
+    label, noise = start(3, 7, rule, MODEL)
+    _, same = start(3, 7, "random", MODEL)
+    assert label == expected
+    assert torch.equal(noise, same)
 
 
-@pytest.mark.slow
-def test_npz_and_folder_hold_the_same_images_with_their_protocol(ckpt, script, tmp_path):
-    words = ("--ckpt", ckpt, "--count", 11, "--cfg", 2.1, "--interval", 0, 800, "--steps", 3, "--seed", 7, "--solver", "dpm++2m")
-    script("sample.py", *words, "--out", "folder")
-    script("sample.py", *words, "--out", "file.npz", processes=2)
-    file = np.load(tmp_path / "file.npz")
-    assert file["arr_0"].shape == (11, 8, 8, 3) and file["arr_0"].dtype == np.uint8
-    for k in range(11):
-        assert np.abs(np.asarray(Image.open(tmp_path / f"folder/{k:06d}.png")).astype(int) - file["arr_0"][k]).max() <= 1
-    assert file["arr_1"].tolist() == [start(7, k, "random", SIZES)[0] for k in range(11)]
-    protocols = [json.loads((tmp_path / name).read_text()) for name in ("folder/protocol.json", "file.protocol.json")]
-    assert protocols[0] == protocols[1] and protocols[0]["interval"] == [0, 800] and protocols[0]["cfg"] == 2.1
-    assert len(protocols[0]["checkpoint"]) == 64 and protocols[0]["n"] == 11 and protocols[0]["labels"] == "random"
-    assert not (tmp_path / "file.npz.parts").exists()
-    assert "n 11" in script("sample.py", *words[:2], "--n", 12, *words[4:], "--out", "folder", code=2)
-    assert "exists" in script("sample.py", *words, "--out", "file.npz", code=2)
-    os.rename(tmp_path / "folder", tmp_path / "late.npz.parts")              # killed before the npz was made of them
-    script("sample.py", *words, "--out", "late.npz", processes=2)
-    assert np.load(tmp_path / "late.npz")["arr_0"].shape == (11, 8, 8, 3) and not (tmp_path / "late.npz.parts").exists()
+def test_image_k_depends_on_the_seed_and_k(main):
+    for size in (1, 3, 8):
+        main(f"--seed 5 --n 8 --batch-size {size} --out by{size}")
+    main("--seed 5 --count 8 --out two.npz", processes=2)
+    expected = pictures("by8")
+    for name in ("by1", "by3", "two.npz"):
+        assert near(pictures(name), expected)
+    main("--seed 6 --n 8 --out other")
+    images = np.concatenate([expected, pictures("other")])
+    assert len(np.unique(images, axis=0)) == 16
 
 
-def test_finishes_what_a_killed_run_began(ckpt, script, start_fork, tmp_path):
-    words = ("--ckpt", ckpt, "--n", 60, "--batch-size", 4, "--steps", 30)
-    script("sample.py", *words, "--out", "whole.npz")
-    process, _ = start_fork("sample.py", *words, "--out", "parts.npz")
-    while not (tmp_path / "parts.npz.parts/000007.png").exists():
-        assert process.is_alive()
-        time.sleep(0.005)
-    process.kill()
-    process.join()
-    kept = sorted((tmp_path / "parts.npz.parts").glob("*.png"))
-    times = {path: path.stat().st_mtime_ns for path in kept[:8]}
-    assert 8 <= len(kept) < 60 and not (tmp_path / "parts.npz").exists()
-    process, _ = start_fork("sample.py", *words, "--out", "parts.npz")
-    while process.is_alive() and all(path.exists() for path in times):
-        assert all(path.stat().st_mtime_ns == stamp for path, stamp in times.items() if path.exists())
-        time.sleep(0.01)
-    process.join()
-    assert process.exitcode == 0
-    whole, parts = (np.load(tmp_path / name) for name in ("whole.npz", "parts.npz"))
-    assert np.abs(whole["arr_0"].astype(int) - parts["arr_0"]).max() <= 1 and np.array_equal(whole["arr_1"], parts["arr_1"])
+FLAGS = "--raw --classes e,1 --steps 3 --cfg 3 --interval 20 90 --solver dpm++2m"
+CHOSEN = dict(steps=3, cfg=3, interval=(20, 90), solver="dpm++2m")
 
 
-def test_classes_by_name_and_number(ckpt, script, tmp_path):
-    script("sample.py", "--ckpt", ckpt, "--n", 4, "--classes", "c,0", "--out", "a.npz")
-    assert np.load(tmp_path / "a.npz")["arr_1"].tolist() == [2, 0, 2, 0]
-    for wrong in ("z", "5", "-1", ""):
-        if wrong:
-            assert "--classes" in script("sample.py", "--ckpt", ckpt, "--classes=" + wrong, code=2)
+@pytest.mark.parametrize("flags, part, labels, how", [
+    ("", "ema", "random", SETTINGS),
+    (FLAGS, "model", [4, 1], CHOSEN),
+])
+def test_the_checkpoint_and_the_flags_say_how_images_are_drawn(main, state, flags, part, labels, how):
+    main(f"--n 6 --seed 9 --out a.npz {flags}", ckpt=".")                    # a run's folder
+    model = ViT(**NETWORK)
+    model.load_state_dict(state[part])
+    assert np.array_equal(pictures("a.npz"), by_hand(model, 6, labels, seed=9, **how))
 
 
-def test_released_files(golden, script, tmp_path):
-    values, weights = golden("vit_uncond")
-    torch.save(weights, tmp_path / "released.pt")
-    assert "--target" in script("sample.py", "--ckpt", "released.pt", "--heads", 6, code=2)
-    assert "heads" in script("sample.py", "--ckpt", "released.pt", "--target", "eps", code=2)
-    words = ("--ckpt", "released.pt", "--target", "eps", "--heads", 6, "--steps", 3)
-    assert "as released" in script("sample.py", *words, "--n", 4, "--out", "grid.png")
-    model, config = load_checkpoint(tmp_path / "released.pt", target="eps", heads=6)
-    expected = draw(model, config, range(4), steps=3, cfg=1.0)
-    script("sample.py", *words, "--n", 4, "--out", "a.npz")
-    assert np.abs(np.load(tmp_path / "a.npz")["arr_0"].astype(int) - expected.permute(0, 2, 3, 1).numpy()).max() <= 1
-    torch.save(golden("vit_cond")[1], tmp_path / "latent.pt")
-    assert "latents" in script("sample.py", "--ckpt", "latent.pt", "--target", "x0", "--heads", 4, code=2)
+def test_only_the_checkpoint_is_needed_for_a_grid(main):
+    main("--batch-size 16")
+    model, _ = load_checkpoint("ckpt.pt")
+    images = by_hand(model, 40, "balanced", **SETTINGS)
+    expected = tile(images.transpose(0, 3, 1, 2), 5)                         # a class to a column
+    assert near(Image.open("samples.png").reduce(8), expected)               # small images are shown larger
 
 
-class Foreign:
-    def __reduce__(self):
-        return os.system, ("touch pwned",)
+# ------------------------------------------------------------------------------------------------ on disk
+
+def test_folder_and_npz_hold_the_same_images_and_protocol(main, refused):
+    main("--n 7 --out folder")
+    main("--n 7 --out a.npz")
+    file = np.load("a.npz")
+    assert np.array_equal(file["arr_0"], pictures("folder"))
+    assert file["arr_0"].dtype == np.uint8
+    assert file["arr_1"].tolist() == [start(0, k, "random", MODEL)[0] for k in range(7)]
+    assert read_json("folder/protocol.json") == read_json("a.protocol.json")
+    assert not Path("a.npz.parts").exists()
+    assert "exists already" in refused("--n 7 --out a.npz")
 
 
-def test_refusals(ckpt, script, tmp_path):
-    state = torch.load(ckpt, weights_only=True)
-    torch.save({**state, "config": {**state["config"], "network": {**SIZES, "img_size": 16}}}, tmp_path / "size.pt")
-    torch.save({**state, "config": {**state["config"], "drop": 0.0, "cfg": 1.0}}, tmp_path / "nodrop.pt")
-    torch.save({**state, "config": {**state["config"], "extra": Foreign()}}, tmp_path / "foreign.pt")
-    torch.save({key: state[key] for key in ("ema", "step")}, tmp_path / "parts.pt")
-    torch.save([1, 2], tmp_path / "list.pt")
-    few = dict(list(state["ema"].items())[1:])
-    for name, change in dict(few=dict(ema=few), config=dict(config=[1]), schedule=dict(config={**state["config"], "schedule": "sine"}),
-                             target=dict(config={"network": SIZES})).items():
-        torch.save({**state, **change}, tmp_path / "wrong.pt")
-        assert "disagree" in script("sample.py", "--ckpt", "wrong.pt", code=2), name
-    os.mkdir(tmp_path / "others")
-    Image.new("RGB", (8, 8)).save(tmp_path / "others/a.png")
-    assert "protocol.json" in script("sample.py", "--ckpt", ckpt, "--out", "others", code=2)
-    whole = ckpt.read_bytes()
-    (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
-    (tmp_path / "text.pt").write_text("hello")
-    (tmp_path / "empty.pt").write_text("")
-    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Foreign()))
-    zipfile.ZipFile(tmp_path / "zip.pt", "w").close()
-    for name, named in (("nothing.pt", "no such"), ("size.pt", "disagree"), ("foreign.pt", "system"), ("parts.pt", "missing"),
-                        ("list.pt", "list"), ("cut.pt", "cut.pt"), ("text.pt", "text.pt"), ("empty.pt", "empty.pt"),
-                        ("pickle.pt", "pickle.pt"), ("zip.pt", "zip.pt")):
-        assert named in script("sample.py", "--ckpt", name, code=2), name
-    assert "without label drop" in script("sample.py", "--ckpt", "nodrop.pt", "--cfg", 1.5, code=2)
-    script("sample.py", "--ckpt", "nodrop.pt")
-    for words in (("--target", "eps"), ("--n", 0), ("--interval", 800, 0), ("--classes", "a", "--labels", "random"),
-                  ("--steps", -1), ("--batch-size", 0), ("--cfg", "nan"), ("--cfg", -1), ("--interval", 0, 800, "--cfg", 1),
-                  ("--classes", ""), ("--out", "x.jpg"), ("--seeds", 1), ("--solver", "ddim")):
-        assert words[0].lstrip("-") in script("sample.py", "--ckpt", ckpt, *words, code=2)
-    assert not (tmp_path / "pwned").exists() and ckpt.read_bytes() == whole
-    with pytest.raises(BadInput):
-        read(tmp_path / "cut.pt")
+def test_the_first_process_waits_for_the_others(main, monkeypatch):
+    """Here sleep stands for process 1, which comes with its image late."""
+    monkeypatch.setattr(sample, "processes", lambda: (0, 2, torch.device("cpu")))
+    white = Image.new("RGB", (8, 8), "white")
+    monkeypatch.setattr(sample.time, "sleep", lambda _: white.save("a.npz.parts/000001.png"))
+    main("--n 2 --out a.npz")
+    assert pictures("a.npz")[1].min() == 255
 
 
-def test_adm_weights_and_classifier(golden, script, tmp_path):
-    """Files as ADM publishes them: learned sigma, a classifier beside; and their official names refused for others."""
-    weights, classifier = golden("unet_adm")[1], golden("classifier")[1]
-    head = {name: torch.cat([weights[name], torch.ones_like(weights[name])]) for name in ("out.2.weight", "out.2.bias")}
-    torch.save({**weights, **head}, tmp_path / "adm.pt")
-    torch.save(weights, tmp_path / "plain.pt")
-    torch.save(classifier, tmp_path / "classifier.pt")
-    torch.save({**classifier, "out.2.c_proj.weight": torch.zeros(7, 64, 1), "out.2.c_proj.bias": torch.zeros(7)}, tmp_path / "seven.pt")
-    words = ("--ckpt", "adm.pt", "--heads", 2, "--steps", 2, "--n", 3, "--classes", "1,7")
-    for out, extra in (("a.npz", ()), ("b.npz", ("--classifier", "classifier.pt", "--classifier-scale", 3)),
-                       ("c.npz", ("--cfg", 1.5)), ("d.npz", ("--classifier", "classifier.pt", "--solver", "dpm++2m"))):
-        script("sample.py", *words, *extra, "--out", out)
-    a, b, c, d = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in "abcd")
-    assert a.shape == (3, 16, 16, 3) and len({image.tobytes() for image in (a, b, c, d)}) == 4
-    protocol = json.loads((tmp_path / "b.protocol.json").read_text())
-    assert protocol["target"] == "eps" and protocol["classifier_scale"] == 3
-    assert protocol["classifier"] == hashlib.sha256((tmp_path / "classifier.pt").read_bytes()).hexdigest()
-    model, config = load_checkpoint(tmp_path / "adm.pt", heads=2)
-    guide = find_classifier(tmp_path / "classifier.pt", config)
-    expected = draw(model, config, range(3), labels=[1, 7], steps=2, cfg=1.0, classifier=guide, classifier_scale=3.0)
-    assert np.abs(b.astype(int) - expected.permute(0, 2, 3, 1).numpy()).max() <= 1
-    script("sample.py", *words, "--classifier", "classifier.pt", "--out", "folder")
-    assert "classifier" in script("sample.py", *words, "--out", "folder", code=2)          # the same without it
-    # an unconditional network takes its labels from the classifier
-    bare = {key: value for key, value in weights.items() if key != "label_emb.weight"}
-    torch.save(bare, tmp_path / "bare.pt")
-    words = ("--ckpt", "bare.pt", "--heads", 2, "--target", "x0", "--schedule", "linear", "--steps", 2, "--n", 3, "--classes", 9)
-    script("sample.py", *words, "--classifier", "classifier.pt", "--interval", 0, 900, "--out", "bare.npz")
-    assert np.load(tmp_path / "bare.npz")["arr_1"].tolist() == [9, 9, 9]
-    assert load_checkpoint(tmp_path / "bare.pt", target="x0", schedule="linear", heads=2)[1]["schedule"] == "linear"
-    torch.save({**weights, "label_emb.weight": torch.zeros(1000, 128)}, tmp_path / "thousand.pt")
-    assert "label drop" in script("sample.py", "--ckpt", "thousand.pt", "--heads", 2, "--target", "eps", "--cfg", 2, code=2)
-    torch.save({**weights, "input_blocks.0.0.weight": torch.zeros(32, 6, 3, 3), "out.2.weight": torch.zeros(6, 32, 3, 3),
-                "out.2.bias": torch.zeros(6)}, tmp_path / "six.pt")
-    for wrong, named in ((("--classifier-scale", 3), "--classifier-scale"), (("--classifier", "classifier.pt", "--classifier-scale", "nan"), "scale")):
-        assert named in script("sample.py", "--ckpt", "adm.pt", "--heads", 2, *wrong, code=2)
-    assert "6 channels" in script("sample.py", "--ckpt", "six.pt", "--heads", 2, code=2)
-    assert load_checkpoint(tmp_path / "adm.pt", head_channels=16, size=32)[1]["network"]["img_size"] == 32
-    for wrong, named in ((("--ckpt", "plain.pt", "--heads", 2), "--target"), (("--ckpt", "adm.pt", "--heads", 2, "--classifier", "adm.pt"), "adm.pt"),
-                         (("--ckpt", "adm.pt", "--heads", 2, "--classifier", "none.pt"), "none.pt"), (("--ckpt", "classifier.pt"), "classifier.pt"),
-                         (("--ckpt", "adm.pt", "--heads", 2, "--classifier", "seven.pt"), "num_classes is 7, the network's is 10")):
-        assert named in script("sample.py", *wrong, code=2)
+def test_an_npz_is_written_image_by_image(tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "load_image", lambda path: Image.new("RGB", (64, 64), int(path.stem)))
+    tracemalloc.start()
+    sample.save_npz("a.npz", tmp_path, 250, [0])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    images = np.load("a.npz")["arr_0"]
+    assert peak < images.nbytes / 4
+    assert images[:, 9, 9, 0].tolist() == list(range(250))
 
 
-def test_published_files_are_known_by_their_shape(golden, tmp_path, monkeypatch):
-    """RELEASED holds the shapes and settings of the presets; what it says is a default, and stays what it was."""
-    for preset_, words in ((("imagenet256", "vit-xl", "x0"), "xl"), (("imagenet64", "vit-l", "eps"), "large")):
-        row, size = preset(*preset_), NETWORKS[preset_[1]]
-        name, known = RELEASED[4 if words == "xl" else 3, 1000, size["dim"], size["depth"]]
-        assert words in name and known == {key: row[key] for key in ("target", "sample_steps", "cfg")}
-    assert RELEASED[3, 1000, NETWORKS["unet-adm"]["channels"], 64][1] == dict(target="eps", sample_steps=50, cfg=1.0)
-    weights = golden("vit_uncond")[1]
-    torch.save(weights, tmp_path / "released.pt")
-    model, _ = load_checkpoint(tmp_path / "released.pt", target="x0", heads=6)
-    key = model.in_channels, 0, model.pos_embed.shape[2], len(model.blocks)
-    monkeypatch.setitem(RELEASED, key, ("the file", dict(target="v", sample_steps=7, cfg=1.0)))
-    for target, found in ((None, "v"), ("eps", "eps"), (None, "v")):
-        config = load_checkpoint(tmp_path / "released.pt", target=target, heads=6)[1]
-        assert (config["target"], config["sample_steps"], config["dataset"]) == (found, 7, "the file")
-    # a UNet of ADM's width and side that has no learned sigma is someone else's
-    weights = golden("unet_adm")[1]
-    head = {name: torch.cat([weights[name]] * 2) for name in ("out.2.weight", "out.2.bias")}
-    torch.save(weights, tmp_path / "plain.pt")
-    torch.save({**weights, **head}, tmp_path / "adm.pt")
-    model, config = load_checkpoint(tmp_path / "adm.pt", heads=2)
-    monkeypatch.setitem(RELEASED, (3, model.num_classes, 32, 16), ("ADM's", dict(target="eps", sample_steps=9, cfg=1.0)))
-    assert load_checkpoint(tmp_path / "adm.pt", heads=2)[1]["sample_steps"] == 9
-    with pytest.raises(BadInput, match="--target"):
-        load_checkpoint(tmp_path / "plain.pt", heads=2)
-    for size, schedule in ((64, "cosine"), (128, "linear")):
-        assert load_checkpoint(tmp_path / "adm.pt", heads=2, size=size)[1]["schedule"] == schedule
-    assert load_checkpoint(tmp_path / "adm.pt", heads=2, size=128, schedule="cosine")[1]["schedule"] == "cosine"
+def die_at(name, last):
+    """Kill this process where a function of sample.py comes to the file `last`."""
+    whole = getattr(sample, name)
+
+    def call(path, *more):
+        if path.name == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(path, *more)
+    setattr(sample, name, call)
 
 
-def test_names_of_classes():
-    config = dict(network=dict(num_classes=5), classes=["tench, Tinca tinca", "Ten", "ten", "crane", "crane, bird"])
-    assert parse_classes("tinca TINCA,Ten,ten,3", config) == [0, 1, 2, 3]
-    assert parse_classes("crane,bird", config) == [3, 4]                     # the whole name goes before a part of one
-    for text in ("tenc", "tench tinca", "5", "-1", "", "9" * 5000, "TEN"):
-        with pytest.raises(BadInput):
-            parse_classes(text, config)
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is POSIX's")
+@pytest.mark.parametrize("out, name, last", [
+    ("out", "replace", "000006.png"),                                        # within the second batch
+    ("a.npz", "load_image", "000003.png"),                                   # within the npz
+])
+def test_a_killed_run_is_finished_to_the_same_bytes(main, out, name, last):
+    flags = "--n 11 --batch-size 4 --out"
+    main(f"{flags} whole/{out}")
+    main(f"{flags} {out}", code=9, change=partial(die_at, name, last))
+    main(f"{flags} {out}")
+    for file in Path("whole").rglob("*.*"):
+        assert Path(*file.parts[1:]).read_bytes() == file.read_bytes(), file
 
 
-def test_our_own_checkpoint_says_its_shape_itself(ckpt, script):
-    for words in (("--heads", 3), ("--head-channels", 8), ("--size", 16)):
-        assert words[0] in script("sample.py", "--ckpt", ckpt, *words, "--out", "x.png", code=2)
+def test_a_batch_that_is_not_whole_is_drawn_anew(tmp_path, monkeypatch):
+    """Of process 1 of 2. The images that are there are left alone."""
+    asked = []
+
+    def images_of(ks):
+        asked.append(list(ks))
+        return torch.full((len(ks), 3, 4, 4), len(asked), dtype=torch.uint8)
+    monkeypatch.setattr(sample, "processes", lambda: (1, 2, None))
+    sample.save_folder(tmp_path, 10, 2, images_of)
+    Path("000005.png").unlink()
+    sample.save_folder(tmp_path, 10, 2, images_of)
+    assert asked == [[1, 3], [5, 7], [9], [5, 7]]
+    assert pictures(".")[:, 0, 0, 0].tolist() == [1, 1, 4, 2, 3]             # the call that drew 1, 3, 5, ...
+
+
+@pytest.mark.parametrize("key, flags", [
+    ("n", "--n 3"),
+    ("seed", "--seed 1"),
+    ("steps", "--steps 2"),
+    ("cfg", "--cfg 2"),
+    ("interval", "--interval 0 90"),
+    ("solver", "--solver euler"),
+    ("labels", "--classes a"),
+    ("weights", "--raw"),
+])
+def test_a_folder_of_another_protocol_is_refused(main, refused, key, flags):
+    main("--n 1 --out folder")
+    assert f"folder: holds samples with {key} " in refused(f"--n 1 --out folder {flags}")
+
+
+def test_a_folder_of_another_checkpoint_is_refused(main, refused):
+    main("--n 1 --out folder")
+    save(lr=3)
+    assert "holds samples with checkpoint " in refused("--n 1 --out folder")
+
+
+def test_images_without_a_protocol_are_refused(refused):
+    Image.new("RGB", (8, 8)).save("a.png")
+    assert "without protocol.json" in refused("--out .")
+
+
+# ------------------------------------------------------------------------------------- flags and refusals
+
+NAMES = ["tench, Tinca tinca", "Ten", "ten", "crane", "crane, bird"]
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("tinca TINCA, Ten,ten,3", [0, 1, 2, 3]),
+    ("crane,bird", [3, 4]),                                                  # a whole name goes before a part
+])
+def test_classes_by_name_and_number(text, expected):
+    assert parse_classes(text, NAMES, 5) == expected
+
+
+@pytest.mark.parametrize("text, found", [
+    ("tenc", []),
+    ("5", []),
+    ("9" * 30, []),
+    ("TEN", [1, 2]),
+])
+def test_unknown_and_ambiguous_classes_are_refused(text, found):
+    with pytest.raises(BadInput) as error:
+        parse_classes(text, NAMES, 5)
+    assert f"fits classes {found}" in str(error.value)
+
+
+@pytest.mark.parametrize("flags", [
+    "--n 0",
+    "--steps 0",
+    "--steps 10001",
+    "--batch-size 0",
+    "--seed -1",
+    "--cfg nan",
+    "--classifier-scale nan",
+    "--target eps",
+    "--labels random --classes a",
+    "--classes z",
+    "--out a.jpg",
+    "--vae none.pt",
+    "--seeds 1",
+    "--interval 90 0",
+    "--interval 0 200",
+    "--interval -1 9",
+    "--interval 0 9 --cfg 1",
+])
+def test_a_bad_flag_is_one_line_that_names_it(refused, flags):
+    assert flags.split()[0] in refused(flags)
+
+
+@pytest.mark.parametrize("classes", [0, 5])
+def test_cfg_needs_classes_and_label_drop(main, refused, classes):
+    save(cfg=1.0, drop=0.0, network={**NETWORK, "num_classes": classes})
+    assert "--cfg 2.0: " in refused("--cfg 2")
+    main("--n 1")
+
+
+@pytest.mark.parametrize("change", [dict(model="vit-huge"), dict(network={**NETWORK, "img_size": 16})])
+def test_a_config_of_other_weights_is_refused(state, refused, change):
+    state["config"].update(change)
+    torch.save(state, "ckpt.pt")
+    assert "ckpt.pt: weights and config disagree" in refused("")
+
+
+@pytest.mark.parametrize("part", ["ema", "step", "config"])
+def test_a_checkpoint_without_a_part_is_refused(state, refused, part):
+    del state[part]
+    torch.save(state, "ckpt.pt")
+    assert "ckpt.pt: " in refused("")
+
+
+# ------------------------------------------------------------------------------- latents, public weights
+
+class Decoder(torch.nn.Module):
+    def decode_latent(self, z):
+        return z[:, :3]
+
+
+def test_latents_are_decoded_by_the_vae_of_the_data(main, monkeypatch):
+    save(network={**NETWORK, "in_channels": 4}, vae="another", vae_file="vae.pt")
+    Path("vae.pt").write_text("weights")
+    monkeypatch.setattr(sample, "load_vae", {"vae.pt": Decoder()}.get)
+    assert "warning: vae.pt is not the file" in main("--n 3 --out a.npz")
+    model, _ = load_checkpoint("ckpt.pt")
+    assert near(pictures("a.npz"), by_hand(model, 3, "random", **SETTINGS)[..., :3])
+
+
+def test_a_latent_model_asks_for_its_vae(refused):
+    save(network={**NETWORK, "in_channels": 4})
+    assert "--vae FILE" in refused("")
+    assert "--vae: " in refused("--vae ckpt.pt")
+
+
+@pytest.fixture
+def public(golden, monkeypatch):
+    """Files like the public ones, of networks so small that their loaders are told the architecture."""
+    toy = dict(img_size=16, channel_mult=(1, 2), res_blocks=1, attention_resolutions=(8,))
+    for module, name, known in [
+        (model_vit, "from_official", dict(heads=6)),
+        (model_unet, "from_adm", dict(heads=2, **toy)),
+        (model_unet, "classifier_from_adm", dict(head_channels=16, **toy)),
+    ]:
+        loader = partial(getattr(module, name), **known)
+        monkeypatch.setattr(module, name, loader)
+    for name in ("vit_uncond", "unet_adm", "classifier"):
+        torch.save(golden(name)[1], f"{name}.pt")
+    adm = torch.load("unet_adm.pt")
+    for name in ("out.2.weight", "out.2.bias"):                              # ADM's learned sigma
+        adm[name] = torch.cat([adm[name], adm[name] + 1])
+    torch.save(adm, "adm.pt")
+
+
+def test_weights_of_the_official_vit(public, main):
+    main("--target x0 --steps 3 --n 9 --out a.npz", ckpt="vit_uncond.pt")
+    model = model_vit.from_official(torch.load("vit_uncond.pt"))
+    expected = by_hand(model, 9, "random", Diffusion("cosine", 1000, "x0"), steps=3)
+    assert np.array_equal(pictures("a.npz"), expected)
+
+
+GUIDED = "--classifier classifier.pt --classifier-scale 3"
+
+
+@pytest.mark.parametrize("flags, scale", [("", 0), (GUIDED, 3)])
+def test_weights_of_adm_and_its_classifier(public, main, flags, scale):
+    main(f"--steps 2 --cfg 1 --classes 1,7 --n 3 --out a.npz {flags}", ckpt="adm.pt")
+    model = model_unet.from_adm(torch.load("unet_adm.pt"))
+    guide = model_unet.classifier_from_adm(torch.load("classifier.pt"))
+    how = dict(steps=2, classifier=guide, classifier_scale=scale)
+    expected = by_hand(model, 3, [1, 7], Diffusion("cosine", 1000, "eps"), **how)
+    assert np.array_equal(pictures("a.npz"), expected)
+
+
+def test_the_classifier_is_part_of_the_protocol(public, main, refused):
+    main("--cfg 1 --n 1 --steps 1 --out folder", ckpt="adm.pt")
+    text = refused(f"--cfg 1 --n 1 --steps 1 --out folder {GUIDED}", ckpt="adm.pt")
+    assert "folder: holds samples with classifier None" in text
+
+
+def test_public_weights_that_do_not_fit_are_refused(public, refused):
+    assert "give --target" in refused("", ckpt="unet_adm.pt")
+    assert "--classifier unet_adm.pt" in refused("--classifier unet_adm.pt")
+    save(network={**NETWORK, "img_size": 16})
+    assert "(3, 16, 10), the network for (3, 16, 5)" in refused("--classifier classifier.pt")
+
+
+@pytest.mark.parametrize("size, shape, target, steps", [
+    ("vit-xl", (32, 2, 4), "x0", 50),
+    ("vit-l", (64, 4, 3), "eps", 20),
+])
+def test_released_files_are_known_by_their_shapes(size, shape, target, steps):
+    with torch.device("meta"):
+        model = ViT(*shape, num_classes=1000, **SIZES[size])
+        _, config = sample.load_released("file.pt", model.state_dict())
+    assert config.items() >= dict(target=target, sample_steps=steps, cfg=1.5).items()
+    assert config["drop"] > 0
+    assert config["class_names"][1].startswith("goldfish")

@@ -1,0 +1,247 @@
+"""files.py: one line for a mistake, flags, whole files, safe reading; what holds for every source file."""
+import argparse
+import os
+import re
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FORKS, ROOT
+
+from files import (BadInput, Parser, at_least, between, hash_file, positive, read, read_json, replace, run,
+                   write_json)
+
+W = torch.arange(40.0)
+
+
+@pytest.fixture(autouse=True)
+def inside(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- errors
+
+def raising(error):
+    def main():
+        raise error
+    return main
+
+
+@pytest.mark.parametrize("error, code, line", [
+    (BadInput("--n 0:\n\n  too few"), 2, "train.py: --n 0: too few\n"),
+    (OSError("disk full"), 2, "train.py: disk full\n"),
+    (KeyboardInterrupt(), 130, "train.py: stopped\n"),
+])
+def test_a_mistake_is_one_line_and_an_exit_code(monkeypatch, capsys, error, code, line):
+    monkeypatch.setattr(sys, "argv", ["/home/train.py"])
+    with pytest.raises(SystemExit) as exit:
+        run(raising(error))
+    assert exit.value.code == code
+    assert capsys.readouterr().err == line
+
+
+def test_one_process_of_several_says_it(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        run(raising(BadInput("wrong")))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("error", [ValueError("ours"), RuntimeError("timed out")])
+def test_our_own_errors_keep_their_traceback(error):
+    with pytest.raises(type(error)):
+        run(raising(error))
+
+
+# -------------------------------------------------------------------------------------------------- flags
+
+@pytest.mark.parametrize("kind, fit, unfit", [
+    (at_least(1), "1 7", "0 -1 1.5 nan inf x 9999999999999999999999"),
+    (at_least(0, 9), "0 9", "-1 10"),
+    (between(0, 1), "0 .5 1", "-0.1 1.1 nan inf x"),
+    (between(0, 1, below=True), "0 .999", "1 nan"),
+    (positive, "1e-9 1e9", "0 -1 nan inf x"),
+])
+def test_numbers_outside_a_range_are_refused(kind, fit, unfit):
+    for text in fit.split():
+        assert kind(text) == float(text)
+    for text in unfit.split():
+        with pytest.raises(argparse.ArgumentTypeError, match=f"found {text}, expected a"):
+            kind(text)
+
+
+def test_the_parser_takes_whole_flags_and_shows_defaults():
+    parser = Parser("What it does.\n    an example")
+    parser.add_argument("--steps", default=30, help="how many")
+    parser.add_argument("--out", help="a folder")
+    with pytest.raises(BadInput, match="--step"):
+        parser.parse_args(["--step", "3"])
+    text = parser.format_help()
+    assert "What it does.\n    an example" in text
+    assert "how many (default: 30)" in text
+    assert "None" not in text
+
+
+# -------------------------------------------------------------------------------------------- whole files
+
+@pytest.fixture
+def old():
+    path = Path("a.pt")
+    path.write_text("old")
+    return path
+
+
+def test_a_file_is_replaced(old):
+    replace(old, lambda file: file.write(b"new"))
+    assert old.read_text() == "new"
+
+
+def break_off(file):
+    file.write(b"half")
+    raise RuntimeError("ours")
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_its_error(old):
+    with pytest.raises(RuntimeError, match="ours"):
+        replace(old, break_off)
+    assert old.read_text() == "old"
+    assert os.listdir() == ["a.pt"]
+
+
+def die(file):
+    file.write(b"half")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is POSIX's")
+def test_a_killed_write_leaves_the_old_file(old):
+    process = FORKS.Process(target=replace, args=(old.resolve(), die))
+    process.start()
+    process.join()
+    assert process.exitcode == -9
+    assert old.read_text() == "old"
+
+
+class Full:
+    """A file with room for small parts alone."""
+
+    def write(self, part):
+        if len(part) > 64:
+            raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("write", [
+    lambda _: Full().write(bytes(65)),
+    lambda _: torch.save(dict(w=W), Full()),
+])
+def test_a_full_disk_is_one_line(old, write):
+    """torch.save makes a RuntimeError of it."""
+    with pytest.raises(BadInput, match=r"a.pt: cannot be written \(No space left on device\)"):
+        replace(old, write)
+    assert old.read_text() == "old"
+
+
+def test_json_comes_back():
+    write_json("a.json", dict(a=[1]))
+    assert read_json("a.json") == dict(a=[1])
+
+
+@pytest.mark.parametrize("text", ["{", "3"])
+def test_json_that_is_no_object_is_refused(old, text):
+    old.write_text(text)
+    with pytest.raises(BadInput, match="a.pt: expected a JSON object"):
+        read_json(old)
+
+
+def test_hash_file_is_sha256(old):
+    old.write_text("abc")
+    assert hash_file(old).startswith("ba7816bf8f01cfea")                     # the standard's example
+
+
+# ------------------------------------------------------------------------------------------- safe reading
+
+FORMATS = ["ckpt.pt", "old.ckpt", "a.safetensors"]
+
+
+def save(name, state):
+    """By its suffix: torch's zip, its format before that, or safetensors."""
+    if name.endswith(".safetensors"):
+        pytest.importorskip("safetensors.torch").save_file(state, name)
+    else:
+        torch.save(state, name, _use_new_zipfile_serialization=name == "ckpt.pt")
+    return Path(name)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_read(name):
+    save(name, dict(w=W))
+    assert torch.equal(read(name)["w"], W)
+
+
+def test_of_a_folder_its_checkpoint_is_read():
+    save("ckpt.pt", dict(step=3))
+    assert read(".") == dict(step=3)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("share, text", [(0.9, b""), (0, b"hello"), (0, b"")])
+def test_a_damaged_file_is_refused(name, share, text):
+    """One that was cut, one of text, an empty one."""
+    path = save(name, dict(w=W))
+    content = path.read_bytes()
+    path.write_bytes(content[:int(share * len(content))] + text)
+    with pytest.raises(BadInput, match=f"{name}: cannot be loaded"):
+        read(name)
+
+
+@pytest.mark.parametrize("name, place", [("ckpt.pt", W.numpy().tobytes()), ("a.safetensors", b'"F32"')])
+def test_a_flipped_bit_is_refused(name, place):
+    path = save(name, dict(w=W))
+    content = bytearray(path.read_bytes())
+    content[content.index(place) + 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BadInput, match=f"{name}: cannot be loaded"):
+        read(name)
+
+
+def test_what_is_no_dict_is_refused():
+    save("ckpt.pt", [W])
+    with pytest.raises(BadInput, match="found list"):
+        read("ckpt.pt")
+    with pytest.raises(BadInput, match="none.pt: no such file"):
+        read("none.pt")
+
+
+class Foreign:
+    def __reduce__(self):
+        return os.system, ("touch planted",)
+
+
+@pytest.mark.parametrize("name", ["ckpt.pt", "old.ckpt"])
+def test_nothing_in_a_file_is_executed(name):
+    save(name, dict(w=W, config=Foreign()))
+    with pytest.raises(BadInput, match=f"{name}: .*{os.name}.system"):
+        read(name)
+    assert not Path("planted").exists()
+
+
+# ------------------------------------------------------------------------------------- every source file
+
+SCRIPTS = [*ROOT.glob("*.py"), *ROOT.glob("experiments/*.py")]
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, *ROOT.glob("tests/*.py")], ids=lambda path: path.name)
+def test_it_compiles_without_a_warning(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compile(path.read_text(), path, "exec")
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_it_imports_nothing_that_windows_lacks(path):
+    posix = r"^\s*(import|from)\b.*\b(fcntl|resource)\b"
+    assert not re.search(posix, path.read_text(), re.M)
