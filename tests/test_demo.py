@@ -40,8 +40,8 @@ def test_most_samples_are_recognised(words, least, floors, script, start_script,
     images = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)
     labels = torch.from_numpy(file["arr_1"])
     right = round(100 * recognised(images, labels))
-    score, floor = map(float, re.search(r"FD-pixels (\S+) of .*: (\S+)\)", text).groups())
-    print(f"\n{minutes:.1f} minutes, {right} of 100 recognised, FD-pixels {score} (real images {floor})")
+    score = float(re.search(r"FD-pixels (\S+) of", text)[1])
+    print(f"\n{minutes:.1f} minutes, {right} of 100 recognised, FD-pixels {score}")
     assert right >= least
-    assert score < floors * floor
+    assert score < floors * 0.31                                             # that of real images
     assert len(images.flatten(1).unique(dim=0)) == 100                       # no two are the same
