@@ -75,13 +75,14 @@ def loss_weight(snr, weighting, target, gamma=5.0):
         snr = snr.clamp(min=1e-300)              # w(SNR) / SNR at 1e-300 is its limit at 0, or > 1e100
     if isinstance(weighting, torch.Tensor):
         w = weighting.to(snr)
+        assert w.shape == snr.shape
     elif weighting in WEIGHTINGS:
         w = WEIGHTINGS[weighting](snr, gamma)
     else:
         raise ValueError(f"weighting: found {weighting!r}, expected one of {', '.join(WEIGHTINGS)}")
     weight = w / target_factor(snr, target)
     if not (weight < 1e100).all():
-        raise ValueError(f"weighting: {weighting!r} has no finite limit at SNR = 0 for target {target!r}")
+        raise ValueError(f"weighting: the weights of target {target!r} are not finite at every SNR")
     return weight
 
 

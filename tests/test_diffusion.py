@@ -149,7 +149,7 @@ def test_weight_of_the_eps_loss_at_snr_0_is_its_limit(weighting):
 
 @each("weighting", ["const", "max_snr", "sqrt_snr", "snr_plus_1"])
 def test_weight_of_the_eps_loss_at_snr_0_is_refused_where_it_has_no_limit(weighting):
-    with pytest.raises(ValueError, match="no finite limit"):
+    with pytest.raises(ValueError, match="not finite at every SNR"):
         loss_weight(0.0, weighting, "eps")
 
 
