@@ -1,369 +1,626 @@
-"""The training loop: exact resume, one result on any number of processes, EMA, checkpoints, refusals."""
-import copy
-import csv
+"""train.py: exact resume, one result on any number of processes, what is logged, saved and refused."""
+import contextlib
+import errno
+import functools
+import io
+import itertools
 import json
+import os
 import re
 import signal
+import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import free_port
+from conftest import SMALL, finish, fork, free_port, group
+from mlp import MLP
 
+import sample
+import train
 from data import built_in
-from diffusion import Diffusion
-from sample import build_model, grid, load_checkpoint, read
-from train import HEADER, ahead, draw_step, epoch_order, learning_rate, log_row
+from diffusion import WEIGHTINGS, Diffusion
+from files import read, run
+from sample import MODELS, grid, load_checkpoint
+from train import draw_step
 
-TINY = ("--batch-size", 8, "--sample-steps", 1, "--log-every", 5, "--size", 8)
-
-
-def flat(state):
-    """Nested checkpoint -> {name: tensor}."""
-    if isinstance(state, torch.Tensor):
-        return {"": state}
-    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
-    return {f"{key}.{name}": value for key, part in items for name, value in flat(part).items()}
+TINY = "--batch-size 8 --size 8 --sample-steps 1 --warmup 1 --decay 0"
+same = functools.partial(torch.testing.assert_close, rtol=0, atol=0)         # parts of checkpoints, to the bit
 
 
-def distance(a, b):
-    a, b = flat(a), flat(b)
-    assert a.keys() == b.keys()
-    return max((a[key].double() - b[key].double()).abs().max().item() for key in a)
+# ----------------------------------------------------------------------------------------- helpers
 
-
-def test_stopped_by_sigkill_and_resumed_is_the_same_to_the_bit(script, start_fork, tmp_path):
-    script("train.py", *TINY, "--steps", 20, "--out", "whole")
-    process, _ = start_fork("train.py", *TINY, "--steps", 20, "--save-every", 7, "--out", "parts")
-    while not (tmp_path / "parts/ckpt.pt").exists():
-        assert process.is_alive()
-        time.sleep(0.01)
-    process.kill()
-    process.join()
-    assert read(tmp_path / "parts/ckpt.pt")["step"] in (7, 14)
-    script("train.py", "--out", "parts", "--resume")                         # the run remembers its flags
-    whole, parts = (read(tmp_path / name / "ckpt.pt") for name in ("whole", "parts"))
-    assert whole["step"] == parts["step"] == 20 and {**whole["config"], "save_every": 7} == parts["config"]
-    for part in ("model", "ema", "optimizer", "tally"):
-        assert distance(whole[part], parts[part]) == 0, part
-    assert (tmp_path / "whole/log.csv").read_bytes() == (tmp_path / "parts/log.csv").read_bytes()
-    rows = list(csv.DictReader((tmp_path / "whole/log.csv").open()))
-    assert [row["step"] for row in rows] == ["5", "10", "15", "20"] and list(rows[0]) == HEADER.split(",")
-    assert {p.name for p in (tmp_path / "parts").iterdir()} == {"ckpt.pt", "ckpt_previous.pt", "log.csv",
-                                                              "config.json", "samples_000020.png"}
-    assert (tmp_path / "whole/samples_000020.png").read_bytes() == (tmp_path / "parts/samples_000020.png").read_bytes()
-
-
-def test_sigterm_saves_and_leaves(script, start_script, tmp_path):
-    process = start_script("train.py", *TINY, "--steps", 100_000, "--out", "run")
-    while not (tmp_path / "run/log.csv").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    text = process.communicate(timeout=60)[0]
-    assert process.returncode == 143 and "--resume" in text, text
-    state = read(tmp_path / "run/ckpt.pt")
-    assert state["step"] >= 5 and {p.name for p in (tmp_path / "run").iterdir()} == {"ckpt.pt", "log.csv", "config.json"}
-    step = state["step"] + 1
-    script("train.py", "--resume", "--out", "run", "--steps", step, "--log-every", 5, whole=True)
-    assert read(tmp_path / "run/ckpt.pt")["step"] == step
-
-
-@pytest.mark.slow
-def test_processes_and_accumulation_do_not_change_the_run(script, tmp_path):
-    """To 1e-9 in float64. In float32 the gradients agree to rounding, but where one is nearly 0 Adam turns its rounding
-    into a whole step of size lr, so that single weights differ by up to lr a step.
+def launch(folder, command, code=0, main=train.main, **functions):
+    """Run train.py in a folder, in this process, with some functions of train replaced. Checks the exit code and
+    that a refusal is one line; returns what was printed. The network vit-tiny is a small one.
     """
-    words = (*TINY, "--steps", 5, "--dtype", "float64", "--flip", "--lr", 1e-3, "--warmup", 1)
-    script("train.py", *words, "--out", "one")
-    script("train.py", *words, "--out", "two", processes=2)
-    script("train.py", *words, "--out", "accumulated", "--accum", 2)
-    script("train.py", *words, "--out", "both", "--accum", 2, processes=2)
-    one = read(tmp_path / "one/ckpt.pt")
-    torch.manual_seed(0)
-    start = build_model(one["config"]).double().state_dict()
-    assert distance(one["model"], start) > 1e-3
-    for name in ("two", "accumulated", "both"):
-        other = read(tmp_path / name / "ckpt.pt")
-        assert distance(one["model"], other["model"]) < 1e-9 and distance(one["ema"], other["ema"]) < 1e-9, name
-        logs = [list(csv.reader((tmp_path / run / "log.csv").open()))[1:] for run in ("one", name)]
-        assert all(abs(float(a) - float(b)) < 1e-7 for a, b in zip(sum(logs[0], []), sum(logs[1], [])) if a != "nan")
+    out, err = io.StringIO(), io.StringIO()
+    found = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["train.py", *command.split()])
+        patch.setitem(MODELS, "vit-tiny", SMALL)
+        patch.setattr(train, "sanity", lambda *_: (0, 0))
+        for name, function in functions.items():
+            patch.setattr(train, name, function)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                run(main)
+            except SystemExit as exit:
+                found = exit.code
+    text = out.getvalue() + err.getvalue()
+    assert found == code, text
+    if code == 2:
+        assert len(err.getvalue().splitlines()) == 1, text
+    return text
+
+
+def in_step(number, act):
+    """An update() of train that calls act() first in the step of a number."""
+    update = train.update
+
+    def wrapped(model, ema, optimizer, config, step, skipped):
+        if step == number:
+            act()
+        update(model, ema, optimizer, config, step, skipped)
+    return wrapped
+
+
+def terminate():
+    signal.raise_signal(signal.SIGTERM)
+
+
+def kill():
+    signal.raise_signal(signal.SIGKILL)
+
+
+def noise_is_nan(first, last):
+    """A draw_step() of train that spoils one number of the noise, from one step to another."""
+    def wrapped(data, config, diffusion, step, rows):
+        parts = draw_step(data, config, diffusion, step, rows)
+        if first <= step <= last:
+            parts[2][0, 0, 0, 0] = float("nan")
+        return parts
+    return wrapped
+
+
+def log_of(folder):
+    """log.csv without its columns of speed: lists of step, loss, mse and ten x0_mse, as text."""
+    lines = (folder / "log.csv").read_text().splitlines()
+    return [line.split(",")[:13] for line in lines]
+
+
+# ----------------------------------------------------------------------------- stopped and gone on
+
+TWENTY = f"{TINY} --steps 20 --log-every 3 --save-every 10 --sample-every 10 --interval 100 700"
+
+
+def killed_in_step_13():
+    train.update = in_step(13, kill)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with a run of 20 steps, "whole", and one killed in step 13 and gone on from step 10, "parts"."""
+    folder = tmp_path_factory.mktemp("runs")
+    launch(folder, f"{TWENTY} --out whole")
+    words = f"train.py {TWENTY} --out parts".split()
+    process = fork(folder / "text", folder, *words, change=killed_in_step_13)
+    process.join()
+    assert read(folder / "parts")["step"] == 10
+    with open(folder / "parts/log.csv", "a") as file:
+        file.write("13,0.3")                                                 # a line that was being written
+    launch(folder, "--out parts --resume")                                   # the run remembers its flags
+    return folder
+
+
+@pytest.mark.parametrize("part", ["model", "ema", "optimizer", "tally"])
+def test_killed_and_resumed_is_the_straight_run_to_the_bit(part, runs):
+    same(read(runs / "whole")[part], read(runs / "parts")[part])
+
+
+def test_the_log_goes_on_without_what_lies_beyond_the_checkpoint(runs):
+    whole = log_of(runs / "whole")
+    assert whole == log_of(runs / "parts")
+    assert [row[0] for row in whole] == ["step", "3", "6", "9", "12", "15", "18", "20"]
+
+
+def test_a_runs_folder(runs):
+    names = {path.name for path in (runs / "parts").iterdir()}
+    assert names == {"ckpt.pt", "config.json", "log.csv", "samples_000010.png", "samples_000020.png"}
+    assert json.loads((runs / "parts/config.json").read_text()) == read(runs / "parts")["config"]
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_the_grid_is_drawn_from_the_moving_average(raw, runs, tmp_path):
+    model, config = load_checkpoint(runs / "whole", raw)
+    grid(model, config, tmp_path / "grid.png", steps=1, cfg=1.5, interval=[100, 700])
+    found = (runs / "whole/samples_000020.png").read_bytes()
+    assert (found == (tmp_path / "grid.png").read_bytes()) == (not raw)
+
+
+def dying(moment):
+    """Kill this process at a moment around the files that it writes: 4 n for the n-th with half of it written, + 2
+    before it is in its place, + 3 after that.
+    """
+    moments = itertools.count()
+    fsync = os.fsync
+
+    def watched(call):
+        def wrapped(*given):
+            if next(moments) == moment:
+                if call is fsync:
+                    os.truncate(given[0], 1000)
+                kill()
+            call(*given)
+            if next(moments) == moment:
+                kill()
+        return wrapped
+    os.fsync = watched(os.fsync)
+    os.replace = watched(os.replace)
 
 
 @pytest.mark.slow
-def test_two_nodes_meet_and_do_not_change_the_run(script, start_script, tmp_path):
-    words = (*TINY, "--steps", 3, "--dtype", "float64", "--lr", 1e-3)
-    script("train.py", *words, "--out", "one", whole=True)
-    port = free_port()
-    nodes = [start_script("train.py", *words, "--out", "nodes", torchrun=("--nnodes=2", f"--node-rank={i}", "--nproc-per-node=1",
-                                                                          "--master-addr=127.0.0.1", f"--master-port={port}"))
-             for i in range(2)]
+@pytest.mark.parametrize("moment, step", [(8, None), (10, None), (11, 2), (12, 2), (14, 2), (15, 4)])
+def test_killed_while_saving(moment, step, one, tmp_path):
+    """A run writes config.json, log.csv, the checkpoint of step 2, that of step 4."""
+    words = f"train.py {FIVE} --save-every 2 --out run".split()
+    fork(tmp_path / "text", tmp_path, *words, change=functools.partial(dying, moment)).join()
+    resume = ""
+    if step:
+        assert read(tmp_path / "run")["step"] == step
+        resume = "--resume"
+    launch(tmp_path, f"{FIVE} --save-every 2 --out run {resume}")
+    for part in ("model", "ema", "optimizer"):
+        same(read(one)[part], read(tmp_path / "run")[part])
+
+
+def test_sigterm_saves_and_the_run_goes_on(tmp_path):
+    text = launch(tmp_path, f"{TINY} --steps 4 --out run", code=143, update=in_step(1, terminate))
+    assert "go on with --resume" in text
+    assert read(tmp_path / "run")["step"] == 2
+    launch(tmp_path, "--resume --out run")
+    assert read(tmp_path / "run")["step"] == 4
+
+
+# ------------------------------------------------------------------- one result on any number of processes
+
+FIVE = f"{TINY} --steps 5 --dtype float64 --lr 1e-3 --log-every 2"
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The folder of a run of five steps, in float64, by one process."""
+    folder = tmp_path_factory.mktemp("one")
+    launch(folder, f"{FIVE} --out run")
+    return folder / "run"
+
+
+def assert_same_run(a, b):
+    """To 1e-9. In float32 they agree to rounding, but where a gradient is nearly 0, Adam turns its rounding into a
+    whole step of size lr.
+    """
+    for part in ("model", "ema"):
+        same(read(a)[part], read(b)[part], atol=1e-9)
+    for row, other in zip(log_of(a)[1:], log_of(b)[1:], strict=True):
+        found, expected = ([float(value) for value in line] for line in (row, other))
+        assert found == pytest.approx(expected, rel=1e-7, nan_ok=True)
+
+
+@pytest.mark.parametrize("how", ["--accum 2", "--grad-ckpt"])
+def test_accumulation_and_grad_ckpt_do_not_change_a_run(how, one, tmp_path):
+    launch(tmp_path, f"{FIVE} {how} --out run")
+    assert_same_run(one, tmp_path / "run")
+
+
+def stopped_in_step_2():
+    if os.environ["RANK"] == "1":                                            # all stop where one is told to
+        train.update = in_step(2, terminate)
+
+
+def test_two_processes_with_accumulation_are_stopped_and_one_goes_on(one, script, tmp_path):
+    words = f"train.py {FIVE} --accum 2 --out run".split()
+    script(*words, processes=2, change=stopped_in_step_2, code=143)
+    assert read(tmp_path / "run")["step"] == 3
+    launch(tmp_path, "--resume --out run")
+    assert_same_run(one, tmp_path / "run")
+
+
+def killed_in_step_4():
+    if os.environ["RANK"] == "1":
+        train.update = in_step(4, kill)
+
+
+def test_one_of_two_processes_dies_and_the_other_ends_with_one_line(one, tmp_path):
+    words = f"train.py {FIVE} --save-every 4 --out run".split()
+    files = [tmp_path / "0", tmp_path / "1"]
+    both = [fork(file, tmp_path, *words, env=env, change=killed_in_step_4) for file, env in zip(files, group(2))]
+    finish(both)
+    text = files[0].read_text()
+    assert both[0].exitcode == 1 and "Traceback" not in text
+    assert "another process of this run has ended" in text.splitlines()[-1]
+    launch(tmp_path, "--resume --out run")                                   # four steps by two, one by one
+    assert_same_run(one, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_two_nodes_do_not_change_a_run(start_script, script, tmp_path):
+    words = f"train.py {FIVE} --steps 2".split()
+    script(*words, "--out", "one", whole=True)
+    start = f"--nnodes=2 --nproc-per-node=1 --master-addr=127.0.0.1 --master-port={free_port()}".split()
+    nodes = [start_script(*words, "--out", "two", torchrun=(*start, f"--node-rank={i}")) for i in range(2)]
     for node in nodes:
-        text = node.communicate(timeout=120)[0]
+        text, _ = node.communicate(timeout=120)
         assert node.returncode == 0, text
-    one, other = (read(tmp_path / name / "ckpt.pt") for name in ("one", "nodes"))
-    assert distance(one["model"], other["model"]) < 1e-9 and distance(one["ema"], other["ema"]) < 1e-9
+    assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.slow
-def test_sigterm_to_torchrun_saves_once_and_leaves(script, start_script, tmp_path):
-    process = start_script("train.py", *TINY, "--steps", 100_000, "--out", "run", torchrun=("--standalone", "--nproc-per-node=2"))
-    while not (tmp_path / "run/log.csv").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    text = process.communicate(timeout=60)[0]
-    assert text.count("go on with --resume") == 1, text
-    step = read(tmp_path / "run/ckpt.pt")["step"] + 1
-    script("train.py", "--resume", "--out", "run", "--steps", step, processes=2, whole=True)
-    assert read(tmp_path / "run/ckpt.pt")["step"] == step
+# ---------------------------------------------------------------------------------------- steps by hand
 
-
-@pytest.mark.slow
-def test_resumed_on_another_number_of_processes(script, tmp_path):
-    words = (*TINY, "--dtype", "float64", "--lr", 1e-3, "--warmup", 1, "--decay", 0)
-    script("train.py", *words, "--steps", 6, "--out", "one")
-    script("train.py", *words, "--steps", 3, "--out", "moved", processes=2)
-    script("train.py", *words, "--steps", 6, "--out", "moved", "--resume")
-    one, moved = (read(tmp_path / name / "ckpt.pt") for name in ("one", "moved"))
-    assert distance(one["model"], moved["model"]) < 1e-9 and distance(one["tally"], moved["tally"]) < 1e-6
-
-
-def test_ema_is_the_average_by_hand(script, tmp_path):
-    for step in range(1, 4):
-        script("train.py", *TINY, "--steps", step, "--ema", 0.7, "--warmup", 1, "--decay", 0, "--out", "run", *(["--resume"] if step > 1 else []))
-        state = read(tmp_path / "run/ckpt.pt")
+@pytest.fixture(scope="module")
+def by_hand(tmp_path_factory):
+    """Four steps of a run, each number of which is another than its default, and the same steps by hand, with stock
+    AdamW. A number of step 1 is nan: that step has no part in either.
+    """
+    folder = tmp_path_factory.mktemp("hand")
+    draw = noise_is_nan(1, 1)
+    text = launch(folder, "--steps 4 --batch-size 8 --size 8 --patch 2 --seed 3 --dtype float64 --target v --gamma 2 "
+                  "--schedule linear --T 100 --timesteps clts --curriculum 2 --importance --drop 0.4 --ema 0.7 "
+                  "--lr 2e-3 --warmup 2 --decay 0.5 --betas 0.8 0.95 --weight-decay 0.5 --sample-steps 1 --out run",
+                  draw_step=draw)
+    torch.manual_seed(3)
+    network, arguments = SMALL
+    model = network(img_size=8, patch_size=2, in_channels=3, num_classes=8, T=100, **arguments).double()
+    ema = {name: value.clone() for name, value in model.state_dict().items()}
+    diffusion = Diffusion("linear", 100, "v", "min_snr", 2.0, "clts:0.3:2")
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.95), weight_decay=0.5)
+    config = dict(batch_size=8, seed=3, drop=0.4, importance=False)
+    rows = []
+    for step, rate in enumerate((0.5, 1, 1, 0.5)):
+        x0, t, noise, y, _ = draw(built_in(8), config, diffusion, step, slice(0, 8))
+        loss, mse = diffusion.loss(model, x0.double(), t, noise.double(), y)
+        loss = loss / (100 * diffusion.density(step)[t])
+        x0_mse = mse * (1 - diffusion.alphas_cumprod[t])
+        rows.append(torch.stack([t, loss, mse, x0_mse], 1).detach())
         if step == 1:
-            torch.manual_seed(0)
-            expected = {key: value.clone() for key, value in build_model(state["config"]).state_dict().items()}
-        expected = {key: 0.7 * value + 0.3 * state["model"][key] for key, value in expected.items()}
-    assert distance(state["ema"], expected) < 1e-6 and distance(state["model"], state["ema"]) > 1e-4
+            continue
+        optimizer.param_groups[0]["lr"] = rate * 2e-3
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
+        for name, value in model.state_dict().items():
+            ema[name] = 0.7 * ema[name] + 0.3 * value
+    return SimpleNamespace(state=read(folder / "run"), row=log_of(folder / "run")[1], text=text, rows=torch.cat(rows),
+                           model=model.state_dict(), ema=ema, moments=optimizer.state_dict()["state"])
 
 
-@pytest.mark.slow
-def test_plain_compiled_and_ddp_checkpoints_are_alike(script, tmp_path):
-    words = (*TINY, "--steps", 2)
-    script("train.py", *words, "--out", "plain")
-    script("train.py", *words, "--out", "ddp", processes=2)
-    script("train.py", *words, "--out", "compiled", "--compile")
-    states = {name: read(tmp_path / name / "ckpt.pt") for name in ("plain", "ddp", "compiled")}
-    for name, state in states.items():
-        for key in (*state["model"], *state["ema"]):
-            assert not key.startswith(("module.", "_orig_mod.")), (name, key)
-        plain = build_model(state["config"])
-        compiled = build_model(state["config"])
-        compiled.compile()
-        for model in (plain, compiled):
-            model.load_state_dict(state["model"])
-            model.load_state_dict(state["ema"])
-        assert distance(state["model"], states["plain"]["model"]) < 5e-3
-        script("train.py", *TINY, "--steps", 3, "--out", name, "--resume", *(["--compile"] if name == "ddp" else []),
-               processes=2 if name == "plain" else 1)
-        load_checkpoint(tmp_path / name)
+def test_steps_by_hand(by_hand):
+    same(by_hand.state["model"], by_hand.model, atol=1e-10)
+
+
+def test_the_moving_average_by_hand(by_hand):
+    same(by_hand.state["ema"], by_hand.ema, atol=1e-9)
+
+
+def test_a_step_that_is_not_finite_leaves_moments_and_step_counts_alone_and_is_said(by_hand):
+    same(by_hand.state["optimizer"]["state"], by_hand.moments, atol=1e-10)
+    assert "not finite in 1 steps" in by_hand.text
+
+
+def test_a_line_of_the_log_by_hand(by_hand):
+    t, loss, mse, x0_mse = by_hand.rows[by_hand.rows[:, 1].isfinite()].T
+    bins = [x0_mse[t // 10 == i].mean().item() for i in range(10)]
+    found = [float(value) for value in by_hand.row]
+    assert found == pytest.approx([4, loss.mean().item(), mse.mean().item(), *bins], rel=1e-7)
+
+
+def test_learning_rate():
+    config = dict(lr=2.0, warmup=4, decay=0.5, steps=20)
+    found = [train.learning_rate(config, step) for step in (0, 1, 3, 10, 11, 19)]
+    assert found == pytest.approx([0.5, 1.0, 2.0, 2.0, 1.8, 0.2])
+    assert train.learning_rate({**config, "warmup": 0, "decay": 0.0}, 19) == 2.0
+
+
+def test_a_run_whose_losses_are_all_nan_ends_and_leaves_its_last_checkpoint(tmp_path):
+    command = f"{TINY} --batch-size 1 --steps 9 --log-every 2 --save-every 2 --out run"
+    text = launch(tmp_path, command, code=3, draw_step=noise_is_nan(4, 9))
+    assert "all losses since step 4" in text
+    assert read(tmp_path / "run")["step"] == 4
+
+
+def test_infinite_weights_are_never_saved(tmp_path):
+    launch(tmp_path, f"{TINY} --steps 1 --out run")
+    ckpt = tmp_path / "run/ckpt.pt"
+    state = read(ckpt)
+    state["ema"]["pos_embed"][:] = float("inf")
+    torch.save(state, ckpt)
+    before = ckpt.read_bytes()
+    assert "weights at step 2" in launch(tmp_path, "--resume --steps 2 --out run", code=3)
+    assert ckpt.read_bytes() == before
+
+
+# ---------------------------------------------------------------------------------- what is drawn at random
+
+DRAWN = dict(batch_size=12, seed=5, drop=0.3, importance=True)
 
 
 def test_everything_random_is_drawn_for_the_global_batch():
-    pool = built_in(16, 50, flip=True)
-    config, d = dict(batch_size=12, seed=5, drop=0.3, importance=True), Diffusion(timesteps="laplace")
-    whole = draw_step(pool, config, d, 7, slice(0, 12))
-    parts = [draw_step(pool, config, d, 7, slice(i, i + 4)) for i in (0, 4, 8)]
+    pool, diffusion = built_in(16, 50, flip=True), Diffusion(timesteps="laplace")
+    whole = draw_step(pool, DRAWN, diffusion, 7, slice(0, 12))
+    parts = [draw_step(pool, DRAWN, diffusion, 7, slice(i, i + 4)) for i in (0, 4, 8)]
     for full, *pieces in zip(whole, *parts):
         assert torch.equal(full, torch.cat(pieces))
-    x0, t, noise, y, scale = whole
-    assert torch.allclose(scale, 1 / (d.density() * 1000)[t])
-    every = [draw_step(pool, config, Diffusion(T=4), step, slice(0, 12)) for step in range(20)]
-    assert torch.cat([part[1] for part in every]).unique().tolist() == [0, 1, 2, 3]
-    many = torch.cat([part[2] for part in every])
-    assert abs(many.mean()) < 0.01 and abs(many.std() - 1) < 0.01 and many.max() > 4
-    assert x0.shape == noise.shape == (12, 3, 16, 16) and t.min() >= 0 and t.max() < 1000 and t.unique().numel() > 6
-    for other in (draw_step(pool, config, d, 8, slice(0, 12)), draw_step(pool, {**config, "seed": 6}, d, 7, slice(0, 12))):
-        assert not torch.equal(other[1], t) and not torch.equal(other[2], noise)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_steps_come_in_order_however_many_threads_prepare_them(threads):
-    begun = []
-
-    def make(step):
-        begun.append(step)
-        time.sleep(0.03 * (step % 3 == 0))                                   # the later ones are ready sooner
-        return step
-    found = []
-    for step in ahead(make, 2, 9, threads):
-        found.append(step)
-        assert max(begun) <= step + threads                                  # memory: no more than these are held
-    assert found == list(range(2, 9)) and sorted(begun) == found
+@pytest.mark.parametrize("seed, step", [(5, 8), (6, 7)])
+def test_another_step_and_another_seed_draw_other_numbers(seed, step):
+    pool, rows = built_in(16, 50), slice(0, 12)
+    one = draw_step(pool, DRAWN, Diffusion(), 7, rows)
+    other = draw_step(pool, {**DRAWN, "seed": seed}, Diffusion(), step, rows)
+    for a, b in list(zip(one, other))[:4]:                                   # x0, t, noise, y
+        assert not torch.equal(a, b)
 
 
 def test_an_epoch_shows_every_image_once_and_the_next_in_another_order():
     pool = built_in(16, 50)
     pool.labels = torch.arange(50).numpy()                                   # labels as numbers of the images
     config = dict(batch_size=20, seed=0, drop=0.0, importance=False)
-    seen = torch.cat([draw_step(pool, config, Diffusion(), step, slice(0, 20))[3] for step in range(5)])
-    assert not torch.equal(epoch_order(50, 0, 0), epoch_order(50, 1, 0))
-    assert sorted(seen[:50].tolist()) == sorted(seen[50:].tolist()) == list(range(50)) and not torch.equal(seen[:50], seen[50:])
-
-
-def test_three_steps_by_hand(script, tmp_path):
-    """Every number of the configuration reaches the step: weights and log of a run against the same by hand."""
-    words = ("--batch-size", 8, "--steps", 3, "--sample-steps", 1, "--seed", 3, "--dtype", "float64", "--target", "v", "--gamma", 2,
-             "--schedule", "linear", "--T", 100, "--warmup", 2, "--betas", 0.8, 0.95, "--weight-decay", 0.5, "--decay", 0.5,
-             "--timesteps", "clts:0.1:2", "--importance")
-    script("train.py", *words, "--out", "run")
-    state = read(tmp_path / "run/ckpt.pt")
-    config, pool = state["config"], built_in(16)
-    torch.manual_seed(3)
-    model = build_model(config).double()
-    d = Diffusion("linear", 100, "v", "min_snr", 2.0, "clts:0.1:2")
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.95), weight_decay=0.5)
-    rows = []
-    for step in range(3):
-        x0, t, noise, y, _ = draw_step(pool, config, d, step, slice(0, 8))
-        loss, mse = d.loss(model, x0.double(), t, noise.double(), y)
-        loss = loss / (100 * d.density(step)[t])
-        optimizer.param_groups[0]["lr"] = (0.5, 1, 2 / 3)[step] * config["lr"]
-        optimizer.zero_grad()
-        loss.mean().backward()
-        optimizer.step()
-        rows.append(torch.stack([t.double(), loss, mse, mse * (1 - d.alphas_cumprod[t])], 1).detach())
-    assert distance(model.state_dict(), state["model"]) < 1e-10 and state["tally"].abs().max() == 0
-    t, loss, mse, x0_mse = torch.cat(rows).T
-    row = next(csv.DictReader((tmp_path / "run/log.csv").open()))
-    assert abs(float(row["loss"]) - loss.mean()) < 1e-7 and abs(float(row["mse"]) - mse.mean()) < 1e-7
-    for i in range(10):
-        inside = (t >= 10 * i) & (t < 10 * (i + 1))
-        assert inside.sum() == 0 or abs(float(row[f"x0_mse_{i}"]) / x0_mse[inside].mean() - 1) < 1e-7
-
-
-def test_bfloat16_is_another_run_and_the_grid_is_drawn_from_the_ema(script, tmp_path):
-    words = (*TINY, "--steps", 3, "--warmup", 1)
-    script("train.py", *words, "--out", "full")
-    script("train.py", *words, "--out", "half", "--dtype", "bfloat16")
-    full, half = (read(tmp_path / name / "ckpt.pt") for name in ("full", "half"))
-    assert 1e-6 < distance(full["model"], half["model"]) < 0.1
-    model, config = load_checkpoint(tmp_path / "full")
-    grid(model, config, tmp_path / "again.png", steps=1, cfg=config["cfg"])
-    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "full/samples_000003.png").read_bytes()
+    labels = [draw_step(pool, config, Diffusion(), step, slice(0, 20))[3] for step in range(5)]
+    first, second = torch.cat(labels).view(2, 50).tolist()
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first != second
 
 
 def test_labels_are_dropped_as_often_as_asked():
-    pool, config = built_in(16, 50), dict(batch_size=100, seed=0, drop=0.15, importance=False)
-    dropped = sum((draw_step(pool, config, Diffusion(), step, slice(0, 100))[3] == 8).sum().item() for step in range(40))
-    assert 500 < dropped < 700                                               # 600 expected, sd 23
+    config = dict(batch_size=4000, seed=0, drop=0.15, importance=False)
+    labels = draw_step(built_in(8), config, Diffusion(), 0, slice(0, 4000))[3]
+    assert 500 < (labels == 8).sum() < 700                                   # 600 expected, deviation 23
 
 
-def test_densities_on_the_command_line(script, tmp_path):
-    text = script("train.py", *TINY, "--steps", 3, "--timesteps", "clts:0.2", "--importance", "--out", "run")
-    assert "clts:0.2:240 t" in text and "warning: --importance" not in text
-    config = read(tmp_path / "run/ckpt.pt")["config"]
-    assert config["timesteps"] == "clts:0.2:240" and config["importance"] is True and "curriculum" not in config
-    for flag in ("clts:0.2:9", "laplace", "clts"):
-        assert "--timesteps" in script("train.py", "--resume", "--out", "run", "--timesteps", flag, code=2)
-    assert "--importance" in script("train.py", "--resume", "--out", "run", "--no-importance", code=2)
-    for flag in ("clts:300:9", "lognormal", "laplace:0:0", "clts:x"):
-        assert f"timesteps: found '{flag}" in script("train.py", *TINY, "--timesteps", flag, "--out", "none", code=2)
-    for flag, why in (("uniform", "changes nothing"), ("laplace", "rarest t by")):
-        assert why in script("train.py", *TINY, "--timesteps", flag, "--importance", "--dry-run", "--batch-size", 1)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_steps_come_in_order_however_many_threads_prepare_them(threads):
+    begun, found = [], []
+
+    def make(step):
+        begun.append(step)
+        time.sleep(0.03 * (step % 3 == 0))                                   # later ones are ready sooner
+        return step
+    for step in train.ahead(make, 2, 9, threads):
+        found.append(step)
+        assert max(begun) <= step + threads                                  # memory: no more than these are held
+    assert found == list(range(2, 9))
 
 
-def test_learning_rate():
-    config = dict(lr=2.0, warmup=4, decay=0.5, steps=20)
-    rates = [learning_rate(config, step) for step in range(20)]
-    assert rates[:4] == [0.5, 1.0, 1.5, 2.0] and rates[4:11] == [2.0] * 7
-    assert rates[11:] == pytest.approx([1.8, 1.6, 1.4, 1.2, 1.0, 0.8, 0.6, 0.4, 0.2])
-    assert learning_rate({**config, "decay": 0.0, "warmup": 0}, 19) == 2.0
-    assert learning_rate({**config, "decay": 1.0, "warmup": 20}, 9) == 2.0 * 0.5 * 0.55
+# ------------------------------------------------------------------------------------- weights from a file
+
+def write_weights(path, weights, header="weight"):
+    path.write_text("\n".join([header, *map(str, weights)]))
 
 
-def test_log_row_averages_by_bin():
-    tally = torch.zeros(10, 4, dtype=torch.float64)
-    tally[0], tally[9] = torch.tensor([6.0, 4.0, 2.0, 2.0]), torch.tensor([3.0, 2.0, 4.0, 1.0])
-    assert log_row(50, tally) == "50,3,2," + ",".join(["1"] + ["nan"] * 8 + ["4"])
+@pytest.fixture
+def weighted(tmp_path):
+    """A folder with min.csv, which is min_snr, ones.csv, and a run "run" of one step with min.csv."""
+    write_weights(tmp_path / "min.csv", WEIGHTINGS["min_snr"](Diffusion().snr, 5).tolist())
+    write_weights(tmp_path / "ones.csv", [1] * 1000)
+    launch(tmp_path, f"{TINY} --steps 1 --weighting min.csv --out run")
+    return tmp_path
+
+
+def test_a_file_is_the_weighting_of_the_same_numbers_to_the_bit_and_may_be_gone_on_resume(weighted):
+    (weighted / "min.csv").unlink()
+    launch(weighted, "--resume --steps 3 --out run")
+    launch(weighted, f"{TINY} --steps 3 --weighting min_snr --out named")
+    same(read(weighted / "named")["model"], read(weighted / "run")["model"])
+
+
+def test_a_file_may_become_another_but_no_name(weighted):
+    text = launch(weighted, "--resume --steps 3 --weighting ones.csv --out run")
+    state = read(weighted / "run")
+    assert "ones.csv" in text and state["config"]["weighting"] == "ones.csv"
+    assert state["weight"].unique() == 1
+    assert "--weighting" in launch(weighted, "--resume --weighting min_snr --out run", code=2)
+
+
+def test_a_name_may_become_a_file_but_no_other_name(weighted):
+    launch(weighted, f"{TINY} --steps 1 --weighting const --out named")
+    assert "--weighting" in launch(weighted, "--resume --weighting snr --out named", code=2)
+    launch(weighted, "--resume --steps 2 --weighting ones.csv --out named")
+    launch(weighted, f"{TINY} --steps 2 --weighting const --out straight")
+    same(read(weighted / "named")["model"], read(weighted / "straight")["model"])
+
+
+BAD_TABLES = [([1] * 999, "weight"), ([1] * 999 + [-1], "weight"), ([1] * 999 + ["nan"], "weight"),
+              ([1] * 1000, "w")]
+
+
+@pytest.mark.parametrize("weights, header", BAD_TABLES, ids=["short", "negative", "nan", "header"])
+def test_a_file_that_is_no_table_of_weights_is_refused(weights, header, tmp_path):
+    write_weights(tmp_path / "bad.csv", weights, header)
+    assert "bad.csv" in launch(tmp_path, f"{TINY} --weighting bad.csv --out run", code=2)
+
+
+# ------------------------------------------------------------------------------------------- the command line
+
+@pytest.mark.parametrize("words", ["", "--classes 0", "--timesteps clts"])
+def test_the_original_command_may_be_repeated_to_go_on(words, tmp_path):
+    launch(tmp_path, f"{TINY} {words} --steps 1 --out run")
+    launch(tmp_path, f"{TINY} {words} --steps 2 --out run --resume")
+    assert read(tmp_path / "run")["step"] == 2
+
+
+OTHER = ["--batch-size 4", "--size 16", "--classes 0", "--target v", "--gamma 2", "--timesteps clts", "--curriculum 9",
+         "--importance", "--schedule linear", "--T 2000", "--lr 0.5", "--warmup 9", "--decay 0.5", "--betas 0.5 0.5",
+         "--weight-decay 0.5", "--drop 0.5", "--ema 0.5", "--dtype float64", "--seed 1", "--flip"]
+
+
+@pytest.mark.parametrize("words", OTHER)
+def test_another_flag_than_the_runs_is_refused(words, runs):
+    flag = words.split()[0]
+    assert f"{flag}: found" in launch(runs, f"--resume --out whole {words}", code=2)
+
+
+def test_flags_that_may_change(runs):
+    free = dict(steps=21, cfg=1.0, sample_steps=2, interval=[0, 9], log_every=1, save_every=7, sample_every=7)
+    launch(runs, "--resume --out parts --steps 21 --cfg 1 --sample-steps 2 --interval 0 9 --log-every 1 "
+           "--save-every 7 --sample-every 7")
+    config = read(runs / "parts")["config"]
+    assert {key: config[key] for key in free} == free
+
+
+BAD = ["--steps 0", "--batch-size 0", "--batch-size 9 --accum 2", "--lr 0", "--lr nan", "--lr inf", "--warmup -1",
+       "--decay 2", "--decay nan", "--betas 1 .9", "--betas .9 nan", "--weight-decay -1", "--weight-decay nan",
+       "--ema 1", "--ema -1", "--drop 1", "--drop -1", "--gamma 0", "--gamma inf", "--T 0", "--T 1e12", "--patch 0",
+       "--patch 2 --model unet-tiny", "--size -16", "--size 1000000", f"--seed {10 ** 30}", "--seed -1", "--cfg nan",
+       "--cfg -1", "--cfg 2 --drop 0", "--interval 5 2", "--interval 0 1000", "--sample-steps 0", "--accum 0",
+       "--log-every 0", "--save-every 0", "--sample-every -1", "--model vit-x", "--target x", "--weighting min",
+       "--classes -1", "--classes 7", "--curriculum 0", "--schedule sine", "--dtype half", "--data x", "--step 3"]
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_a_bad_value_is_one_line_that_names_the_flag(words, tmp_path):
+    flag = words.split()[0]
+    assert flag in launch(tmp_path, f"{TINY} {words} --out run", code=2)
+    assert not list(tmp_path.iterdir())
+
+
+BAD_RUNS = [(f"{TINY} --out whole", "holds a run already"), ("--resume --out whole --steps 19", "has done 20"),
+            ("--resume --out none", "no such file"), ("--dataset pets --out none", "data/pets"),
+            ("--timesteps clts:9:1 --out none", "timesteps: found"), ("--size 18 --out none", "img_size: found 18")]
+
+
+@pytest.mark.parametrize("command, named", BAD_RUNS)
+def test_a_run_that_cannot_be_is_one_line(command, named, runs):
+    before = (runs / "whole/ckpt.pt").read_bytes()
+    assert named in launch(runs, command, code=2)
+    assert (runs / "whole/ckpt.pt").read_bytes() == before and not (runs / "none").exists()
+
+
+def help_of(command):
+    """{flag: what --help says about it}"""
+    text = launch(Path(), f"{command} --help")
+    return dict(re.findall(r"^  --([\w-]+)(.*?)(?=^  -|\Z)", text, re.M | re.S))
+
+
+def test_help_shows_the_defaults_of_the_preset_that_the_command_names():
+    found = help_of("--dataset imagenet64 --model unet-adm")
+    expected = {"batch-size": "1024", "steps": "900000", "target": "eps", "betas": "[0.9, 0.999]", "gamma": "5.0"}
+    for flag, default in expected.items():
+        assert f"(default: {default})" in " ".join(found[flag].split())
+
+
+def flags_of(row):
+    return {key.replace("_", "-") for key in row}
+
+
+@pytest.mark.parametrize("row", train.PRESETS)
+def test_every_key_of_a_preset_is_a_flag(row):
+    assert flags_of(train.preset(*row[:3])) <= help_of("").keys()
+
+
+def test_every_flag_is_set_by_a_preset_or_used_by_a_test():
+    files = [Path(__file__).with_name(name) for name in ("test_train.py", "test_presets.py")]
+    used = {flag for file in files for flag in re.findall(r"--([\w-]+)", file.read_text())}
+    assert help_of("").keys() - flags_of(train.preset("shapes")) <= used
+
+
+# ------------------------------------------------------------------------- folders, disks, damaged files
+
+def test_two_runs_in_one_folder_end_with_one_line(script, tmp_path):
+    def other():
+        script("train.py", "--resume", "--steps", 3, "--out", "run")
+    text = launch(tmp_path, f"{TINY} --steps 9 --save-every 2 --out run", code=2, update=in_step(3, other))
+    assert "another run is writing there" in text
+    assert read(tmp_path / "run")["step"] == 3
+
+
+class Full:
+    """A file on a disk that is full."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def flush(self):
+        pass
+
+
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_loads(tmp_path, monkeypatch):
+    launch(tmp_path, f"{TINY} --steps 1 --out run")
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda state, file: save(state, Full(file)))
+    text = launch(tmp_path, "--resume --steps 2 --out run", code=2)
+    assert "ckpt.pt" in text and "No space left" in text
+    assert load_checkpoint(tmp_path / "run")[1]["step"] == 1
+
+
+class Foreign:
+    """A pickle that makes a folder where it is trusted."""
+
+    def __reduce__(self):
+        return os.mkdir, ("foreign",)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:9000])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def foreign(path):
+    torch.save({**read(path), "step": Foreign()}, path)
+
+
+def missing(path):
+    torch.save({**read(path), "optimizer": {}}, path)
+
+
+def moments(path):
+    state = read(path)
+    state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, foreign, missing, moments])
+def test_a_damaged_checkpoint_is_refused(damage, tmp_path):
+    launch(tmp_path, f"{TINY} --steps 1 --out run")
+    damage(tmp_path / "run/ckpt.pt")
+    assert "ckpt.pt" in launch(tmp_path, "--resume --steps 2 --out run", code=2)
+    assert not (tmp_path / "foreign").exists()
+
+
+# ---------------------------------------------------------------------------------------- other runs
+
+def test_bfloat16_is_another_run(one, script, tmp_path):
+    script("train.py", *FIVE.split(), "--dtype", "bfloat16", "--out", "run")
+    change = read(one)["model"]["pos_embed"] - read(tmp_path / "run")["model"]["pos_embed"]
+    assert 1e-6 < change.abs().max() < 0.1
 
 
 @pytest.mark.slow
-def test_unweighted_errors_do_not_depend_on_the_weighting(script, tmp_path):
-    rows = []
-    for i, weighting in enumerate(("min_snr", "const", "snr")):
-        script("train.py", *TINY, "--steps", 1, "--weighting", weighting, "--out", f"run{i}")
-        rows.append(next(csv.DictReader((tmp_path / f"run{i}/log.csv").open())))
-    assert rows[0]["mse"] == rows[1]["mse"] == rows[2]["mse"] and len({row["loss"] for row in rows}) == 3
+def test_a_compiled_networks_checkpoint_is_a_plain_one(one, script, tmp_path):
+    script("train.py", *FIVE.split(), "--compile", "--out", "run")
+    same(read(one)["model"], read(tmp_path / "run")["model"], atol=1e-7)
 
 
-def test_steps_saves_and_dry_run(script, tmp_path):
-    text = script("train.py", *TINY, "--dry-run", "--out", "none")
-    assert all(word in text for word in ("images/s", "GiB", "hours", " days", "parameters", "GFLOP an image"))
-    assert not (tmp_path / "none").exists()
-    text = script("train.py", *TINY, "--steps", 7, "--save-every", 5, "--sample-every", 3, "--out", "run", whole=True)
-    assert text.splitlines()[-1] == str(tmp_path / "run/samples_000007.png")
-    assert {p.name for p in (tmp_path / "run").glob("samples*")} == {"samples_000003.png", "samples_000006.png", "samples_000007.png"}
-    config = json.loads((tmp_path / "run/config.json").read_text())
-    assert config == read(tmp_path / "run/ckpt.pt")["config"] and config["steps"] == 7 and config["gamma"] == 5
-    score, floor = map(float, re.search(r"FD-pixels (\S+) of 256 samples \(256 other .*: (\S+)\)", text).groups())
-    assert 0.1 < floor < 0.6 < score                                         # 7 steps: noise, and far off
-    text = script("train.py", "--out", "run", "--resume", whole=True)        # finished: only the grid again
-    assert text.splitlines()[-1].endswith("samples_000007.png")
+def test_a_third_network_trains_resumes_and_samples(tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, "mlp", (MLP, dict(width=16)))
+    launch(tmp_path, f"{TINY} --model mlp --steps 2 --out whole")
+    launch(tmp_path, f"{TINY} --model mlp --steps 1 --out run")
+    launch(tmp_path, "--resume --steps 2 --out run")
+    same(read(tmp_path / "whole")["model"], read(tmp_path / "run")["model"])
+    launch(tmp_path, "--ckpt run --n 2 --steps 2 --out grid.png", main=sample.main)
+    assert (tmp_path / "grid.png").exists()
 
 
-def test_refusals(script, tmp_path):
-    script("train.py", *TINY, "--steps", 2, "--out", "run")
-    before = (tmp_path / "run/ckpt.pt").read_bytes()
-    for words, named in (((), "--resume"), (("--resume", "--lr", 0.5), "--lr: found 0.5"), (("--resume", "--size", 32), "--size"),
-                         (("--resume", "--batch-size", 9), "--batch-size"), (("--resume", "--dataset", "pets"), "--dataset")):
-        assert named in script("train.py", *words, "--out", "run", code=2)
-    for words, named in ((("--batch-size", 9, "--accum", 2), "must divide"), (("--drop", 0, "--cfg", 1.5), "--drop 0"),
-                         (("--dataset", "pets"), "data/pets"), (("--size", 18), "--patch"), (("--gamma", -1), "--gamma"),
-                         (("--resume",), "no such file"), (("--schedule", "linear", "--T", 5), "too few")):
-        assert named in script("train.py", *words, "--steps", 2, "--out", "other", code=2)
-    for flag, values in dict(steps=(0,), batch_size=(0, -1), lr=(0, "nan", "inf"), warmup=(-1,), decay=(-1, 2), drop=(1, -1),
-                             betas=("1 .9", "nan .9"), ema=(1, -1), weight_decay=(-1, "nan"), gamma=(0, "inf"), T=(0, 10 ** 12),
-                             patch=(0, -4), size=(-16, 10 ** 6), seed=(-1, 10 ** 30), cfg=("nan", -1), sample_steps=(0,),
-                             accum=(0, -1), log_every=(0,), save_every=(-1,), sample_every=(-1,), model=("vit-x",),
-                             nonsense=(1,), step=(3,)).items():
-        flag = "--" + flag.replace("_", "-") if flag != "T" else "--T"
-        for value in values:
-            assert flag in script("train.py", flag, *str(value).split(), "--out", "other", code=2), (flag, value)
-    assert "--data" in script("train.py", "--data", "x", "--out", "other", code=2)
-    assert not (tmp_path / "other").exists() and (tmp_path / "run/ckpt.pt").read_bytes() == before
-    assert "has done 2" in script("train.py", "--resume", "--steps", 1, "--out", "run", code=2)
-    state = read(tmp_path / "run/ckpt.pt")
-    moments = copy.deepcopy(state["optimizer"])
-    moments["state"][0]["exp_avg"] = torch.zeros(3)
-    for change in (dict(config=[]), dict(config={}), dict(config={**state["config"], "model": "vit-s"}), dict(step="2"), dict(step=-1),
-                   dict(tally=torch.zeros(3)), dict(optimizer={}), dict(optimizer=moments), dict(model={})):
-        torch.save({**state, **change}, tmp_path / "run/ckpt.pt")
-        script("train.py", "--resume", "--out", "run", code=2)
-    flipped = bytearray(before)
-    flipped[len(before) // 2] ^= 4
-    (tmp_path / "run/ckpt.pt").write_bytes(flipped)
-    script("train.py", "--resume", "--out", "run", code=2)
-    (tmp_path / "run/ckpt.pt").write_bytes(before)
-    (tmp_path / "run/log.csv").write_text("\nnonsense\n")
-    script("train.py", "--resume", "--out", "run")
-    script("train.py", *TINY, "--steps", 3, "--dry-run")
-
-
-def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(script, tmp_path):
-    script("train.py", *TINY, "--steps", 5, "--out", "run")
-    state = read(tmp_path / "run/ckpt.pt")
-    state["model"]["linear_projection.bias"][0] = float("inf")
-    torch.save(state, tmp_path / "run/ckpt.pt")
-    before = (tmp_path / "run/ckpt.pt").read_bytes()
-    assert "not finite" in script("train.py", *TINY, "--steps", 9, "--out", "run", "--resume", code=3)
-    assert (tmp_path / "run/ckpt.pt").read_bytes() == before
-
-
-@pytest.mark.parametrize("network", [pytest.param("unet-tiny", marks=pytest.mark.slow), "vit-tiny"])
-def test_grad_ckpt_changes_nothing(network, script, tmp_path):
-    words = (*TINY, "--model", network, "--steps", 3)
-    script("train.py", *words, "--out", "plain")
-    script("train.py", *words, "--out", "ckpt", "--grad-ckpt")
-    plain, ckpt = (read(tmp_path / name / "ckpt.pt") for name in ("plain", "ckpt"))
-    assert distance(plain["model"], ckpt["model"]) < 1e-5
-    if network == "unet-tiny":                                               # as any other network
-        script("train.py", *words, "--out", "two", processes=2)
-        assert distance(plain["model"], read(tmp_path / "two/ckpt.pt")["model"]) < 5e-3
-        assert plain["config"]["weight_decay"] == 0 and "patch_size" not in plain["config"]["network"]
-        script("sample.py", "--ckpt", "plain", "--n", 2, "--steps", 2)
-        assert "--patch" in script("train.py", *TINY, "--model", network, "--patch", 2, "--out", "other", code=2)
-        assert "multiple of 4" in script("train.py", *TINY, "--model", network, "--size", 18, "--out", "other", code=2)
+def test_a_third_network_takes_the_vits_betas_and_weight_decay(monkeypatch):
+    monkeypatch.setitem(MODELS, "mlp", (MLP, dict(width=16)))
+    found = train.preset("folder", "mlp")
+    assert (found["betas"], found["weight_decay"]) == ([0.99, 0.99], 0.03)
