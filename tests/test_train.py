@@ -244,7 +244,7 @@ def test_one_of_two_processes_dies_and_the_other_ends_with_one_line(one, tmp_pat
     text = (tmp_path / "0").read_text()
     assert both[0].exitcode == 1 and "Traceback" not in text
     assert "another process of this run has ended" in text.splitlines()[-1]
-    launch(tmp_path, "--resume --out run")                                   # steps 0 to 2, 3 by two, 4 by one
+    launch(tmp_path, "--resume --out run")                                   # steps 0 to 2; 3 by two; 4
     assert_same_run(one, tmp_path / "run")
 
 
@@ -263,8 +263,8 @@ def test_two_nodes_do_not_change_a_run(start_script, script, tmp_path):
 # ---------------------------------------------------------------------------------------- steps by hand
 
 HAND = """--steps 4 --batch-size 8 --size 8 --patch 2 --seed 3 --dtype float64 --target v --gamma 2
---schedule linear --T 100 --timesteps clts --curriculum 2 --importance --drop 0.4 --ema 0.7 --lr 2e-3 --warmup 2
---decay 0.5 --betas 0.8 0.95 --weight-decay 0.5 --sample-steps 1"""
+--schedule linear --T 100 --timesteps clts --curriculum 2 --importance --drop 0.4 --ema 0.7 --lr 2e-3
+--warmup 2 --decay 0.5 --betas 0.8 0.95 --weight-decay 0.5 --sample-steps 1"""
 
 
 @pytest.fixture(scope="module")
