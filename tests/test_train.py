@@ -38,6 +38,7 @@ def launch(folder, command, code=0, main=train.main, **functions):
     """
     out, err = io.StringIO(), io.StringIO()
     found = 0
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["train.py", *command.split()])
@@ -50,6 +51,8 @@ def launch(folder, command, code=0, main=train.main, **functions):
                 run(main)
             except SystemExit as exit:
                 found = exit.code
+    for number, handler in handlers:
+        signal.signal(number, handler)
     text = out.getvalue() + err.getvalue()
     assert found == code, text
     if code == 2:
@@ -94,7 +97,7 @@ def log_of(folder):
 
 # ----------------------------------------------------------------------------- stopped and gone on
 
-TWENTY = f"{TINY} --steps 20 --log-every 3 --save-every 10 --sample-every 10 --interval 100 700"
+TWENTY = f"{TINY} --steps 20 --log-every 3 --save-every 10 --sample-every 10"
 
 
 def killed_in_step_13():
@@ -136,7 +139,7 @@ def test_a_runs_folder(runs):
 @pytest.mark.parametrize("raw", [False, True])
 def test_the_grid_is_drawn_from_the_moving_average(raw, runs, tmp_path):
     model, config = load_checkpoint(runs / "whole", raw)
-    grid(model, config, tmp_path / "grid.png", steps=1, cfg=1.5, interval=[100, 700])
+    grid(model, config, tmp_path / "grid.png", steps=1, cfg=1.5)
     found = (runs / "whole/samples_000020.png").read_bytes()
     assert (found == (tmp_path / "grid.png").read_bytes()) == (not raw)
 
@@ -468,9 +471,9 @@ def test_another_flag_than_the_runs_is_refused(words, runs):
 
 
 def test_flags_that_may_change(runs):
-    free = dict(steps=21, cfg=1.0, sample_steps=2, interval=[0, 9], log_every=1, save_every=7, sample_every=7)
-    launch(runs, "--resume --out parts --steps 21 --cfg 1 --sample-steps 2 --interval 0 9 --log-every 1 "
-           "--save-every 7 --sample-every 7")
+    free = dict(steps=21, cfg=1.0, sample_steps=2, log_every=1, save_every=7, sample_every=7)
+    launch(runs, "--resume --out parts --steps 21 --cfg 1 --sample-steps 2 --log-every 1 --save-every 7 "
+           "--sample-every 7")
     config = read(runs / "parts")["config"]
     assert {key: config[key] for key in free} == free
 
@@ -479,8 +482,8 @@ BAD = ["--steps 0", "--batch-size 0", "--batch-size 9 --accum 2", "--lr 0", "--l
        "--warmup -1", "--decay 2", "--decay nan", "--betas 1 .9", "--betas .9 nan", "--weight-decay -1",
        "--weight-decay nan", "--ema 1", "--ema -1", "--drop 1", "--drop -1", "--gamma 0", "--gamma inf",
        "--T 0", "--T 1e12", "--patch 0", "--patch 2 --model unet-tiny", "--size -16", "--size 1000000",
-       f"--seed {10 ** 30}", "--seed -1", "--cfg nan", "--cfg -1", "--cfg 2 --drop 0", "--interval 5 2",
-       "--interval 0 1000", "--sample-steps 0", "--accum 0", "--log-every 0", "--save-every 0",
+       f"--seed {10 ** 30}", "--seed -1", "--cfg nan", "--cfg -1", "--cfg 2 --drop 0",
+       "--sample-steps 0", "--accum 0", "--log-every 0", "--save-every 0",
        "--sample-every -1", "--model vit-x", "--target x", "--weighting min", "--classes -1", "--classes 7",
        "--curriculum 0", "--schedule sine", "--dtype half", "--data x", "--step 3"]
 
