@@ -267,7 +267,7 @@ def test_two_nodes_do_not_change_a_run(start_script, script, tmp_path):
 
 HAND = """--steps 4 --batch-size 8 --size 8 --patch 2 --seed 3 --dtype float64 --target v --gamma 2
 --schedule linear --T 100 --timesteps clts --curriculum 2 --importance --drop 0.4 --ema 0.7 --lr 2e-3
---warmup 2 --decay 0.5 --betas 0.8 0.95 --weight-decay 0.5 --sample-steps 1"""
+--warmup 2 --decay 0.5 --betas 0.8 0.95 --weight-decay 0.5 --sample-steps 1 --log-every 2"""
 
 
 @pytest.fixture(scope="module")
@@ -300,8 +300,8 @@ def by_hand(tmp_path_factory):
         optimizer.step()
         for name, value in model.state_dict().items():
             ema[name] = 0.7 * ema[name] + 0.3 * value
-    return SimpleNamespace(state=read(folder / "run"), row=log_of(folder / "run")[1], text=text,
-                           rows=torch.cat(rows), model=model.state_dict(), ema=ema,
+    return SimpleNamespace(state=read(folder / "run"), lines=log_of(folder / "run")[1:], text=text,
+                           rows=rows, model=model.state_dict(), ema=ema,
                            moments=optimizer.state_dict()["state"])
 
 
@@ -318,11 +318,18 @@ def test_a_step_that_is_not_finite_leaves_moments_and_step_counts_alone_and_is_s
     assert "not finite in 1 steps" in by_hand.text
 
 
-def test_a_line_of_the_log_by_hand(by_hand):
-    t, loss, mse, x0_mse = by_hand.rows[by_hand.rows[:, 1].isfinite()].T
+@pytest.mark.parametrize("number", [0, 1])
+def test_lines_of_the_log_by_hand(number, by_hand):
+    rows = torch.cat(by_hand.rows[2 * number:2 * number + 2])
+    t, loss, mse, x0_mse = rows[rows[:, 1].isfinite()].T
     bins = [x0_mse[t // 10 == i].mean().item() for i in range(10)]
-    found = [float(value) for value in by_hand.row]
-    assert found == pytest.approx([4, loss.mean().item(), mse.mean().item(), *bins], rel=1e-7)
+    found = [float(value) for value in by_hand.lines[number]]
+    expected = [2 * number + 2, loss.mean().item(), mse.mean().item(), *bins]
+    assert found == pytest.approx(expected, rel=1e-7, nan_ok=True)
+
+
+def test_a_logged_step_leaves_no_sums(by_hand):
+    assert not by_hand.state["tally"].any()
 
 
 def test_learning_rate():
