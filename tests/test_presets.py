@@ -9,7 +9,8 @@ from mlp import MLP
 from test_train import TINY, launch, same
 
 import train
-from data import DATASETS, class_names
+from data import DATASETS, Images, class_names
+from diffusion import Diffusion
 from files import read
 from sample import MODELS, build_model, draw, load_checkpoint
 from train import PRESETS, preset
@@ -222,3 +223,17 @@ def test_what_is_odd_is_said(words, said, reduced, tmp_path):
     pack(tmp_path / "val", "celeba64", split="val")
     pack(tmp_path / "latents", "imagenet256", scale=0.1)
     assert said in launch(tmp_path, f"{words} --batch-size 2 --steps 1 --sample-steps 1 --out run")
+
+
+def test_flags_of_this_machine_reach_what_they_switch_on(monkeypatch, tmp_path):
+    """They change no result, so that a run does not show whether they were heard."""
+    seen, loss = [], Diffusion.loss
+
+    def watched(self, net, x0, *rest):
+        seen.append((len(x0), net.grad_ckpt))
+        return loss(self, net, x0, *rest)
+    monkeypatch.setattr(Diffusion, "loss", watched)
+    monkeypatch.setattr(Images, "to", lambda self, device: seen.append(device.type))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: seen.append("compile"))
+    launch(tmp_path, f"{TINY} --steps 1 --accum 2 --grad-ckpt --data-on-gpu --compile --out run")
+    assert seen == ["compile", "cpu", (4, True), (4, True)]
