@@ -74,11 +74,9 @@ def preset(dataset, model=None, target=None):
     without a row takes the data set's first one, with the betas and weight decay of its kind.
     """
     rows = [dict(zip(COLUMNS, row)) for row in PRESETS]
-    if dataset not in [row["dataset"] for row in rows]:
-        rows = [row for row in rows if row["dataset"] == "folder"]
-    wanted = dict(dataset=dataset, model=model, target=target)
-    row = max(rows, key=lambda row: [row[key] == wanted[key] for key in wanted])     # the first of the best
-    model = model or row["model"]
+    own = [row for row in rows if row["dataset"] == dataset] or rows[-1:]
+    model = model or own[0]["model"]
+    row = max(own, key=lambda row: (row["model"] == model, row["target"] == target))      # the first of the best
     kind = dict(betas=[.99, .99], weight_decay=0.03)
     if MODELS[model][0] is model_unet.UNet:
         kind = dict(betas=[.9, .999], weight_decay=0.0)
