@@ -155,12 +155,12 @@ def test_only_the_checkpoint_is_needed_for_a_grid(main):
 # ------------------------------------------------------------------------------------------------ on disk
 
 def test_folder_and_npz_hold_the_same_images_and_protocol(main, refused):
-    main("--n 7 --out folder")
-    main("--n 7 --out a.npz")
+    main("--n 7 --seed 7 --out folder")
+    main("--n 7 --seed 7 --out a.npz")
     file = np.load("a.npz")
     assert np.array_equal(file["arr_0"], pictures("folder"))
     assert file["arr_0"].dtype == np.uint8
-    assert file["arr_1"].tolist() == [start(0, k, "random", MODEL)[0] for k in range(7)]
+    assert file["arr_1"].tolist() == [start(7, k, "random", MODEL)[0] for k in range(7)]
     assert read_json("folder/protocol.json") == read_json("a.protocol.json")
     assert not Path("a.npz.parts").exists()
     assert "exists already" in refused("--n 7 --out a.npz")
@@ -268,7 +268,6 @@ def test_classes_by_name_and_number(text, expected):
 @pytest.mark.parametrize("text, found", [
     ("tenc", []),
     ("5", []),
-    ("9" * 30, []),
     ("TEN", [1, 2]),
 ])
 def test_unknown_and_ambiguous_classes_are_refused(text, found):
@@ -286,14 +285,11 @@ def test_unknown_and_ambiguous_classes_are_refused(text, found):
     "--cfg nan",
     "--classifier-scale nan",
     "--target eps",
-    "--labels random --classes a",
     "--classes z",
     "--out a.jpg",
     "--vae none.pt",
-    "--seeds 1",
     "--interval 90 0",
     "--interval 0 200",
-    "--interval -1 9",
     "--interval 0 9 --cfg 1",
 ])
 def test_a_bad_flag_is_one_line_that_names_it(refused, flags):
@@ -307,7 +303,7 @@ def test_cfg_needs_classes_and_label_drop(main, refused, classes):
     main("--n 1")
 
 
-@pytest.mark.parametrize("change", [dict(model="vit-huge"), dict(network={**NETWORK, "img_size": 16})])
+@pytest.mark.parametrize("change", [dict(model="vit-huge"), dict(network={**NETWORK, "depth": 1})])
 def test_a_config_of_other_weights_is_refused(state, refused, change):
     state["config"].update(change)
     torch.save(state, "ckpt.pt")
@@ -335,6 +331,7 @@ def test_latents_are_decoded_by_the_vae_of_the_data(main, monkeypatch):
     assert "warning: vae.pt is not the file" in main("--n 3 --out a.npz")
     model, _ = load_checkpoint("ckpt.pt")
     assert near(pictures("a.npz"), by_hand(model, 3, "random", **SETTINGS)[..., :3])
+    assert "vae" in read_json("a.protocol.json")
 
 
 def test_a_latent_model_asks_for_its_vae(refused):
@@ -380,12 +377,13 @@ def test_weights_of_adm_and_its_classifier(public, main, flags, scale):
     how = dict(steps=2, classifier=guide, classifier_scale=scale)
     expected = by_hand(model, 3, [1, 7], Diffusion("cosine", 1000, "eps"), **how)
     assert np.array_equal(pictures("a.npz"), expected)
+    assert ("classifier" in read_json("a.protocol.json")) == bool(flags)
 
 
 def test_the_classifier_is_part_of_the_protocol(public, main, refused):
     main("--cfg 1 --n 1 --steps 1 --out folder", ckpt="adm.pt")
-    text = refused(f"--cfg 1 --n 1 --steps 1 --out folder {GUIDED}", ckpt="adm.pt")
-    assert "folder: holds samples with classifier" in text
+    flags = f"--cfg 1 --n 1 --steps 1 --out folder {GUIDED}"
+    assert "folder: holds samples with classifier" in refused(flags, ckpt="adm.pt")
 
 
 def test_public_weights_that_do_not_fit_are_refused(public, refused):
