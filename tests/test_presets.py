@@ -188,6 +188,12 @@ def test_a_folder_of_yours_trains_in_memory_and_may_move(tmp_path):
     same(read(tmp_path / "straight")["model"], read(tmp_path / "run")["model"])
 
 
+def test_classes_0_trains_without_the_labels(tmp_path):
+    launch(tmp_path, f"{TINY} --classes 0 --steps 1 --out run")
+    model, config = load_checkpoint(tmp_path / "run")
+    assert (model.num_classes, config["classes"], config["drop"], config["cfg"]) == (0, 0, 0, 1)
+
+
 def test_flip_mirrors(tmp_path):
     pack(tmp_path / "data/mine", "mine")
     weights = []

@@ -114,7 +114,7 @@ def runs(tmp_path_factory):
     process.join()
     assert read(folder / "parts")["step"] == 10
     with open(folder / "parts/log.csv", "a") as file:
-        file.write("1")                                                      # of step 13, cut short by the kill
+        file.write("1")                                                      # of step 13, cut short
     launch(folder, "--out parts --resume")                                   # the run remembers its flags
     return folder
 
