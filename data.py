@@ -1,7 +1,7 @@
 """Images in, batches out: the built-in shapes, the packed format, and `python data.py` that makes it.
 
     python data.py --src DIR --size 64 --out data/NAME             # sub-folders are the classes, or none
-    python data.py --src ILSVRC/train --out data/imagenet64        # a data set of the papers, as they prepare it
+    python data.py --src ILSVRC/train --out data/imagenet64        # as the papers prepare it
 
 A packed folder holds images.npy, uint8 (N,3,S,S), or latents.npy, float16 (N,8,S/8,S/8), which vae.py writes,
 labels.npy, int64 (N,), and meta.json. An image's label is -1 until the image is there, so the labels say what
@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from files import BadInput, Parser, at_least, download, progress, read_json, replace, run, say, write_json
 
-CHUNK = 32                                       # images that a thread reads, encodes and writes at once
+CHUNK = 32                                       # images that one thread reads, encodes and writes at once
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 IMAGENETS = ("imagenet64", "imagenet128", "imagenet256")                     # the last as latents, by vae.py
 DATASETS = {  # what these names promise: side, classes, images in the training set
@@ -68,7 +68,8 @@ SHAPES = {  # name: outline in the unit circle, x + y j with y pointing down; a 
     "ring":     [arc(0, 1, 0, 2), arc(0, 0.5, 0, 2)],
     "square":   [arc(0, 1, -0.25, 1.75, points=5)],
     "triangle": [arc(0, 1, -0.5, 1.5, points=4)],
-    "cross":    [np.outer([1, 1j, -1, -1j], [-.3 - 1j, .3 - 1j, .3 - .3j]).ravel()],     # an arm, turned
+    "cross":    [np.outer([1, 1j, -1, -1j],      # an arm, turned by quarters
+                          [-.3 - 1j, .3 - 1j, .3 - .3j]).ravel()],
     "glass":    [np.array([-.8 - 1j, .8 - 1j, .12 + 0j,
                            .8 + 1j, -.8 + 1j, -.12 + 0j])],
     "heart":    [heart()],
@@ -113,9 +114,9 @@ class Images:
     """images, labels int64 (N,) and meta (dict), from anywhere, as batches for training.
 
     images are uint8 (N,3,S,S), or latents: float16 (N,8,S,S), mean and std of the posterior, unscaled.
-    Anything with a shape that gives the rows of an array of indices will do, such as Shapes. meta["classes"] lists the names
-    of the classes, meta["scale"] is the factor of latents. Raises BadInput for labels that are not int64 or
-    lie outside 0 .. classes - 1.
+    Anything with a shape that gives the rows of an array of indices will do, such as Shapes. meta["classes"]
+    lists the names of the classes, meta["scale"] is the factor of latents. Raises BadInput for labels that
+    are not int64 or lie outside 0 .. classes - 1.
     """
 
     def __init__(self, images, labels, meta, flip=False):
@@ -127,9 +128,9 @@ class Images:
         self.classes = meta["classes"]
         fits = labels.dtype == np.int64 and labels.shape == images.shape[:1]
         if not fits or labels.min() < 0 or labels.max() >= max(1, len(self.classes)):
-            raise BadInput(f"labels of {meta.get('dataset', 'the data')}: found {labels.dtype} {labels.shape} from "
-                           f"{labels.min()} to {labels.max()}, expected int64 {images.shape[:1]} of "
-                           f"{len(self.classes)} classes")
+            name = meta.get("dataset", "the data")
+            raise BadInput(f"labels of {name}: found {labels.dtype} {labels.shape} from {labels.min()} to "
+                           f"{labels.max()}, expected int64 {images.shape[:1]}, {len(self.classes)} classes")
 
     def __len__(self):
         return len(self.labels)
@@ -286,7 +287,7 @@ def read_image(path, size, dataset):
 # ------------------------------------------------------------------------ what is on disk -> names and labels
 
 def find_images(src):
-    """-> the folder or .zip as a path, names of the images below it in a fixed order; hidden ones are left out."""
+    """-> the folder or .zip as a path, names of the images below it in a fixed order but the hidden ones."""
     if src.is_dir():
         root, found = src, glob.glob("**", root_dir=src, recursive=True)
     elif zipfile.is_zipfile(src):
@@ -308,14 +309,11 @@ def by_folder(names):
     folders = [os.path.dirname(name) for name in names]
     shared = len(os.path.commonpath(folders))
     tops = [folder[shared:].strip("/").partition("/")[0] for folder in folders]
-    classes = sorted(set(tops))
-    if classes == [""]:
-        return [0] * len(names), []
-    if "" in classes:
+    classes, labels = np.unique(tops, return_inverse=True)
+    if len(classes) > 1 and classes[0] == "":
         loose = names[tops.index("")]
         raise BadInput(f"--src: {loose} lies beside the class folders {classes[1]}, ..., so it has no class")
-    label = {name: number for number, name in enumerate(classes)}
-    return [label[top] for top in tops], classes
+    return labels.tolist(), [name for name in classes.tolist() if name]
 
 
 def imagenet():
@@ -388,11 +386,10 @@ def listing(src, size, dataset, split):
         raise BadInput(f"--src {src}: found no images ({' '.join(SUFFIXES)}) of --split {split}")
     labels, classes = by_folder(names)
     if dataset in IMAGENETS:
-        known = imagenet()
-        if classes != sorted(known):
-            raise BadInput(f"--src {src}: found {len(classes)} class folders, expected ImageNet's 1,000, n01440764 "
-                           "to n15075141")
-        classes = list(known.values())
+        if classes != sorted(imagenet()):
+            raise BadInput(f"--src {src}: found {len(classes)} class folders, expected ImageNet's 1,000, "
+                           "n01440764 to n15075141")
+        classes = class_names(dataset)
     return lambda name: read_image(root / name, size, dataset), names, labels, classes
 
 
@@ -414,7 +411,7 @@ def fingerprint(meta):
 def begin(out, meta, rank):
     """Make folder out and its arrays, unless they are there: the images empty and every label -1.
 
-    meta.json comes first and the labels last, so a begun folder is known and its labels mean that all is there.
+    meta.json comes first and the labels last: where they are, the rest is there.
     Raises BadInput where it holds something else.
     """
     notes, labels = out / "meta.json", out / "labels.npy"
@@ -428,19 +425,19 @@ def begin(out, meta, rank):
         write_json(notes, meta)
         name, dtype, shape = layout(meta)
         np.lib.format.open_memmap(out / name, "w+", dtype, shape)
-        replace(labels, lambda file: np.save(file, np.full(shape[0], -1, dtype=np.int64)))
+        nothing = np.full(shape[0], -1, dtype=np.int64)
+        replace(labels, lambda file: np.save(file, nothing))
     while not labels.exists():                   # the first of several processes makes them
         time.sleep(0.1)
 
 
-def pack(src, size, out, split="train", workers=None, mirror=False, encode=None, rank=0, world=1, **more):
+def pack(src, size, out, split="train", mirror=False, encode=None, rank=0, world=1, **more):
     """Pack the images below `src` into folder `out`; after a kill it goes on, to the same bytes.
 
-    The folder's own name is the data set's, and those of the papers are read as they read them.
-
-    With mirror every image comes twice, as it is and mirrored. encode(images uint8 (n,3,S,S)) -> the array to
-    store in their place, as vae.py does; it is called by several threads. Of several processes the one of
-    number `rank` makes every `world`-th chunk. `more` goes into meta.json. Raises BadInput.
+    The folder's own name is the data set's; the papers' data sets are read as the papers read them. With
+    mirror every image comes twice, as it is and mirrored. encode(images uint8 (n,3,S,S)) -> the array to
+    store in their place, as vae.py does; several threads call it. Of several processes the one of number
+    `rank` makes every `world`-th chunk. `more` goes into meta.json. Raises BadInput.
     """
     src, out = Path(src), Path(out)
     dataset = out.name
@@ -454,18 +451,19 @@ def pack(src, size, out, split="train", workers=None, mirror=False, encode=None,
     meta = dict(dataset=dataset, split=split, count=len(labels), size=size,
                 classes=classes, listing=digest.hexdigest(), mirror=mirror,
                 crop=CROPS.get(dataset, "box halving, bicubic, center (ADM)"), **more)
+
     def make(chunk):
         images = np.array([read(names[i // copies]) for i in chunk])
         if mirror:
-            images[1::2] = images[1::2, :, :, ::-1]                          # as every chunk begins with an even i
+            images[1::2] = images[1::2, :, :, ::-1]  # a chunk begins with an even i
         return encode(images) if encode else images
 
     begin(out, meta, rank)
-    fill(out, meta, labels, make, workers, rank, world)
+    fill(out, meta, labels, make, rank, world)
     say(f"{out}: {len(labels):,} images of {size} x {size}, {len(classes)} classes")
 
 
-def fill(out, meta, labels, make, workers, rank, world):
+def fill(out, meta, labels, make, rank, world):
     """Write make(chunk), then the labels, for this process's chunks of the rows that are not there yet.
 
     Each thread makes chunks of its own, so some images are read while others are encoded.
@@ -473,7 +471,8 @@ def fill(out, meta, labels, make, workers, rank, world):
     array = out / layout(meta)[0]
     written = np.load(out / "labels.npy", mmap_mode="r+")
     rows = np.arange(len(labels))
-    chunks = [rows[start:start + CHUNK] for start in range(rank * CHUNK, len(rows), world * CHUNK)]
+    starts = range(rank * CHUNK, len(rows), world * CHUNK)
+    chunks = [rows[start:start + CHUNK] for start in starts]
     todo = [chunk for chunk in chunks if written[chunk].min() < 0]
 
     def write(chunk):
@@ -487,7 +486,7 @@ def fill(out, meta, labels, make, workers, rank, world):
         return len(chunk)
 
     done, total, since = 0, sum(map(len, todo)), time.monotonic()
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor() as pool:
         for count in pool.map(write, todo):
             done += count
             if rank == 0:
@@ -518,12 +517,11 @@ def main():
     add = parser.add_argument
     add("--src", help="folder or .zip of images, whose sub-folders are the classes; of cifar10 its\n"
                       "cifar-10-python.tar.gz, of celeba64 img_align_celeba, of imagenet ILSVRC's train")
-    add("--out", required=True, help="packed folder to write: data/cifar10, data/celeba64, data/imagenet64 or\n"
-                                     "data/imagenet128 for the papers' data, data/NAME for yours")
+    add("--out", required=True, help="packed folder to write: data/NAME for your images; data/cifar10,\n"
+                                     "data/celeba64, data/imagenet64 or data/imagenet128 for the papers'")
     add("--download", action="store_true", help="fetch cifar10 into data/; the others ask you to register")
     add("--size", type=at_least(1), help="side of the packed images in pixels (default: the data set's)")
     add("--split", default="train", help="val and test where they are published; recorded in meta.json")
-    add("--workers", type=at_least(1), help="threads that decode (default: 4 more than there are cores)")
     args = parser.parse_args()
     dataset = Path(args.out).name
     if args.download and dataset == "cifar10":
@@ -532,9 +530,9 @@ def main():
             download(CIFAR10_URL, args.src, CIFAR10_SHA256, "--src")
     size = DATASETS.get(dataset, [args.size])[0]
     if not (args.src and size) or args.size not in (None, size):
-        raise BadInput("expected --src DIR --size S, or --out data/NAME of a data set of the papers, which has "
-                       "its own size, and its --src or, of cifar10, --download")
-    pack(args.src, size, args.out, args.split, args.workers)
+        raise BadInput("expected --src DIR --size S; a data set of the papers has its own size, and cifar10 "
+                       "needs --src or --download")
+    pack(args.src, size, args.out, args.split)
     contact_sheet(args.out)
 
 
