@@ -1,26 +1,22 @@
 """Images in, batches out: the built-in shapes, the packed format, and `python data.py` that makes it.
 
-    python data.py --src DIR --size 64 --out data/NAME       # sub-folders are the classes, or none
-    python data.py --dataset imagenet64 --src ILSVRC/train   # as the papers prepare it, into data/imagenet64
-    python data.py --check data/NAME                         # counts, classes and a contact sheet
+    python data.py --src DIR --size 64 --out data/NAME             # sub-folders are the classes, or none
+    python data.py --src ILSVRC/train --out data/imagenet64        # as the papers prepare it
 
-A packed folder holds images_00000.npy, images_00001.npy, ..., each uint8 (256,3,S,S), the last one shorter,
-or latents_00000.npy, ..., float16 (256,8,S/8,S/8), which vae.py writes. Beside them lie labels.npy, int64
-(N,), and meta.json. That comes last: until then plan.json is there, and the same command goes on.
+A packed folder holds images.npy, uint8 (N,3,S,S), or latents.npy, float16 (N,8,S/8,S/8), which vae.py writes,
+labels.npy, int64 (N,), and meta.json. An image's label is -1 until the image is there, so the labels say what
+is left to do, and the same command goes on after a kill.
 """
 import colorsys
-import functools
 import glob
 import hashlib
 import json
 import os
 import pickle
 import random
-import re
 import tarfile
 import time
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,7 +26,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from files import BadInput, Parser, at_least, download, progress, read_json, replace, run, say, write_json
 
-SHARD = 256                                      # images in a file of a packed folder
+CHUNK = 32                                       # images that one thread reads, encodes and writes at once
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 IMAGENETS = ("imagenet64", "imagenet128", "imagenet256")                     # the last as latents, by vae.py
 DATASETS = {  # what these names promise: side, classes, images in the training set
@@ -55,14 +51,9 @@ def generator(purpose, seed, k):
 
 # ---------------------------------------------------------------------------------------- the built-in images
 
-def polygon(corners, turn=0.0):
-    """Corners of a regular polygon on the unit circle, from straight up, turned by a share of a full turn."""
-    return np.exp(2j * np.pi * (turn - 0.25 + np.arange(corners) / corners))
-
-
-def arc(x, radius, start, stop):
-    """48 points of a circle around x, from angle start to angle stop, both in half turns."""
-    return x + radius * np.exp(1j * np.pi * np.linspace(start, stop, 48))
+def arc(x, radius, start, stop, points=48):
+    """Points of a circle around x, from angle start to angle stop, both in half turns; 4 make a triangle."""
+    return x + radius * np.exp(1j * np.pi * np.linspace(start, stop, points))
 
 
 def heart():
@@ -75,12 +66,10 @@ def heart():
 SHAPES = {  # name: outline in the unit circle, x + y j with y pointing down; a second outline is a hole
     "circle":   [arc(0, 1, 0, 2)],
     "ring":     [arc(0, 1, 0, 2), arc(0, 0.5, 0, 2)],
-    "square":   [polygon(4, turn=0.125)],
-    "triangle": [polygon(3)],
-    "cross":    [np.array([-.3 - 1j, .3 - 1j, .3 - .3j,
-                           1 - .3j, 1 + .3j, .3 + .3j,
-                           .3 + 1j, -.3 + 1j, -.3 + .3j,
-                           -1 + .3j, -1 - .3j, -.3 - .3j])],
+    "square":   [arc(0, 1, -0.25, 1.75, points=5)],
+    "triangle": [arc(0, 1, -0.5, 1.5, points=4)],
+    "cross":    [np.outer([1, 1j, -1, -1j],      # an arm, turned by quarters
+                          [-.3 - 1j, .3 - 1j, .3 - .3j]).ravel()],
     "glass":    [np.array([-.8 - 1j, .8 - 1j, .12 + 0j,
                            .8 + 1j, -.8 + 1j, -.12 + 0j])],
     "heart":    [heart()],
@@ -125,9 +114,9 @@ class Images:
     """images, labels int64 (N,) and meta (dict), from anywhere, as batches for training.
 
     images are uint8 (N,3,S,S), or latents: float16 (N,8,S,S), mean and std of the posterior, unscaled.
-    Anything with a shape that gives the rows of an array of indices will do. meta["classes"] lists the names
-    of the classes, meta["scale"] is the factor of latents. Raises BadInput for labels that are not int64 or
-    lie outside 0 .. classes - 1.
+    Anything with a shape that gives the rows of an array of indices will do, such as Shapes. meta["classes"]
+    lists the names of the classes, meta["scale"] is the factor of latents. Raises BadInput for labels that
+    are not int64 or lie outside 0 .. classes - 1.
     """
 
     def __init__(self, images, labels, meta, flip=False):
@@ -137,15 +126,14 @@ class Images:
         self.size = images.shape[2]
         self.channels = 4 if self.latents else 3
         self.classes = meta["classes"]
-        found = f"labels of {meta.get('dataset', 'the data')}: found {labels.dtype} {labels.shape}"
-        if labels.dtype != np.int64 or labels.shape != (len(images),):
-            raise BadInput(f"{found}, expected int64 ({len(images)},)")
-        if labels.min() < 0 or labels.max() >= max(1, len(self.classes)):
-            raise BadInput(f"{found} from {labels.min()} to {labels.max()}, "
-                           f"expected {len(self.classes)} classes")
+        fits = labels.dtype == np.int64 and labels.shape == images.shape[:1]
+        if not fits or labels.min() < 0 or labels.max() >= max(1, len(self.classes)):
+            name = meta.get("dataset", "the data")
+            raise BadInput(f"labels of {name}: found {labels.dtype} {labels.shape} from {labels.min()} to "
+                           f"{labels.max()}, expected int64 {images.shape[:1]}, {len(self.classes)} classes")
 
     def __len__(self):
-        return len(self.images)
+        return len(self.labels)
 
     def batch(self, indices, generator=None, rows=slice(None)):
         """x float32 (B,C,S,S) in [-1,1], or scaled latents, and y int64 (B,) of indices[rows].
@@ -171,67 +159,45 @@ class Images:
 
     def to(self, device):
         """Hold all the images in the device's memory."""
-        dtype = torch.float16 if self.latents else torch.uint8
-        held = torch.empty(self.images.shape, dtype=dtype, device=device)
-        for part in np.array_split(np.arange(len(self)), 1 + len(self) // 4096):
-            held[part] = torch.as_tensor(self.images[part]).to(device)
-        self.images = held
+        self.images = torch.tensor(self.images[:], device=device)
         return self
 
 
-class Rows:
-    """An array of this shape whose rows are made or found one by one, by row(i)."""
+class Shapes:
+    """The first `count` shapes as an array (count,3,size,size); each is drawn where it is read, in 0.1 ms."""
 
-    def __init__(self, shape, row):
-        self.shape, self.row = shape, row
-
-    def __len__(self):
-        return self.shape[0]
+    def __init__(self, count, size):
+        self.shape = (count, 3, size, size)
 
     def __getitem__(self, indices):
-        return np.array([self.row(int(i)) for i in indices])
+        numbers = np.arange(self.shape[0])[indices]
+        return shapes(numbers, self.shape[2])[0]
 
 
 def built_in(size, count=100_000, flip=False):
-    """The first `count` shapes as a data set; each is drawn where it is read, 0.1 ms an image."""
-    images = Rows((count, 3, size, size), functools.partial(draw_shape, size=size))
+    """The first `count` shapes as a data set."""
     labels = np.arange(count, dtype=np.int64) % len(SHAPES)
-    meta = dict(dataset="shapes", split="train", count=count, size=size,
-                classes=list(SHAPES))
-    return Images(images, labels, meta, flip)
+    meta = dict(dataset="shapes", split="train", count=count, size=size, classes=list(SHAPES))
+    return Images(Shapes(count, size), labels, meta, flip)
+
+
+def layout(meta):
+    """-> file name, dtype and shape of the array in a packed folder; only latents have a scale."""
+    count, size = meta["count"], meta["size"]
+    if "scale" in meta:
+        return "latents.npy", "float16", (count, 8, size // 8, size // 8)
+    return "images.npy", "uint8", (count, 3, size, size)
 
 
 def load_array(file, dtype, shape):
-    """A .npy file of this dtype and shape, memory-mapped. Raises BadInput.
-
-    The map is PyTorch's, which holds no file open: a process may open some 1,000 alone.
-    """
+    """A .npy file of this dtype and shape, memory-mapped. Raises BadInput."""
     try:
         array = np.load(file, mmap_mode="r")
     except (OSError, EOFError, ValueError) as error:
         raise BadInput(f"{file}: cannot be read ({error})") from None
     if array.dtype != dtype or array.shape != shape:
         raise BadInput(f"{file}: found {array.dtype} {array.shape}, meta.json promises {dtype} {shape}")
-    size = file.stat().st_size
-    content = torch.from_file(str(file), size=size, dtype=torch.uint8).numpy()
-    return content[array.offset:].view(dtype).reshape(shape)             # behind the header
-
-
-def shards(dir, kind, count):
-    """The files that hold `count` rows and the rows of each: {DIR/KIND_00000.npy: range(0, 256), ...}"""
-    parts = {}
-    for start in range(0, count, SHARD):
-        file = dir / f"{kind}_{start // SHARD:05d}.npy"
-        parts[file] = range(start, min(start + SHARD, count))
-    return parts
-
-
-def load_shards(dir, kind, dtype, shape):
-    """The rows in the files of a packed folder as one array (N,C,S,S). Raises BadInput."""
-    maps = []
-    for file, rows in shards(dir, kind, shape[0]).items():
-        maps.append(load_array(file, dtype, (len(rows), *shape[1:])))
-    return Rows(shape, lambda i: maps[i // SHARD][i % SHARD])
+    return array
 
 
 class Packed(Images):
@@ -243,33 +209,32 @@ class Packed(Images):
     def __init__(self, dir, flip=False):
         dir = Path(dir)
         if not (dir / "meta.json").exists():
-            raise BadInput(f"{dir}: no packed data set, or an unfinished one, as it has no meta.json; "
-                           f"python data.py --src ... --out {dir} makes it")
+            raise BadInput(f"{dir}: no packed data set, as it has no meta.json; "
+                           f"python data.py --src ... --out {dir} makes one")
         meta = read_json(dir / "meta.json")
-        count, size = meta["count"], meta["size"]
-        kind, dtype, shape = "images", "uint8", (count, 3, size, size)
-        if "scale" in meta:
-            kind, dtype, shape = "latents", "float16", (count, 8, size // 8, size // 8)
-        images = load_shards(dir, kind, dtype, shape)
-        labels = load_array(dir / "labels.npy", "int64", (count,))
+        name, dtype, shape = layout(meta)
+        images = load_array(dir / name, dtype, shape)
+        labels = load_array(dir / "labels.npy", "int64", shape[:1])
+        if labels.min() < 0:
+            raise BadInput(f"{dir}: unfinished; the command that began it goes on")
         super().__init__(images, labels, meta, flip)
 
 
 # -------------------------------------------------------------------------------- image files and their crops
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")   # no others: Pillow runs Ghostscript for some
-DAMAGE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile,
+DAMAGE = (OSError, ValueError, SyntaxError, EOFError, zipfile.BadZipFile,
           Image.DecompressionBombError)          # what Pillow and zipfile raise for damaged files
 
 
-def load_image(path, plain=False, archive=None):
-    """Any image file, or member of a ZipFile -> 8-bit RGB as a person sees it.
+def load_image(path, plain=False):
+    """Any image file -> 8-bit RGB as a person sees it; path is a Path, or a zipfile.Path for one in a .zip.
 
     It is upright by EXIF, 16-bit grey is scaled to 8, see-through parts lie on white, CMYK and palettes are
     converted. `plain` converts and no more, as the papers did. Raises BadInput that names the file.
     """
     try:
-        with (archive.open(path) if archive else open(path, "rb")) as file:
+        with path.open("rb") as file:
             image = Image.open(file, formats=FORMATS)
             image.load()
         if not plain:
@@ -309,16 +274,9 @@ def celeba_crop(image, size):
     return np.asarray(centre.resize((size, size), Image.BILINEAR))
 
 
-@functools.cache
-def open_zip(path):
-    return zipfile.ZipFile(path)
-
-
-def read_image(src, size, dataset, name):
-    """uint8 (3,size,size) of the image `name` in a folder or .zip, of the papers' data as they read it."""
-    archive = open_zip(src) if src.is_file() else None
-    path = name if archive else src / name
-    image = load_image(path, dataset in DATASETS, archive)
+def read_image(path, size, dataset):
+    """uint8 (3,size,size) of an image file, of the papers' data as they read it."""
+    image = load_image(path, plain=dataset in DATASETS)
     if dataset != "celeba64":
         return center_crop(image, size).transpose(2, 0, 1)
     if image.size != (178, 218):
@@ -328,42 +286,34 @@ def read_image(src, size, dataset, name):
 
 # ------------------------------------------------------------------------ what is on disk -> names and labels
 
-def image_names(src):
-    """Names of the images in a folder and those below it, or in a .zip; hidden files are left out."""
+def find_images(src):
+    """-> the folder or .zip as a path, names of the images below it in a fixed order but the hidden ones."""
     if src.is_dir():
-        found = glob.glob("**", root_dir=src, recursive=True)
-        names = [name.replace(os.sep, "/") for name in found]
+        root, found = src, glob.glob("**", root_dir=src, recursive=True)
     elif zipfile.is_zipfile(src):
-        names = open_zip(src).namelist()
+        root = zipfile.Path(src)
+        found = root.root.namelist()
     else:
         raise BadInput(f"--src {src}: no such folder or .zip")
-    hidden = re.compile(r"(^|/)(\.|__MACOSX)")
-    names = [name for name in names if name.lower().endswith(SUFFIXES) and not hidden.search(name)]
-    if not names:
-        raise BadInput(f"--src {src}: no images found ({' '.join(SUFFIXES)})")
-    return sorted(names)
+    names = sorted(name.replace(os.sep, "/") for name in found)
+    names = [name for name in names if name.lower().endswith(SUFFIXES)]
+    return root, [name for name in names if "/." not in f"/{name}"]
 
 
-def list_images(src):
-    """Names of the images in a fixed order, label of each, class names.
+def by_folder(names):
+    """-> label of each image and class names, from images' names.
 
-    The folders below the one that all images share are the classes, sorted by name, or by number where all
-    are numbers. Images in no such folder have no classes.
+    The folders below the one that all images share are the classes, sorted by name. Images in no such folder
+    have no classes.
     """
-    names = image_names(src)
-    shared = os.path.commonpath([os.path.dirname(name) for name in names])
-    below = [name[len(shared):].strip("/") for name in names]
-    folders = [os.path.dirname(name).partition("/")[0] for name in below]
-    classes = sorted(set(folders))
-    if classes == [""]:
-        return names, [0] * len(names), []
-    if "" in classes:
-        loose = names[folders.index("")]
-        raise BadInput(f"{src}/{loose}: lies beside the class folders {classes[1]}, ..., so it has no class")
-    if all(name.isdecimal() for name in classes):
-        classes.sort(key=int)
-    label = {name: number for number, name in enumerate(classes)}
-    return names, [label[folder] for folder in folders], classes
+    folders = [os.path.dirname(name) for name in names]
+    shared = len(os.path.commonpath(folders))
+    tops = [folder[shared:].strip("/").partition("/")[0] for folder in folders]
+    classes, labels = np.unique(tops, return_inverse=True)
+    if len(classes) > 1 and classes[0] == "":
+        loose = names[tops.index("")]
+        raise BadInput(f"--src: {loose} lies beside the class folders {classes[1]}, ..., so it has no class")
+    return labels.tolist(), [name for name in classes.tolist() if name]
 
 
 def imagenet():
@@ -391,17 +341,15 @@ class Batch(pickle.Unpickler):
 
 
 def read_cifar10(src, split):
-    """cifar-10-python.tar.gz, or the folder in it -> uint8 (N,3,32,32), labels as a list."""
+    """cifar-10-python.tar.gz -> uint8 (N,3,32,32), labels as a list."""
     images, labels = [], []
     try:
-        for name in CIFAR10_SPLITS[split]:
-            if src.is_dir():
-                file = open(src / name, "rb")
-            else:
-                file = tarfile.open(src).extractfile(f"cifar-10-batches-py/{name}")
-            batch = Batch(file, encoding="latin1").load()
-            images.append(batch["data"].reshape(-1, 3, 32, 32))
-            labels += batch["labels"]
+        with tarfile.open(src) as archive:
+            for name in CIFAR10_SPLITS[split]:
+                file = archive.extractfile(f"cifar-10-batches-py/{name}")
+                batch = Batch(file, encoding="latin1").load()
+                images.append(batch["data"].reshape(-1, 3, 32, 32))
+                labels += batch["labels"]
     except (OSError, EOFError, KeyError, ValueError,
             pickle.UnpicklingError, tarfile.TarError) as error:
         raise BadInput(f"--src {src}: no CIFAR-10 of --split {split} as published ({error!r})") from None
@@ -423,123 +371,126 @@ CELEBA = {  # first and last number of each split
 
 
 def listing(src, size, dataset, split):
-    """-> read, names, labels, class names, crop, filter of a data set of the papers or any folder of images.
+    """-> read, names, labels, class names of a data set of the papers or any folder or .zip of images.
 
     read(name) is the image uint8 (3,size,size).
     """
     if dataset == "cifar10":
         images, labels = read_cifar10(src, split)
-        return images.__getitem__, range(len(images)), labels, CIFAR10, "as published", "as published"
-    read = functools.partial(read_image, src, size, dataset)
-    names, labels, classes = list_images(src)
+        return images.__getitem__, range(len(images)), labels, CIFAR10
+    root, names = find_images(src)
     if dataset == "celeba64":                    # divided by number, as in list_eval_partition.txt
         first, last = CELEBA.get(split, ("", ""))
         names = [name for name in names if first <= Path(name).stem <= last]
-        return read, names, [0] * len(names), [], "center 140 (ScoreSDE)", "bilinear, antialiased"
+    if not names:
+        raise BadInput(f"--src {src}: found no images ({' '.join(SUFFIXES)}) of --split {split}")
+    labels, classes = by_folder(names)
     if dataset in IMAGENETS:
-        known = imagenet()
-        wrong = sorted(known.keys() ^ classes)
-        if wrong:
-            raise BadInput(f"--src {src}: found {len(classes)} class folders, expected ImageNet's 1,000 "
-                           f"wnids; {wrong[0]} is lacking, or is none of them")
-        classes = list(known.values())
-    return read, names, labels, classes, "center (ADM)", "box halving, then bicubic"
+        if classes != sorted(imagenet()):
+            raise BadInput(f"--src {src}: found {len(classes)} class folders, expected ImageNet's 1,000, "
+                           "n01440764 to n15075141")
+        classes = class_names(dataset)
+    return lambda name: read_image(root / name, size, dataset), names, labels, classes
 
 
 # ---------------------------------------------------------------------------------------------------- packing
 
+CROPS = {  # any other data set's is ADM's
+    "cifar10":  "as published",
+    "celeba64": "center 140, antialiased bilinear (ScoreSDE)",
+}
 NAMES = ("dataset", "vae_file")                  # in a pack's meta, what it goes by
 
 
 def fingerprint(meta):
     """What of a pack's meta makes its content, as one hash: all but the names it goes by."""
-    content = {key: meta[key] for key in sorted(meta) if key not in NAMES}
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    content = {key: meta[key] for key in meta if key not in NAMES}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def begin(out, meta):
-    """Write plan.json into folder out, unless an unfinished pack is there. -> whether a finished one is.
+def begin(out, meta, rank):
+    """Make folder out and its arrays, unless they are there: the images empty and every label -1.
 
+    meta.json comes first and the labels last: where they are, the rest is there.
     Raises BadInput where it holds something else.
     """
-    arrays = list(out.glob("*.npy"))
-    for name in ("plan.json", "meta.json"):
-        if (out / name).exists():
-            found = read_json(out / name)
-            keys = (meta | found).keys() - set(NAMES)
-            other = sorted(key for key in keys if found.get(key) != meta.get(key))
-            if other:
-                raise BadInput(f"--out {out}: holds a pack of another {', '.join(other)}; "
-                               "expected a new folder")
-            return name == "meta.json"
-    if arrays:
-        raise BadInput(f"--out {out}: holds {arrays[0].name} and no plan.json; expected a new folder")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "plan.json", meta)
-    return False
+    notes, labels = out / "meta.json", out / "labels.npy"
+    foreign = any(out.glob("*.npy"))
+    if notes.exists():
+        foreign = fingerprint(read_json(notes)) != fingerprint(meta)
+    if foreign:
+        raise BadInput(f"--out {out}: holds other images, or made with other settings; expected a new folder")
+    if rank == 0 and not labels.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(notes, meta)
+        name, dtype, shape = layout(meta)
+        np.lib.format.open_memmap(out / name, "w+", dtype, shape)
+        nothing = np.full(shape[0], -1, dtype=np.int64)
+        replace(labels, lambda file: np.save(file, nothing))
+    while not labels.exists():                   # the first of several processes makes them
+        time.sleep(0.1)
 
 
-def pack(src, size, out, split="train", dataset=None, workers=None, mirror=False, encode=None,
-         rank=0, world=1, **more):
+def pack(src, size, out, split="train", mirror=False, encode=None, rank=0, world=1, **more):
     """Pack the images below `src` into folder `out`; after a kill it goes on, to the same bytes.
 
-    With mirror every image comes twice, as it is and mirrored. encode(images uint8 (n,3,S,S)) -> the array to
-    store in their place, as vae.py does. Of several processes the one of number `rank` makes every `world`-th
-    file. `more` goes into meta.json. Raises BadInput.
+    The folder's own name is the data set's; the papers' data sets are read as the papers read them. With
+    mirror every image comes twice, as it is and mirrored. encode(images uint8 (n,3,S,S)) -> the array to
+    store in their place, as vae.py does; several threads call it. Of several processes the one of number
+    `rank` makes every `world`-th chunk. `more` goes into meta.json. Raises BadInput.
     """
     src, out = Path(src), Path(out)
-    dataset = dataset or out.name
-    read, names, labels, folders, crop, filter = listing(src, size, dataset, split)
-    if not names:
-        raise BadInput(f"--src {src}: found no images of split {split}")
+    dataset = out.name
+    read, names, labels, classes = listing(src, size, dataset, split)
     official = DATASETS.get(dataset, (0, 0, 0))[2]
     if split == "train" and official not in (0, len(names)):
         say(f"warning: found {len(names):,} images, the training set of {dataset} has {official:,}")
     digest = hashlib.sha256(json.dumps([*zip(names, labels)]).encode())
     copies = 2 if mirror else 1
-    count = len(names) * copies
-    meta = dict(dataset=dataset, split=split, count=count, size=size,
-                classes=folders, listing=digest.hexdigest(), mirror=mirror,
-                crop=crop, filter=filter, **more)
-    if begin(out, meta):
-        return say(f"{out}: already packed, {count:,} images")
-
-    def row(i):                                                              # uint8 (3,size,size)
-        image = read(names[i // copies])
-        return image[:, :, ::-1] if i % copies else image
-
-    parts = shards(out, "latents" if encode else "images", count)
-    fill(parts, row, encode, workers, rank, world)
-    if rank > 0:
-        return
-    while not all(file.exists() for file in parts):                          # those of the other processes
-        time.sleep(1)
     labels = np.repeat(np.array(labels, dtype=np.int64), copies)
-    replace(out / "labels.npy", lambda file: np.save(file, labels))
-    for leftover in out.glob("*.part"):                                      # of a killed run
-        leftover.unlink()
-    os.replace(out / "plan.json", out / "meta.json")
-    say(f"{out}: {count:,} images of {size} x {size}, {len(folders)} classes")
+    meta = dict(dataset=dataset, split=split, count=len(labels), size=size,
+                classes=classes, listing=digest.hexdigest(), mirror=mirror,
+                crop=CROPS.get(dataset, "box halving, bicubic, center (ADM)"), **more)
+
+    def make(chunk):
+        images = np.array([read(names[i // copies]) for i in chunk])
+        if mirror:
+            images[1::2] = images[1::2, :, :, ::-1]  # a chunk begins with an even i
+        return encode(images) if encode else images
+
+    begin(out, meta, rank)
+    fill(out, meta, labels, make, rank, world)
+    say(f"{out}: {len(labels):,} images of {size} x {size}, {len(classes)} classes")
 
 
-def fill(parts, row, encode, workers, rank, world):
-    """Write this process's share of the files; the next one's images are read while one is encoded."""
-    own = list(parts)[rank::world]
-    todo = [file for file in own if not file.exists()]
-    total = sum(len(parts[file]) for file in own)
-    done = start = total - sum(len(parts[file]) for file in todo)
-    since = time.monotonic()
-    with ThreadPoolExecutor(workers) as pool:
-        coming = [pool.map(row, parts[file]) for file in todo[:1]]
-        for k, file in enumerate(todo, 1):
-            coming += [pool.map(row, parts[after]) for after in todo[k:k + 1]]
-            images = np.array(list(coming.pop(0)))
-            if encode:
-                images = encode(images)
-            replace(file, lambda f: np.save(f, images))
-            done += len(images)
+def fill(out, meta, labels, make, rank, world):
+    """Write make(chunk), then the labels, for this process's chunks of the rows that are not there yet.
+
+    Each thread makes chunks of its own, so some images are read while others are encoded.
+    """
+    array = out / layout(meta)[0]
+    written = np.load(out / "labels.npy", mmap_mode="r+")
+    rows = np.arange(len(labels))
+    starts = range(rank * CHUNK, len(rows), world * CHUNK)
+    chunks = [rows[start:start + CHUNK] for start in starts]
+    todo = [chunk for chunk in chunks if written[chunk].min() < 0]
+
+    def write(chunk):
+        images = make(chunk)
+        with open(array, "r+b") as file:         # a full disk is an error here, and kills where it is mapped
+            file.seek((chunk[0] - len(rows)) * images[0].nbytes, os.SEEK_END)
+            file.write(images.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        written[chunk] = labels[chunk]
+        return len(chunk)
+
+    done, total, since = 0, sum(map(len, todo)), time.monotonic()
+    with ThreadPoolExecutor() as pool:
+        for count in pool.map(write, todo):
+            done += count
             if rank == 0:
-                progress("packed", done, total, since, start)
+                progress("packed", done, total, since)
 
 
 def tile(images, columns):
@@ -553,49 +504,36 @@ def tile(images, columns):
     return sheet
 
 
-def check(dir):
-    """Print what a packed folder holds and draw 64 of its images."""
+def contact_sheet(dir):
+    """Draw 64 images of a packed folder, from the first to the last, into its sheet.png."""
     data = Packed(dir)
-    print(json.dumps(data.meta | dict(classes=len(data.classes))))
-    counts = np.bincount(data.labels, minlength=len(data.classes))
-    for label, name in enumerate(data.classes):
-        print(f"{label:5d}  {counts[label]:9,}  {name!r}")
-    if data.latents:
-        return print("latents: no contact sheet; vae.py made them")
-    sheet = Path(dir) / "sheet.png"
     picks = np.linspace(0, len(data) - 1, min(64, len(data))).astype(int)
-    image = tile(data.images[picks], 8)
-    replace(sheet, lambda file: image.save(file, "PNG"))
-    print(f"contact sheet: {sheet.resolve()}")
+    sheet = tile(data.images[picks], 8)
+    replace(Path(dir) / "sheet.png", lambda file: sheet.save(file, "PNG"))
 
 
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--dataset", choices=("cifar10", "celeba64", "imagenet64", "imagenet128"),
-        help="one of the papers' (default: the last part of --out, if it is one)")
     add("--src", help="folder or .zip of images, whose sub-folders are the classes; of cifar10 its\n"
                       "cifar-10-python.tar.gz, of celeba64 img_align_celeba, of imagenet ILSVRC's train")
+    add("--out", required=True, help="packed folder to write: data/NAME for your images; data/cifar10,\n"
+                                     "data/celeba64, data/imagenet64 or data/imagenet128 for the papers'")
     add("--download", action="store_true", help="fetch cifar10 into data/; the others ask you to register")
     add("--size", type=at_least(1), help="side of the packed images in pixels (default: the data set's)")
-    add("--out", help="packed folder to write, such as data/NAME (default: data/DATASET)")
     add("--split", default="train", help="val and test where they are published; recorded in meta.json")
-    add("--workers", type=at_least(1), default=os.cpu_count(), help="threads that decode")
-    add("--check", metavar="DIR", help="print what a packed folder holds and draw a contact sheet")
     args = parser.parse_args()
-    if args.check:
-        return check(args.check)
-    dataset = args.dataset or Path(args.out or "").name
+    dataset = Path(args.out).name
     if args.download and dataset == "cifar10":
-        args.src = Path("data") / Path(CIFAR10_URL).name
+        args.src = Path("data/cifar-10-python.tar.gz")
         if not args.src.exists():
             download(CIFAR10_URL, args.src, CIFAR10_SHA256, "--src")
-    side = DATASETS.get(dataset, [args.size])[0]
-    if not (args.src and dataset and side) or args.size not in (None, side):
-        raise BadInput("expected --src DIR --size S --out data/NAME, or a --dataset of the papers, which has "
-                       "its own size, and its --src or, of cifar10, --download")
-    out = args.out or f"data/{dataset}"
-    pack(args.src, side, out, args.split, dataset, args.workers)
+    size = DATASETS.get(dataset, [args.size])[0]
+    if not (args.src and size) or args.size not in (None, size):
+        raise BadInput("expected --src DIR --size S; a data set of the papers has its own size, and cifar10 "
+                       "needs --src or --download")
+    pack(args.src, size, args.out, args.split)
+    contact_sheet(args.out)
 
 
 if __name__ == "__main__":

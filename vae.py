@@ -7,9 +7,10 @@ Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 
 CompVis's. Facts that the published weights depend on: GroupNorm has 32 groups and eps 1e-6, the downsamplers
 pad on the right and at the bottom only, the attention in the middle has one head.
 """
+import contextlib
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
+import threading
 
 import torch
 from torch import nn
@@ -171,6 +172,7 @@ DIFFUSERS = {  # word of a CompVis name: diffusers' words
     "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0",
 }
 OLD = {"q": "query", "k": "key", "v": "value", "proj_out": "proj_attn"}   # in the published files
+PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 
 
 def diffusers_name(name, words):
@@ -183,35 +185,28 @@ def load_vae(path_or_state_dict):
     """A published autoencoder or a whole Stable Diffusion checkpoint -> VAE, every name and shape checked.
 
     Names are CompVis's or diffusers' in either spelling, in a `state_dict` or not, after `first_stage_model.`
-    or not; `loss.*` and `model_ema.*` are dropped, and attention weights may lack their trailing dimensions.
-    Raises BadInput, a ValueError of one line.
+    or not; attention weights may be matrices. What lies outside the autoencoder's four parts is dropped, such
+    as `loss.*`, `model_ema.*` and the rest of a whole checkpoint. Raises BadInput, a ValueError of one line.
     """
     from files import BadInput, read
     state, where = path_or_state_dict, "state dict"
     if not isinstance(state, dict):
         where = state
         state = read(where)
-    if isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    state = {str(name): value for name, value in state.items()}
-    prefix = "first_stage_model."
-    if any(name.startswith(prefix) for name in state):
-        state = {name[len(prefix):]: state[name] for name in state if name.startswith(prefix)}
     with torch.device("meta"):                                               # draws no weights
         model = VAE()
     model = model.to_empty(device="cpu")
-    own = model.state_dict()
-    spelled = {name: name for name in own}                                   # a name in any spelling: ours
+    spelled = {}                                                             # diffusers' spellings: ours
     for words in (DIFFUSERS, DIFFUSERS | OLD):
-        spelled |= {diffusers_name(name, words): name for name in own}
+        spelled |= {diffusers_name(name, words): name for name in model.state_dict()}
     found = {}
+    for name, value in state.get("state_dict", state).items():
+        name = name.removeprefix("first_stage_model.")
+        if name.startswith(PARTS):
+            if value.dim() == 2:
+                value = value[..., None, None]
+            found[spelled.get(name, name)] = value
     try:
-        for name, value in state.items():
-            ours = spelled.get(name, name)
-            if ours in own and ".attn_1." in ours:
-                value = value.reshape(own[ours].shape)
-            if not ours.startswith(("loss.", "model_ema.")):
-                found[ours] = value
         model.load_state_dict(found)
     except RuntimeError as error:
         lines = " ".join(str(error).split())
@@ -221,49 +216,42 @@ def load_vae(path_or_state_dict):
 
 # ---------------------------------------------------------------------------- command line: images -> latents
 
-def encoder(vae, device, dtype, threads):
+def encoder(vae, device, dtype):
     """-> encode(images uint8 (n,3,S,S)), the mean and std of their latents, float16 (n,8,S/8,S/8).
 
-    On a CPU every image has one thread, as a convolution rounds differently on another number of them.
+    Threads may call it. A GPU takes one after the other, which bounds its memory. A CPU takes all at once,
+    each on one core, as a convolution rounds differently on another number of cores.
     """
-    def encode_part(images):
-        x = images.to(device).float().div_(127.5).sub_(1)
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            moments = vae.moments(x)
-        return torch.cat(mean_std(moments.float()), 1).half().cpu()
+    turn = threading.Lock() if device.type == "cuda" else contextlib.nullcontext()
 
     def encode(images):
-        size = 1 if device.type == "cpu" else len(images)
-        parts = torch.from_numpy(images).split(size)
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return torch.cat(list(pool.map(encode_part, parts))).numpy()
+        torch.set_num_threads(1)                                             # of this thread
+        x = torch.from_numpy(images).float().div_(127.5).sub_(1)
+        with turn, torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            moments = vae.moments(x.to(device)).float()
+        return torch.cat(mean_std(moments), 1).half().cpu().numpy()
     return encode
 
 
 def main():
-    from data import IMAGENETS, pack
+    from data import pack
     from files import BadInput, Parser, at_least, hash_file, processes
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--src", required=True, help="folder or .zip of images; its sub-folders are the classes")
     add("--vae", required=True, help="the autoencoder's weights (.ckpt .pt .bin .safetensors)")
-    add("--dataset", choices=IMAGENETS, help="read --src as ImageNet (default: if --out ends in that)")
-    add("--out", required=True, help="packed folder to write, such as data/imagenet256")
+    add("--out", required=True, help="packed folder to write: data/imagenet256, or data/NAME for your images")
     add("--size", type=at_least(8), default=256, help="side of the cropped images, a multiple of 8")
     add("--mirror", action="store_true", help="every image twice, as it is and mirrored")
-    add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 (autocast) on a GPU")
     add("--split", default="train", help="recorded in meta.json")
-    add("--workers", type=at_least(1), help="threads that decode and crop (default: one a core)")
     args = parser.parse_args()
     if args.size % 8:
         raise BadInput(f"--size: found {args.size}, expected a multiple of 8")
     rank, world, device = processes()
-    threads = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    torch.backends.cudnn.allow_tf32 = False                                  # float32 means float32
-    dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
     vae = load_vae(args.vae).to(device)
-    pack(args.src, args.size, args.out, args.split, args.dataset, workers=args.workers or threads,
-         mirror=args.mirror, encode=encoder(vae, device, dtype, threads), rank=rank, world=world,
+    pack(args.src, args.size, args.out, args.split, args.mirror,
+         encode=encoder(vae, device, dtype), rank=rank, world=world,
          vae=hash_file(args.vae), vae_file=os.path.abspath(args.vae), scale=SCALE, dtype=dtype,
          content="posterior mean, std of images in [-1, 1], unscaled")
 
