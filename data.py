@@ -1,7 +1,7 @@
 """Images in, batches out: the built-in shapes, the packed format, and `python data.py` that makes it.
 
     python data.py --src DIR --size 64 --out data/NAME             # sub-folders are the classes, or none
-    python data.py --src ILSVRC/train --out data/imagenet64        # as the papers prepare it
+    python data.py --dataset imagenet64 --src ILSVRC/train         # as the papers prepare it, into data/imagenet64
 
 A packed folder holds images.npy, uint8 (N,3,S,S), or latents.npy, float16 (N,8,S/8,S/8), which vae.py writes,
 labels.npy, int64 (N,), and meta.json. An image's label is -1 until the image is there, so the labels say what
@@ -431,16 +431,16 @@ def begin(out, meta, rank):
         time.sleep(0.1)
 
 
-def pack(src, size, out, split="train", mirror=False, encode=None, rank=0, world=1, **more):
+def pack(src, size, out, split="train", dataset=None, mirror=False, encode=None, rank=0, world=1, **more):
     """Pack the images below `src` into folder `out`; after a kill it goes on, to the same bytes.
 
-    The folder's own name is the data set's; the papers' data sets are read as the papers read them. With
+    dataset is the name of the folder unless given; the papers' data sets are read as the papers read them. With
     mirror every image comes twice, as it is and mirrored. encode(images uint8 (n,3,S,S)) -> the array to
     store in their place, as vae.py does; several threads call it. Of several processes the one of number
     `rank` makes every `world`-th chunk. `more` goes into meta.json. Raises BadInput.
     """
     src, out = Path(src), Path(out)
-    dataset = out.name
+    dataset = dataset or out.name
     read, names, labels, classes = listing(src, size, dataset, split)
     official = DATASETS.get(dataset, (0, 0, 0))[2]
     if split == "train" and official not in (0, len(names)):
@@ -515,25 +515,27 @@ def contact_sheet(dir):
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--src", help="folder or .zip of images, whose sub-folders are the classes; of cifar10 its\n"
+    add("--src", help="folder or .zip of images, whose sub-folders are the classes; of cifar10 its "
                       "cifar-10-python.tar.gz, of celeba64 img_align_celeba, of imagenet ILSVRC's train")
-    add("--out", required=True, help="packed folder to write: data/NAME for your images; data/cifar10,\n"
-                                     "data/celeba64, data/imagenet64 or data/imagenet128 for the papers'")
+    add("--out", type=Path, help="packed folder to write, such as data/NAME (default: data/DATASET)")
+    add("--dataset", choices=("cifar10", "celeba64", "imagenet64", "imagenet128"),
+        help="one of the papers' (default: the last part of --out, if it is one)")
     add("--download", action="store_true", help="fetch cifar10 into data/; the others ask you to register")
     add("--size", type=at_least(1), help="side of the packed images in pixels (default: the data set's)")
     add("--split", default="train", help="val and test where they are published; recorded in meta.json")
     args = parser.parse_args()
-    dataset = Path(args.out).name
+    out = args.out or Path(f"data/{args.dataset}")
+    dataset = args.dataset or out.name
     if args.download and dataset == "cifar10":
         args.src = Path("data/cifar-10-python.tar.gz")
         if not args.src.exists():
             download(CIFAR10_URL, args.src, CIFAR10_SHA256, "--src")
     size = DATASETS.get(dataset, [args.size])[0]
-    if not (args.src and size) or args.size not in (None, size):
-        raise BadInput("expected --src DIR --size S; a data set of the papers has its own size, and cifar10 "
-                       "needs --src or --download")
-    pack(args.src, size, args.out, args.split)
-    contact_sheet(args.out)
+    if not (args.src and size and (args.out or args.dataset)) or args.size not in (None, size):
+        raise BadInput("expected --src DIR --size S --out data/NAME; or --dataset NAME --src DIR, as a data set of "
+                       "the papers has its own size, or --dataset cifar10 --download")
+    pack(args.src, size, out, args.split, dataset)
+    contact_sheet(out)
 
 
 if __name__ == "__main__":

@@ -234,7 +234,7 @@ def encoder(vae, device, dtype):
 
 
 def main():
-    from data import pack
+    from data import IMAGENETS, pack
     from files import BadInput, Parser, at_least, hash_file, processes
     parser = Parser(__doc__)
     add = parser.add_argument
@@ -244,13 +244,14 @@ def main():
     add("--size", type=at_least(8), default=256, help="side of the cropped images, a multiple of 8")
     add("--mirror", action="store_true", help="every image twice, as it is and mirrored")
     add("--split", default="train", help="recorded in meta.json")
+    add("--dataset", choices=IMAGENETS, help="read --src as ImageNet (default: if --out ends in that)")
     args = parser.parse_args()
     if args.size % 8:
         raise BadInput(f"--size: found {args.size}, expected a multiple of 8")
     rank, world, device = processes()
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     vae = load_vae(args.vae).to(device)
-    pack(args.src, args.size, args.out, args.split, args.mirror,
+    pack(args.src, args.size, args.out, args.split, args.dataset, args.mirror,
          encode=encoder(vae, device, dtype), rank=rank, world=world,
          vae=hash_file(args.vae), vae_file=os.path.abspath(args.vae), scale=SCALE, dtype=dtype,
          content="posterior mean, std of images in [-1, 1], unscaled")

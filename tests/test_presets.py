@@ -139,7 +139,7 @@ def pack(folder, dataset, **meta):
         kind, arrays = "latents", (rng.randn(16, 8, 32, 32) * 4).astype(np.float16)
         usual.update(scale=0.18215)
     folder.mkdir(parents=True)
-    np.save(folder / f"{kind}_00000.npy", arrays)
+    np.save(folder / f"{kind}.npy", arrays)
     np.save(folder / "labels.npy", rng.randint(0, max(classes, 1), 16))
     (folder / "meta.json").write_text(json.dumps(usual | meta))
 
