@@ -74,8 +74,9 @@ def peak(call):
 def compare(name, n, ours, other, baseline):
     """Print one line: a call of ours makes n images; `other` does the same as `baseline` does it."""
     work, memory = flops(ours), peak(ours)                                   # before the other takes memory
-    a, b = torch.randn(2, PRODUCT, PRODUCT, device=DEVICE, dtype=torch.bfloat16 if GPU else torch.float32)
-    product = lambda: a @ b
+    dtype = torch.bfloat16 if GPU else torch.float32
+    matrices = torch.randn(2, PRODUCT, PRODUCT, device=DEVICE).to(dtype)
+    product = functools.partial(torch.matmul, *matrices)
     other()
     product()
     rounds = []
@@ -89,9 +90,15 @@ def report(name, n, work, memory, rounds, baseline):
     ours, other, product = rounds.T
     took = np.median(ours)
     mfu = np.median(work / ours * product) / (2 * PRODUCT ** 3)
-    ratio = np.median(ours / other)
-    numbers = f"{n / took:.4g}", f"{1e3 * took:.4g}", f"{work / took / 1e12:.3g}", f"{mfu:.1%}", f"{memory:.1f}"
-    print(LINE.format(name, n, *numbers, f"{ratio:.3g} {baseline}"), flush=True)
+    columns = [
+        f"{n / took:.4g}",
+        f"{1e3 * took:.4g}",
+        f"{work / took / 1e12:.3g}",
+        f"{mfu:.1%}",
+        f"{memory:.1f}",
+        f"{np.median(ours / other):.3g} {baseline}",
+    ]
+    print(LINE.format(name, n, *columns), flush=True)
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -117,7 +124,8 @@ def plain_steps(config, batch):
     if isinstance(model, ViT):
         dim, heads = model.pos_embed.shape[2], model.blocks[0].attn.heads
         heads = heads if dim % heads == 0 else 8                             # ViT-S has 6 heads of 85
-        layer = nn.TransformerEncoderLayer(dim, heads, 4 * dim, 0, F.gelu, batch_first=True, norm_first=True)
+        how = dict(activation=F.gelu, batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(dim, heads, 4 * dim, 0, **how)
         model.blocks = nn.TransformerEncoder(layer, len(model.blocks), enable_nested_tensor=False).layers
     model.to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), config["lr"])
@@ -135,15 +143,16 @@ def plain_steps(config, batch):
 
 def noise_like(config):
     """Noise of the shape of a batch for the network, and zeros (B,)."""
-    shape = config["network"]
-    x = torch.randn(config["batch_size"], shape["in_channels"], shape["img_size"], shape["img_size"], device=DEVICE)
+    C, S = config["network"]["in_channels"], config["network"]["img_size"]
+    x = torch.randn(config["batch_size"], C, S, S, device=DEVICE)
     return x, torch.zeros(len(x), dtype=torch.long, device=DEVICE)
 
 
 def training(flags, config):
     x, zeros = noise_like(config)
     batch = x, zeros, x, zeros, torch.ones_like(zeros)
-    ours, plain = our_steps(flags, config, batch), plain_steps(config, batch)
+    ours = our_steps(flags, config, batch)
+    plain = plain_steps(config, batch)
     compare(f"training {config['model']}", len(x), lambda: next(ours), lambda: next(plain), "plain")
 
 
@@ -155,14 +164,15 @@ def sampling(flags, config):
     diffusion = Diffusion(target=config["target"], T=config["T"])
     draw = functools.partial(sampler, model, diffusion, z, y, config["sample_steps"])
     guided = functools.partial(draw, cfg=1.5)
-    ways = {"guided": guided, "guided in t 0 to 800": functools.partial(guided, interval=(0, 800)), "not guided": draw}
-    for name, call in ways.items():
+    interval = functools.partial(guided, interval=(0, 800))
+    for name, call in (("guided", guided), ("guided in t 0 to 800", interval), ("not guided", draw)):
         compare(f"{config['model']} {name}", len(z), call, guided, "guided")
 
 
 def autoencoder(flags, config):
     n = config["batch_size"]
-    vae, other = VAE().to(DEVICE), VAE().to(DEVICE, memory_format=torch.contiguous_format)
+    vae = VAE().to(DEVICE)
+    other = VAE().to(DEVICE, memory_format=torch.contiguous_format)
     x = torch.randn(n, 3, SIDE, SIDE, device=DEVICE)
     z = torch.randn(n, 4, SIDE // 8, SIDE // 8, device=DEVICE)
     compare(f"encode {SIDE} x {SIDE}", n, lambda: vae.moments(x), lambda: other.encoder(x), "NCHW")
@@ -174,7 +184,8 @@ def features(flags, config):
     images = torch.randint(256, (n, 3, SIDE, SIDE), dtype=torch.uint8, device=DEVICE)
     ours = Inception().fuse().to(DEVICE, memory_format=torch.channels_last)
     other = Inception().requires_grad_(False).to(DEVICE)
-    compare(f"features of {SIDE} x {SIDE}", n, lambda: ours(images), lambda: other(images), "batch norm apart, NCHW")
+    baseline = "batch norm apart, NCHW"
+    compare(f"features of {SIDE} x {SIDE}", n, lambda: ours(images), lambda: other(images), baseline)
 
 
 PARTS = dict(train=training, sample=sampling, vae=autoencoder, fid=features)

@@ -197,8 +197,8 @@ def landscape(path, args):
 
     name = f"{type(model).__name__}-{model.img_size} {target}"
     theta = parameters_to_vector(model.parameters())
-    losses = {f"{name}, t = {t}": (theta, mean_over_bin(T, t)) for t in args.t}
-    losses[f"{name}, all t"] = theta, mean_over_bin(1, 0)
+    losses = {f"{name} t = {t}": (theta, mean_over_bin(T, t)) for t in args.t}
+    losses[f"{name} all t"] = theta, mean_over_bin(1, 0)
     return losses
 
 

@@ -325,7 +325,7 @@ def test_loss_is_that_of_training_at_the_raw_weights(tmp_path, target, weighting
         wanted = x0 if target == "x0" else noise
         mse = (output - wanted).square().flatten(1).mean(1)
         expected = (weight[t] * mse).mean().item()
-        theta, loss = losses[f"ViT-8 {target}, {name}"]
+        theta, loss = losses[f"ViT-8 {target} {name}"]
         assert loss(theta).item() == pytest.approx(expected, rel=1e-4)
 
 
