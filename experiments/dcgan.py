@@ -39,8 +39,10 @@ class DCGAN(nn.Module):
             up = [nn.BatchNorm2d(outer), nn.ReLU(), grow, *up]
             down += [shrink, nn.BatchNorm2d(outer), nn.LeakyReLU(0.2)]
         del down[1]                                                          # the norm beside the image
-        self.generator = nn.Sequential(nn.ConvTranspose2d(LATENT, outer, 4, bias=False), *up)
-        self.discriminator = nn.Sequential(*down, nn.Conv2d(outer, 1, 4, bias=False))
+        first = nn.ConvTranspose2d(LATENT, outer, 4, bias=False)
+        last = nn.Conv2d(outer, 1, 4, bias=False)
+        self.generator = nn.Sequential(first, *up)
+        self.discriminator = nn.Sequential(*down, last)
         for p in self.parameters():
             if p.ndim > 1:                                                   # norms begin with 1 and 0
                 nn.init.normal_(p, 0, 0.02)

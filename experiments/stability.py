@@ -82,7 +82,7 @@ def lanczos(product, v, k):
     return values, vectors[0] ** 2, residuals
 
 
-def spectrum(loss, theta, k, probes, seed=0):
+def spectrum(loss, theta, k, probes, seed):
     """lanczos() for the Hessian of loss(theta) at theta (P,), each from `probes` vectors of random signs.
 
     -> values, weights, residuals of all probes, each (<= probes k,). The sum of all weights is 1.
@@ -131,7 +131,8 @@ def density(values, weights):
     width = 0.01 * (high - low) + 1e-9
     x = np.linspace(low - 4 * width, high + 4 * width, 2001)
     distance = (x[:, None] - values) / width                                 # (N,k)
-    y = np.exp(-distance ** 2 / 2) @ weights / (width * math.sqrt(2 * math.pi))
+    bells = np.exp(-distance ** 2 / 2) / (width * math.sqrt(2 * math.pi))
+    y = bells @ weights
     shown = y > 1e-8 * y.max()
     return x[shown], y[shown]
 
@@ -152,8 +153,10 @@ def pictures(path, args):
     ks = range(args.count)
     if is_gan(path):
         model, _ = dcgan.load(path)
-        z = [torch.randn(LATENT, 1, 1, generator=generator("image", args.seed, k)) for k in ks]
-        images = model.eval().generator(torch.stack(z).to(DEVICE))
+        z = torch.empty(len(ks), LATENT, 1, 1)
+        for k in ks:
+            z[k].normal_(generator=generator("image", args.seed, k))
+        images = model.eval().generator(z.to(DEVICE))
         return to_uint8(images).cpu()
     model, config = load_checkpoint(path)
     model = to_device(model, DEVICE)
@@ -231,7 +234,8 @@ def consistency(args):
     The CSV file has the PSNR of each model to the first; a sheet, .png, has a row of images for each model.
     """
     images = [pictures(path, args) for path in args.ckpt]
-    if len(images) < 2 or len({x.shape for x in images}) > 1:
+    shapes = {x.shape for x in images}
+    if len(images) < 2 or len(shapes) > 1:
         raise BadInput("--ckpt: expected two or more models that draw images of one shape")
     q = torch.stack(images)                                                  # (N,M,3,S,S)
     first, others = q[:1], q[1:]
@@ -243,7 +247,8 @@ def consistency(args):
         rows.append(dict(ckpt=path, psnr=mean.item()))
     write_csv(args.out, rows)
     shown = q[:, :12]
-    sheet = tile(shown.flatten(0, 1).numpy(), shown.shape[1])
+    columns = shown.shape[1]
+    sheet = tile(shown.flatten(0, 1).numpy(), columns)
     replace(args.out.with_suffix(".png"), lambda file: sheet.save(file, "PNG"))
 
 
@@ -257,18 +262,20 @@ def interpolate(args):
     if len(args.ckpt) % 2:
         raise BadInput(f"--ckpt: found {len(args.ckpt)} checkpoints, expected pairs")
     rows = []
-    for path_b, path_a in zip(args.ckpt[::2], args.ckpt[1::2]):
+    pairs = zip(args.ckpt[::2], args.ckpt[1::2])
+    for path_b, path_a in pairs:
         B, A = landscape(path_b, args), landscape(path_a, args)
         if A.keys() != B.keys():
             raise BadInput(f"--ckpt: found {[*B]} beside {[*A]}, expected pairs of one network")
         for name, (theta_b, loss) in B.items():
             theta_a, _ = A[name]
+            which = dict(b=path_b, a=path_a, loss=name)
             curve = []
             for alpha in np.linspace(0, 1, 21):
                 theta = alpha * theta_a + (1 - alpha) * theta_b
                 value = loss(theta).item()
                 curve.append(value)
-                rows.append(dict(b=path_b, a=path_a, loss=name, alpha=alpha, value=value))
+                rows.append(dict(which, alpha=alpha, value=value))
             print(f"{path_b} {name}: roughness {roughness(curve):.3f}", flush=True)
     write_csv(args.out, rows)
 
