@@ -318,7 +318,8 @@ def checkpoint(path, target="x0", weighting="min_snr", **other):
     data = dict(dataset="shapes", data=None, flip=False)
     loss = dict(schedule="cosine", T=100, target=target, weighting=weighting, gamma=5.0)
     config = dict(model="vit-tiny", network=network, **data, **loss)
-    model, ema = ViT(**network), ViT(**network)
+    model = ViT(**network)
+    ema = ViT(**network)
     for p in [*model.parameters(), *ema.parameters()]:
         p.data += 0.1 * torch.randn(p.shape)                                 # a fresh head is close to 0
     weights = dict(model=model.state_dict(), ema=ema.state_dict())
@@ -342,7 +343,8 @@ def test_loss_is_that_of_training_at_the_raw_weights(tmp_path, target, weighting
     bins = {"t = 30": (100, 30), "all t": (1, 0)}
     for name, (K, k) in bins.items():
         parts = draw_bin(built_in(8), 100, K, k, 70, 0)
-        x0, t, noise, y = (torch.cat(part) for part in zip(*parts))          # 64 and 6 samples
+        samples = [torch.cat(part) for part in zip(*parts)]                  # 64 and 6
+        x0, t, noise, y = samples
         output = raw(DIFFUSION.q_sample(x0, t, noise), t, y)
         wanted = x0 if target == "x0" else noise
         error = output - wanted
@@ -402,7 +404,8 @@ def test_interpolation_is_equation_2(tmp_path):
 def test_hessian_command(tmp_path, gan):
     words = ["--n", 6, "--lanczos", 4, "--probes", 2, "--out", tmp_path / "h.csv"]
     call(stability, "hessian", "--ckpt", gan, *words)
-    rows, curves = table(tmp_path / "h.csv"), table(tmp_path / "h_density.csv")
+    rows = table(tmp_path / "h.csv")
+    curves = table(tmp_path / "h_density.csv")
     losses = stability.landscape(gan, flags())
     assert [row["loss"] for row in rows] == list(losses)
     for row in rows:
