@@ -1,14 +1,18 @@
-"""Images/s, MFU and memory of every part, each beside a plain baseline that takes turns with it.
+"""Images/s, MFU and memory of a part of the project, each beside a plain baseline that takes turns with it.
 
-    python -m experiments.bench                                      # everything; on a CPU with networks cut to fit
-    python -m experiments.bench train --model vit-b --batch-size 4   # one network, whole
-    python -m experiments.bench sample vae                           # some parts
+    python -m experiments.bench train                                    # the demo's network
+    python -m experiments.bench train --dataset imagenet256 --model vit-xl --compile
+    python -m experiments.bench sample --batch-size 16                   # Heun, guided or not
+    python -m experiments.bench vae --batch-size 2                       # the autoencoder
+    python -m experiments.bench fid --batch-size 16                      # FID's features
 
-A line is the median of --rounds rounds, in each of which everything that is compared runs in turn. The last
-column is our time over that of what is named: below 1 is faster. MFU is the rate of the FLOPs counted on the
-network (thrice the forward pass in training), over the rate of a large matrix product in the same rounds.
+All flags but the part are train.py's: they choose the network and --batch-size, the images of a call. A line
+is the median of five rounds, in each of which everything that is compared runs in turn. The last column is
+our time over that of what is named: below 1 is faster. MFU is the rate of the FLOPs counted in a call, over
+the rate of a large matrix product in the same round. GiB is the peak on a GPU during a call.
 """
-import copy
+import contextlib
+import functools
 import sys
 import time
 
@@ -16,20 +20,24 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from diffusion import Diffusion, sampler
 from fid import Inception
-from files import Parser, at_least, run
+from files import Parser, processes, run
 from model_vit import ViT
-from sample import MODELS, build_model, to_device
+from sample import build_model, to_device
 from vae import VAE
 
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
-SIDE = 8192 if GPU else 2048             # of the matrix product that MFU is relative to, bfloat16 on a GPU
-LINE = "{:<40} {:>6} {:>10} {:>10} {:>7} {:>6}   {}"
+_, _, DEVICE = processes()
+GPU = DEVICE.type == "cuda"
+PRODUCT = 8192 if GPU else 2048          # side of the matrices that MFU is relative to, bfloat16 on a GPU
+SIDE = 256 if GPU else 64                # of the images that the autoencoder and FID's network get
+ROUNDS = 5
+LINE = "{:<36} {:>6} {:>10} {:>10} {:>8} {:>6} {:>6}   {}"
 
 
 # --------------------------------------------------------------------------------------------- measuring
@@ -45,155 +53,155 @@ def seconds(call):
     return (time.perf_counter() - since) / count
 
 
-def turns(rounds, *calls):
-    """Seconds of each call, and of the matrix product, in each round: (rounds, calls + 1)."""
-    a, b = torch.randn(2, SIDE, SIDE, device=DEVICE).to(torch.bfloat16 if GPU else torch.float32)
-    calls = [*calls, lambda: a @ b]
-    for call in calls:
-        call()                                                               # warms it
-    return np.array([[seconds(call) for call in calls] for _ in range(rounds)])
-
-
-def flops(make, *inputs):
-    """Of a forward pass of the network that make() returns, on tensors without content."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        make()(*(part.to("meta") for part in inputs))
+def flops(call):
+    """Of a call, counted while it runs. The counter does not know the CPU's fused attention."""
+    plain_attention = contextlib.nullcontext() if GPU else sdpa_kernel(SDPBackend.MATH)
+    with plain_attention, FlopCounterMode(display=False) as counter:
+        call()
     return counter.get_total_flops()
 
 
-def show(name, n, work, ours, other, product, baseline):
-    """One line: n images of `work` FLOPs each took `ours` seconds in each round, (rounds,), and the baseline and the
-    matrix product of the same round `other` and `product`.
-    """
-    each = np.median(ours)
-    mfu = np.median(n * work / ours * product) / (2 * SIDE ** 3)
-    ratio = np.median(ours / other)
-    memory = ""
-    if GPU:
-        memory = f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB"
-        torch.cuda.reset_peak_memory_stats()
-    numbers = f"{n / each:,.4g}", f"{each * 1e3:,.4g}", memory, f"{mfu:.1%}"
-    print(LINE.format(name, n, *numbers, f"{ratio:.3g} {baseline}"), flush=True)
+def peak(call):
+    """GiB of a GPU's memory that are in use at most during a call, nan on a CPU."""
+    if not GPU:
+        call()
+        return np.nan
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return torch.cuda.max_memory_allocated() / 2 ** 30
+
+
+def compare(name, n, ours, other, baseline):
+    """Print one line: a call of ours makes n images; `other` does the same as `baseline` does it."""
+    work, memory = flops(ours), peak(ours)                                   # before the other takes memory
+    dtype = torch.bfloat16 if GPU else torch.float32
+    matrices = torch.randn(2, PRODUCT, PRODUCT, device=DEVICE).to(dtype)
+    product = functools.partial(torch.matmul, *matrices)
+    other()
+    product()
+    rounds = []
+    for _ in range(ROUNDS):
+        rounds.append([seconds(ours), seconds(other), seconds(product)])
+    report(name, n, work, memory, np.array(rounds), baseline)
+
+
+def report(name, n, work, memory, rounds, baseline):
+    """Print a line of n images, `work` FLOPs; rounds (R,3) are seconds of ours, the other and the product."""
+    ours, other, product = rounds.T
+    took = np.median(ours)
+    mfu = np.median(work / ours * product) / (2 * PRODUCT ** 3)
+    columns = [
+        f"{n / took:.4g}",
+        f"{1e3 * took:.4g}",
+        f"{work / took / 1e12:.3g}",
+        f"{mfu:.1%}",
+        f"{memory:.1f}",
+        f"{np.median(ours / other):.3g} {baseline}",
+    ]
+    print(LINE.format(name, n, *columns), flush=True)
 
 
 # ---------------------------------------------------------------------------------------------- training
 
-def plain(model):
-    """The same network as one writes it first: a ViT with PyTorch's own layers."""
+def our_steps(flags, config, batch):
+    """Steps of train.py, without the data."""
+    model, ema, optimizer = train.make_networks(flags, config, DEVICE)
+    if flags.compile:
+        model.compile()
+    diffusion = Diffusion(target=config["target"], T=config["T"]).to(DEVICE)
+    tally = torch.zeros(10, 4, dtype=torch.float64, device=DEVICE)
+    skipped = torch.zeros((), device=DEVICE)
+    while True:
+        train.backward(model, diffusion, batch, tally, config)
+        train.update(model, ema, optimizer, config, 0, skipped)
+        yield
+
+
+def plain_steps(config, batch):
+    """The same steps as one writes them first, with PyTorch's own layers of a ViT, AdamW and average."""
+    x0, t, noise, y, _ = batch
+    model = build_model(config)
     if isinstance(model, ViT):
         dim, heads = model.pos_embed.shape[2], model.blocks[0].attn.heads
         heads = heads if dim % heads == 0 else 8                             # ViT-S has 6 heads of 85
-        model.blocks = nn.ModuleList(nn.TransformerEncoderLayer(
-            dim, heads, 4 * dim, 0.0, F.gelu, 1e-6, batch_first=True, norm_first=True) for _ in model.blocks)
-    return model.to(DEVICE)
-
-
-def stepper(model, data, config, stock=False):
-    """-> a step of train.py as a call; with stock=True AdamW and the EMA as one writes them first."""
+        how = dict(activation=F.gelu, batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(dim, heads, 4 * dim, 0, **how)
+        model.blocks = nn.TransformerEncoder(layer, len(model.blocks), enable_nested_tensor=False).layers
+    model.to(DEVICE)
+    optimizer = torch.optim.AdamW(model.parameters(), config["lr"])
+    average = AveragedModel(model, avg_fn=get_ema_avg_fn(config["ema"]))
     diffusion = Diffusion(target=config["target"], T=config["T"]).to(DEVICE)
-    ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), config["lr"], config["betas"], fused=not stock)
-    make_batch = lambda step: train.draw_step(data, config, diffusion, step, slice(None))
-    batches = train.ahead(make_batch, 0, 10 ** 9)
-    tally = torch.zeros(10, 4, dtype=torch.float64, device=DEVICE)
-    skipped = torch.zeros((), device=DEVICE)
-
-    def step():
-        batch = [part.to(DEVICE) for part in next(batches)]
-        train.backward(model, diffusion, batch, tally, config)
-        if not stock:
-            return train.update(model, ema, optimizer, config, 0, skipped)
+    while True:
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=config["dtype"] == "bfloat16"):
+            loss, _ = diffusion.loss(model, x0, t, noise, y)
+        loss.mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        for average, p in zip(ema.parameters(), model.parameters()):
-            average.mul_(config["ema"]).add_(p.detach(), alpha=1 - config["ema"])
-    return step
+        average.update_parameters(model)
+        yield
 
 
-def training(args, dataset, name):
-    """A step of train.py beside one of the plain network."""
-    sys.argv = ["train.py", "--dry-run", "--dataset", dataset, "--model", name]
-    flags, _ = train.parse()
-    data = train.open_data(flags)
-    config = train.settle(flags, data)
-    shape = config["network"]
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in build_model(config).parameters())
-    if parameters > 150e6 and not GPU and not args.model:
-        shape.update(dict(depth=4) if "depth" in shape else dict(channels=64))
-        name += " (cut)"
-    x = torch.zeros(1, shape["in_channels"], shape["img_size"], shape["img_size"])
-    t = torch.zeros(1, dtype=torch.long)
-    work = 3 * flops(lambda: build_model(config), x, t, t)
-    usual = config["batch_size"] if GPU else max(1, min(64, int(150e9 / work)))
-    config["batch_size"] = args.batch_size or usual
-    ours = stepper(to_device(build_model(config), DEVICE), data, config)
-    other = stepper(plain(build_model(config)), data, config, stock=True)
-    show(f"{dataset} {name}", config["batch_size"], work, *turns(args.rounds, ours, other).T, "plain")
+def noise_like(config):
+    """Noise of the shape of a batch for the network, and zeros (B,)."""
+    C, S = config["network"]["in_channels"], config["network"]["img_size"]
+    x = torch.randn(config["batch_size"], C, S, S, device=DEVICE)
+    return x, torch.zeros(len(x), dtype=torch.long, device=DEVICE)
+
+
+def training(flags, config):
+    x, zeros = noise_like(config)
+    batch = x, zeros, x, zeros, torch.ones_like(zeros)
+    ours = our_steps(flags, config, batch)
+    plain = plain_steps(config, batch)
+    compare(f"training {config['model']}", len(x), lambda: next(ours), lambda: next(plain), "plain")
 
 
 # ---------------------------------------------------------------------------- sampling, autoencoder, metrics
 
-def sampling(args):
-    """Heun 30: guided, guided in an interval, not guided."""
-    name, C, S, B = ("vit-xl", 4, 32, 128) if GPU else ("vit-tiny", 3, 16, 16)
-    network, arguments = MODELS[name]
-    make = lambda: network(**arguments, img_size=S, patch_size=S // 16 if GPU else 4, in_channels=C, num_classes=8)
-    model = to_device(make(), DEVICE).eval()
-    z = torch.randn(B, C, S, S, device=DEVICE)
-    y = torch.arange(B, device=DEVICE) % 8
-    work = flops(make, z[:1], y[:1], y[:1])
-    ways = dict(cfg=1.5), dict(cfg=2.1, interval=(0, 800)), dict()
-    calls = [lambda way=way: sampler(model, Diffusion(), z, y, 30, **way) for way in ways]
-    *times, product = turns(args.rounds, *calls).T
-    for ours, what, forwards in zip(times, ("guided", "guided in t 0 to 800", "not guided"), (118, 89, 59)):
-        show(f"{name}, Heun 30, {what}", B, work * forwards, ours, times[0], product, "guided")
+def sampling(flags, config):
+    model = to_device(build_model(config), DEVICE).eval()
+    z, y = noise_like(config)
+    diffusion = Diffusion(target=config["target"], T=config["T"])
+    draw = functools.partial(sampler, model, diffusion, z, y, config["sample_steps"])
+    guided = functools.partial(draw, cfg=1.5)
+    interval = functools.partial(guided, interval=(0, 800))
+    for name, call in (("guided", guided), ("guided in t 0 to 800", interval), ("not guided", draw)):
+        compare(f"{config['model']} {name}", len(z), call, guided, "guided")
 
 
-def autoencoder(args):
-    S, B = (256, 64) if GPU else (128, 2)
-    vae, other = VAE().to(DEVICE), VAE().to(DEVICE, memory_format=torch.contiguous_format)
-    x = torch.randn(B, 3, S, S, device=DEVICE)
-    z = torch.randn(B, 4, S // 8, S // 8, device=DEVICE)
-    for what, ours, part, given in (("encode", vae.moments, "encoder", x), ("decode", vae.decode, "decoder", z)):
-        plain_part = getattr(other, part)
-        with torch.no_grad():
-            times = turns(args.rounds, lambda: ours(given), lambda: plain_part(given)).T
-        show(f"autoencoder, {what} {S} x {S}", B, flops(lambda: getattr(VAE(), part), given[:1]), *times, "NCHW")
+def autoencoder(flags, config):
+    n = config["batch_size"]
+    vae = VAE().to(DEVICE)
+    other = VAE().to(DEVICE, memory_format=torch.contiguous_format)
+    x = torch.randn(n, 3, SIDE, SIDE, device=DEVICE)
+    z = torch.randn(n, 4, SIDE // 8, SIDE // 8, device=DEVICE)
+    compare(f"encode {SIDE} x {SIDE}", n, lambda: vae.moments(x), lambda: other.encoder(x), "NCHW")
+    compare(f"decode {SIDE} x {SIDE}", n, lambda: vae.decode(z), lambda: other.decoder(z), "NCHW")
 
 
-def features(args):
-    S, B = (256, 256) if GPU else (64, 16)
-    images = torch.randint(256, (B, 3, S, S), dtype=torch.uint8, device=DEVICE)
-    other = Inception().to(DEVICE)
-    model = Inception().fuse().to(DEVICE, memory_format=torch.channels_last)
-    with torch.no_grad():
-        times = turns(args.rounds, lambda: model(images), lambda: other(images)).T
-    show(f"FID features of {S} x {S}", B, flops(Inception, images[:1]), *times, "batch norm apart, NCHW")
+def features(flags, config):
+    n = config["batch_size"]
+    images = torch.randint(256, (n, 3, SIDE, SIDE), dtype=torch.uint8, device=DEVICE)
+    ours = Inception().fuse().to(DEVICE, memory_format=torch.channels_last)
+    other = Inception().requires_grad_(False).to(DEVICE)
+    baseline = "batch norm apart, NCHW"
+    compare(f"features of {SIDE} x {SIDE}", n, lambda: ours(images), lambda: other(images), baseline)
 
 
-PARTS = dict(sample=sampling, vae=autoencoder, fid=features)
+PARTS = dict(train=training, sample=sampling, vae=autoencoder, fid=features)
 
 
 def main():
     parser = Parser(__doc__)
-    add = parser.add_argument
-    add("parts", nargs="*", choices=["train", *PARTS, []], help="(default: all)")
-    add("--model", choices=MODELS, help="train: this network, whole (default: all, cut to fit a CPU)")
-    add("--batch-size", type=at_least(1), help="train: images a step (default: the preset's, on a CPU a few)")
-    add("--rounds", type=at_least(1), default=5)
-    args = parser.parse_args()
-    rate = 2 * SIDE ** 3 / np.median(turns(args.rounds))
+    parser.add_argument("part", choices=PARTS)
+    args, words = parser.parse_known_args()
+    sys.argv = ["train.py", "--dry-run", *words]
+    flags, _ = train.parse()
+    config = train.settle(flags, train.open_data(flags))
     where = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{where}, PyTorch {torch.__version__}; a large matrix product: {rate / 1e12:,.3g} TFLOP/s")
-    print(LINE.format("", "images", "images/s", "ms", "", "MFU", "time over that of"), flush=True)
-    for part in args.parts or ["train", *PARTS]:
-        if part in PARTS:
-            PARTS[part](args)
-            continue
-        for dataset, name in dict.fromkeys(row[:2] for row in train.PRESETS[:-1]):
-            if args.model in (None, name):
-                training(args, dataset, name)
+    print(f"{where}, PyTorch {torch.__version__}")
+    print(LINE.format("", "images", "images/s", "ms", "TFLOP/s", "MFU", "GiB", "time over that of"))
+    PARTS[args.part](flags, config)
 
 
 if __name__ == "__main__":

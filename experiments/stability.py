@@ -12,26 +12,27 @@ images are drawn from the EMA weights. Losses are those of training, with all la
 around the weights that the optimizer holds. Of a GAN's two networks one moves at a time. The kinks of its
 ReLUs have no part in the Hessian.
 """
-import copy
 import math
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.autograd.functional import vhp
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parameters_to_vector
 
 from data import generator, tile
 from diffusion import Diffusion
 from experiments import dcgan
-from experiments.dcgan import DEVICE
+from experiments.dcgan import DEVICE, LATENT
 from experiments.figures import write_csv
 from experiments.pareto import draw_bin, load
 from files import BadInput, Parser, at_least, read, replace, run
-from sample import draw, find_vae, load_checkpoint, start, to_device, to_uint8
+from sample import draw, find_vae, load_checkpoint, to_device, to_uint8
 
 
-# ------------------------------------- consistency (eq. 1, table 1) and interpolation (eq. 2, figure 3)
+# ------------------------------------------------------------------------------------------------ measures
 
 def psnr(a, b):
     """10 log10(255^2 / MSE) in dB, (...,), of uint8 images (...,C,H,W).
@@ -45,48 +46,13 @@ def psnr(a, b):
     return 10 * torch.log10(peak / error.clamp(min=1))
 
 
-def consistency(images):
-    """C(q) = 1/M sum_i 1/(N-1) sum_{j>=2} PSNR(q_i1, q_ij), dB (eq. 1), of uint8 images (N,M,C,H,W)."""
-    return float(psnr(images[:1], images[1:]).mean())
-
-
-@torch.no_grad()
-def interpolate(model_a, model_b, alpha):
-    """A copy of model_b with the parameters alpha theta_a + (1 - alpha) theta_b (eq. 2)."""
-    mixed = copy.deepcopy(model_b)
-    theta_a, theta_b = model_a.parameters(), model_b.parameters()
-    for p, a, b in zip(mixed.parameters(), theta_a, theta_b):
-        p.copy_(alpha * a + (1 - alpha) * b)
-    return mixed
-
-
 def roughness(curve):
     """Total variation / (highest - lowest) of a curve (N,): 1 if it only rises or falls, more with each turn.
 
     The paper shows jitter and gives no number. This one does not depend on the scale of the loss, so that two
     losses can be compared.
     """
-    extent = np.ptp(curve)
-    if extent == 0:
-        return 1.0
-    return float(np.abs(np.diff(curve)).sum() / extent)
-
-
-# ------------------------------------------------------------------------------ Hessian spectrum (figure 4)
-
-def hvp(module, loss, v):
-    """H v (P,), where H is the Hessian of the scalar loss(module) by the module's P parameters.
-
-    It is the gradient of <gradient, v> (Pearlmutter 1994).
-    """
-    params = list(module.parameters())
-
-    def gradient(value, **how):
-        grads = torch.autograd.grad(value, params, allow_unused=True, materialize_grads=True, **how)
-        return torch.cat([grad.flatten() for grad in grads])
-
-    with sdpa_kernel(SDPBackend.MATH):                               # the fused kernels cannot
-        return gradient(gradient(loss(module), create_graph=True) @ v)
+    return np.abs(np.diff(curve)).sum() / np.ptp(curve)
 
 
 def lanczos(product, v, k):
@@ -116,66 +82,99 @@ def lanczos(product, v, k):
     return values, vectors[0] ** 2, residuals
 
 
-def spectrum(module, loss, k, probes, seed=0):
-    """A list of k steps of lanczos() for the Hessian of loss(module), each from a vector of random signs."""
-    theta = parameters_to_vector(module.parameters())                        # (P,)
+def spectrum(loss, theta, k, probes, seed):
+    """lanczos() for the Hessian of loss(theta) at theta (P,), each from `probes` vectors of random signs.
+
+    -> values, weights, residuals of all probes, each (<= probes k,). The sum of all weights is 1.
+    """
+    def product(v):
+        _, Hv = vhp(loss, theta, v)                                          # v H = H v
+        return Hv
+
     found = []
     for r in range(probes):
         g = generator("probe", seed, r)
         signs = 2 * torch.randint(2, theta.shape, generator=g) - 1
-        ritz = lanczos(lambda v: hvp(module, loss, v), signs.to(theta), k)
-        found.append(ritz)
-    return found
+        with sdpa_kernel(SDPBackend.MATH):                                   # the fused kernels cannot
+            found.append(lanczos(product, signs.to(theta), k))
+    values, weights, residuals = np.hstack(found)
+    return values, weights / probes, residuals
 
 
-def moments(found):
-    """Mean and variance of the P eigenvalues as a spectrum's probes estimate them (Hutchinson 1990).
+def summary(values, weights, residuals):
+    """The largest and smallest Ritz value of a spectrum with their errors, and moments of the P eigenvalues.
 
-    trace(H) and trace(H^2) are means of <v, H v> and |H v|^2, which the quadratures of x and x^2 give.
+    trace(H) and trace(H^2) are means of <v, H v> and |H v|^2 (Hutchinson 1990), which the quadratures of x
+    and x^2 give. ritz_variance is the plain variance of the Ritz values: the paper's sigma^2 = 37.9 beside
+    lambda_1 = 13.3 is too large for the variance of all eigenvalues, most of which are near 0.
     """
-    first = np.mean([weights @ values for values, weights, _ in found])
-    second = np.mean([weights @ values ** 2 for values, weights, _ in found])
-    return float(first), float(second - first ** 2)
+    top, bottom = values.argmax(), values.argmin()
+    mean = weights @ values
+    return dict(
+        lambda_1=values[top],
+        error_1=residuals[top],
+        lambda_P=values[bottom],
+        error_P=residuals[bottom],
+        mean=mean,
+        variance=weights @ values ** 2 - mean ** 2,
+        ritz_variance=values.var(),
+    )
 
 
-def density(found, x, width):
-    """Density (N,) of the eigenvalues at x (N,) by stochastic Lanczos quadrature (Ghorbani et al. 2019).
+def density(values, weights):
+    """x and the density of the eigenvalues there, each (N,), by stochastic Lanczos quadrature (Ghorbani et al.
+    2019): the sum of weight_i N(x; value_i, width^2), bells 1 % of the spectrum wide.
 
-    The mean over the probes of sum_i weight_i N(x; value_i, width^2).
+    Points below 1e-8 of the highest density are left out.
     """
-    curves = []
-    for values, weights, _ in found:
-        distance = (x[:, None] - values) / width                             # (N,k)
-        curves.append(np.exp(-distance ** 2 / 2) @ weights)
-    return np.mean(curves, 0) / (width * math.sqrt(2 * math.pi))
+    low, high = values.min(), values.max()
+    width = 0.01 * (high - low) + 1e-9
+    x = np.linspace(low - 4 * width, high + 4 * width, 2001)
+    distance = (x[:, None] - values) / width                                 # (N,k)
+    bells = np.exp(-distance ** 2 / 2) / (width * math.sqrt(2 * math.pi))
+    y = bells @ weights
+    shown = y > 1e-8 * y.max()
+    return x[shown], y[shown]
 
 
 # --------------------------------------------------------------------------- checkpoints: images and losses
 
 def is_gan(path):
-    return read(path).get("config", {}).get("model") == "dcgan"
+    return "gan" in read(path)
 
 
 @torch.no_grad()
 def pictures(path, args):
     """uint8 (args.count,3,S,S), drawn at once and without guidance; by a diffusion model in 18 Heun steps.
 
-    Image k begins with the same noise in all networks whose noise has one shape. It has the same label in all
-    networks with as many classes.
+    Image k depends on the model, on args.seed and on k alone. It begins with the same noise in all networks
+    of one kind, and has the same label in all networks with as many classes.
     """
     ks = range(args.count)
     if is_gan(path):
         model, _ = dcgan.load(path)
-        z = [start(args.seed, k, "balanced", model)[1] for k in ks]
-        return to_uint8(model.generator(torch.stack(z).to(DEVICE))).cpu()
+        z = torch.empty(len(ks), LATENT, 1, 1)
+        for k in ks:
+            z[k].normal_(generator=generator("image", args.seed, k))
+        images = model.eval().generator(z.to(DEVICE))
+        return to_uint8(images).cpu()
     model, config = load_checkpoint(path)
     model = to_device(model, DEVICE)
     vae = find_vae(config, DEVICE, args.vae)
     return draw(model, config, ks, args.seed, vae=vae, steps=18)
 
 
+def network(module, theta):
+    """The module as a function, with theta (P,) in place of its parameters."""
+    weights, first = {}, 0
+    for name, p in module.named_parameters():
+        weights[name] = theta[first:first + p.numel()].view_as(p)
+        first += p.numel()
+    return lambda *inputs: functional_call(module, weights, inputs)
+
+
 def landscape(path, args):
-    """-> (kind of network, {name: (module, loss)}), where loss(module) is the mean over args.n samples.
+    """-> {name: (theta (P,), loss)}, where loss(theta) is the mean over args.n samples.
 
     Of a diffusion model it is the weighted loss of its training, at the timesteps args.t and over all.
     """
@@ -187,149 +186,138 @@ def landscape(path, args):
     weighting = read(path).get("weight", config.get("weighting", "min_snr"))
     T, target = config["T"], config["target"]
     diffusion = Diffusion(config["schedule"], T, target, weighting, config.get("gamma", 5.0))
+    if max(args.t, default=0) >= T:
+        raise BadInput(f"--t: found {max(args.t)}, {path} has t = 0 .. {T - 1}")
 
     def mean_over_bin(K, k):
         parts = zip(*draw_bin(data, T, K, k, args.n, args.seed))
         samples = [torch.cat(part).to(DEVICE) for part in parts]             # x0, t, noise, y
-        return lambda model: diffusion.loss(model, *samples)[0].mean()
 
-    if max(args.t, default=0) >= T:
-        raise BadInput(f"--t: found {max(args.t)}, {path} has t = 0 .. {T - 1}")
-    losses = {f"t = {t}": (model, mean_over_bin(T, t)) for t in args.t}
-    losses["all t"] = model, mean_over_bin(1, 0)
-    return f"{type(model).__name__}-{model.img_size} {target}", losses
+        def mean(theta):
+            loss, _ = diffusion.loss(network(model, theta), *samples)
+            return loss.mean()
+        return mean
+
+    name = f"{type(model).__name__}-{model.img_size} {target}"
+    theta = parameters_to_vector(model.parameters())
+    losses = {f"{name} t = {t}": (theta, mean_over_bin(T, t)) for t in args.t}
+    losses[f"{name} all t"] = theta, mean_over_bin(1, 0)
+    return losses
 
 
 def gan_landscape(path, args):
     """landscape() of a DCGAN, whose norms take the statistics of the samples, as in training."""
-    model, config = dcgan.load(path)
-    G, D = model.train().generator, model.discriminator
-    data = dcgan.open_data(args.data or config["data"], config["size"])
+    model, state = dcgan.load(path)
+    size = state["size"]
+    data = dcgan.open_data(args.data or state["data"], [size])
     x, z = dcgan.batch(data, "landscape", args.seed, 0, args.n)
+    G, D = model.generator, model.discriminator
     fake = G(z).detach()
-    losses = {
-        "generator": (G, lambda G: dcgan.generator_loss(D, G(z))),
-        "discriminator": (D, lambda D: dcgan.discriminator_loss(D, x, fake)),
+
+    def of_G(theta):
+        return dcgan.generator_loss(D, network(G, theta)(z))
+
+    def of_D(theta):
+        return dcgan.discriminator_loss(network(D, theta), x, fake)
+
+    return {
+        f"DCGAN-{size} generator": (parameters_to_vector(G.parameters()), of_G),
+        f"DCGAN-{size} discriminator": (parameters_to_vector(D.parameters()), of_D),
     }
-    return f"DCGAN-{config['size']}", losses
 
 
 # ------------------------------------------------------------------------------------------------ commands
 
-def consistency_command(args):
-    """PSNR to the first model's images, eq. 1; and a sheet, .png, with a row of images for each model."""
+def consistency(args):
+    """C = 1/M sum_i 1/(N-1) sum_{j>=2} PSNR(q_i1, q_ij) of M images of N models (eq. 1, table 1).
+
+    The CSV file has the PSNR of each model to the first; a sheet, .png, has a row of images for each model.
+    """
     images = [pictures(path, args) for path in args.ckpt]
-    if len(images) < 2 or len({x.shape for x in images}) > 1:
+    shapes = {x.shape for x in images}
+    if len(images) < 2 or len(shapes) > 1:
         raise BadInput("--ckpt: expected two or more models that draw images of one shape")
     q = torch.stack(images)                                                  # (N,M,3,S,S)
     first, others = q[:1], q[1:]
+    values = psnr(first, others)                                             # (N-1,M)
     unrelated = psnr(first, others.roll(1, 1)).mean()                        # what all images have in common
-    print(f"consistency {consistency(q):.2f} dB; with other images {unrelated:.2f} dB")
+    print(f"consistency {values.mean():.2f} dB; with other images {unrelated:.2f} dB")
     rows = []
-    for path, values in zip(args.ckpt[1:], psnr(first, others)):
-        rows.append(dict(ckpt=path, psnr=values.mean().item()))
+    for path, mean in zip(args.ckpt[1:], values.mean(1)):
+        rows.append(dict(ckpt=path, psnr=mean.item()))
     write_csv(args.out, rows)
-
     shown = q[:, :12]
-    sheet = tile(shown.flatten(0, 1).numpy(), shown.shape[1])
+    columns = shown.shape[1]
+    sheet = tile(shown.flatten(0, 1).numpy(), columns)
     replace(args.out.with_suffix(".png"), lambda file: sheet.save(file, "PNG"))
 
 
 @torch.no_grad()
-def interpolate_command(args):
-    """Each loss on the line from a checkpoint B (alpha = 0) to an A (alpha = 1), which come in pairs B A.
+def interpolate(args):
+    """Each loss on the line from a checkpoint B (alpha = 0) to an A (alpha = 1), which come in pairs B A
+    (eq. 2, figure 3).
 
     The samples, the loss and the network of a GAN that does not move are B's.
     """
     if len(args.ckpt) % 2:
         raise BadInput(f"--ckpt: found {len(args.ckpt)} checkpoints, expected pairs")
     rows = []
-    for path_b, path_a in zip(args.ckpt[::2], args.ckpt[1::2]):
-        kind, B = landscape(path_b, args)
-        kind_a, A = landscape(path_a, args)
-        if kind_a != kind:
-            raise BadInput(f"--ckpt: found {kind} beside {kind_a}, expected pairs of one network")
-        for name, (module, loss) in B.items():
+    pairs = zip(args.ckpt[::2], args.ckpt[1::2])
+    for path_b, path_a in pairs:
+        B, A = landscape(path_b, args), landscape(path_a, args)
+        if A.keys() != B.keys():
+            raise BadInput(f"--ckpt: found {[*B]} beside {[*A]}, expected pairs of one network")
+        for name, (theta_b, loss) in B.items():
+            theta_a, _ = A[name]
+            which = dict(b=path_b, a=path_a, loss=name)
             curve = []
             for alpha in np.linspace(0, 1, 21):
-                mixed = interpolate(A[name][0], module, alpha)
-                curve.append(loss(mixed).item())
-                row = dict(kind=kind, b=path_b, a=path_a, loss=name)
-                rows.append(row | dict(alpha=alpha, value=curve[-1]))
+                theta = alpha * theta_a + (1 - alpha) * theta_b
+                value = loss(theta).item()
+                curve.append(value)
+                rows.append(dict(which, alpha=alpha, value=value))
             print(f"{path_b} {name}: roughness {roughness(curve):.3f}", flush=True)
     write_csv(args.out, rows)
 
 
-def hessian_command(args):
-    """Ends and moments of each Hessian's eigenvalues; in a second CSV file, *_density.csv, their density."""
+def hessian(args):
+    """Ends and moments of each Hessian's eigenvalues (figure 4); in a second CSV file, *_density.csv, their
+    density.
+    """
     rows, curves = [], []
     for path in args.ckpt:
-        kind, losses = landscape(path, args)
-        for name, (module, loss) in losses.items():
-            which = dict(kind=kind, ckpt=path, loss=name)
-            found = spectrum(module, loss, args.lanczos, args.probes, args.seed)
-            numbers = dict(value=loss(module).item(), **summary(found))
-            print(path, name, *(f"{key} {number:.3g}" for key, number in numbers.items()), flush=True)
-            rows.append(which | numbers)
-            curves += [dict(which, eigenvalue=x, density=y) for x, y in density_curve(found)]
+        for name, (theta, loss) in landscape(path, args).items():
+            which = dict(ckpt=path, loss=name)
+            values, weights, residuals = spectrum(loss, theta, args.lanczos, args.probes, args.seed)
+            ends = summary(values, weights, residuals)
+            rows.append(dict(which, value=loss(theta).item(), **ends))
+            for x, y in zip(*density(values, weights)):
+                curves.append(dict(which, eigenvalue=x, density=y))
+            print(path, name, flush=True)
     write_csv(args.out, rows)
     write_csv(args.out.with_stem(f"{args.out.stem}_density"), curves)
 
 
-def summary(found):
-    """The largest and smallest Ritz value of a spectrum with their errors, and its moments.
-
-    ritz_variance is the plain variance of the Ritz values. The paper's sigma^2 = 37.9 beside lambda_1 = 13.3
-    is too large for the variance of all eigenvalues, most of which are near 0.
-    """
-    highest = [(values[-1], residuals[-1]) for values, _, residuals in found]
-    lowest = [(values[0], residuals[0]) for values, _, residuals in found]
-    lambda_1, error_1 = max(highest)
-    lambda_P, error_P = min(lowest)
-    mean, variance = moments(found)
-    ritz_variance = np.mean([values.var() for values, *_ in found])
-    return dict(lambda_1=lambda_1, error_1=error_1, lambda_P=lambda_P, error_P=error_P, mean=mean,
-                variance=variance, ritz_variance=ritz_variance)
-
-
-def density_curve(found):
-    """Points (eigenvalue, density), in bells 1 % of the spectrum wide, above 1e-8 of the highest density."""
-    ends = np.array([values[[0, -1]] for values, *_ in found])
-    low, high = ends.min(), ends.max()
-    width = 0.01 * (high - low) + 1e-9
-    x = np.linspace(low - 4 * width, high + 4 * width, 2001)
-    y = density(found, x, width)
-    return np.stack([x, y], 1)[y > 1e-8 * y.max()]
-
-
-FLAGS = dict(
-    ckpt=dict(nargs="+", required=True, help="checkpoints or run folders"),
-    out=dict(type=Path, help="the CSV file"),
-    seed=dict(type=at_least(0), default=0, help="of noise, samples and probes"),
-    count=dict(type=at_least(2), default=32, help="images of each model"),
-    vae=dict(help="autoencoder of latents in place of the one that the data name"),
-    data=dict(help="packed folder in place of the checkpoint's own data"),
-    n=dict(type=at_least(2), default=64, help="samples of each loss"),
-    t=dict(type=at_least(0), nargs="+", default=[], help="timesteps besides all together"),
-    lanczos=dict(type=at_least(2), default=30, help="steps, which keep a vector of all parameters each"),
-    probes=dict(type=at_least(1), default=2, help="random vectors to start from"),
-)
-LOSSES = ["ckpt", "out", "seed", "data", "n", "t"]
-COMMANDS = dict(
-    consistency=(consistency_command, ["ckpt", "out", "seed", "count", "vae"]),
-    interpolate=(interpolate_command, LOSSES),
-    hessian=(hessian_command, [*LOSSES, "lanczos", "probes"]),
-)
-
-
 def main():
     parser = Parser(__doc__)
-    commands = parser.add_subparsers(required=True)
-    for name, (call, flags) in COMMANDS.items():
-        command = commands.add_parser(name, doc=call.__doc__)
-        for flag in flags:
-            command.add_argument(f"--{flag}", **FLAGS[flag])
-        command.set_defaults(call=call, out=Path(f"{name}.csv"))
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for call in (consistency, interpolate, hessian):
+        command = commands.add_parser(call.__name__, doc=call.__doc__)
+        command.set_defaults(call=call)
+        add = command.add_argument
+        add("--ckpt", nargs="+", required=True, help="checkpoints or run folders")
+        add("--out", type=Path, default=f"{call.__name__}.csv", help="the CSV file")
+        add("--seed", type=at_least(0), default=0, help="of noise, samples and probes")
+        if call is consistency:
+            add("--count", type=at_least(2), default=32, help="images of each model")
+            add("--vae", help="autoencoder of latents in place of the one that the data name")
+            continue
+        add("--data", help="packed folder in place of the checkpoint's own data")
+        add("--n", type=at_least(2), default=64, help="samples of each loss")
+        add("--t", type=at_least(0), nargs="+", default=[], help="timesteps besides all together")
+        if call is hessian:
+            add("--lanczos", type=at_least(2), default=30, help="steps, each of which keeps a vector of all parameters")
+            add("--probes", type=at_least(1), default=2, help="random vectors to start from")
     args = parser.parse_args()
     args.call(args)
 
