@@ -34,8 +34,9 @@ average = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
 maximum = nn.MaxPool2d(3, stride=1, padding=1)
 halve = nn.MaxPool2d(3, stride=2)
 
-# A block is a list of branches, and a branch is a list of steps. A step is a pool, a unit, or again a list
-# of branches. A unit is its name and what Unit takes after `channels`: width, kernel, stride, padding.
+# A block is a list of branches, and a branch is a list of steps. A step is a pool or a unit. A unit is its
+# name and what Unit takes after `channels`: width, kernel, stride, padding. Branches may begin alike: what
+# they share is computed once.
 
 STEM = [("Conv2d_1a_3x3", 32, 3, 2, 0),
         ("Conv2d_2a_3x3", 32, 3, 1, 0),
@@ -54,8 +55,7 @@ def block_a(pooled):
 
 
 BLOCK_B = [[("branch3x3", 384, 3, 2, 0)],
-           [("branch3x3dbl_1", 64), ("branch3x3dbl_2", 96, 3),
-            ("branch3x3dbl_3", 96, 3, 2, 0)],
+           [("branch3x3dbl_1", 64), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3, 2, 0)],
            [halve]]
 
 
@@ -76,26 +76,28 @@ BLOCK_D = [[("branch3x3_1", 192), ("branch3x3_2", 320, 3, 2, 0)],
 
 def block_e(pool):
     row, column = (1, 3), (3, 1)
+    single = ("branch3x3_1", 384)
+    double = ("branch3x3dbl_1", 448), ("branch3x3dbl_2", 384, 3)
     return [[("branch1x1", 320)],
-            [("branch3x3_1", 384),
-             [[("branch3x3_2a", 384, row)], [("branch3x3_2b", 384, column)]]],
-            [("branch3x3dbl_1", 448), ("branch3x3dbl_2", 384, 3),
-             [[("branch3x3dbl_3a", 384, row)], [("branch3x3dbl_3b", 384, column)]]],
+            [single, ("branch3x3_2a", 384, row)],
+            [single, ("branch3x3_2b", 384, column)],
+            [*double, ("branch3x3dbl_3a", 384, row)],
+            [*double, ("branch3x3dbl_3b", 384, column)],
             [pool, ("branch_pool", 192)]]
 
 
-BLOCKS = {  # name: channels in, branches                                        out: channels, side
-    "Mixed_5b": (192, block_a(32)),                                            # 256, 35
-    "Mixed_5c": (256, block_a(64)),                                            # 288, 35
-    "Mixed_5d": (288, block_a(64)),                                            # 288, 35
-    "Mixed_6a": (288, BLOCK_B),                                                # 768, 17
-    "Mixed_6b": (768, block_c(128)),                                           # 768, 17
-    "Mixed_6c": (768, block_c(160)),                                           # 768, 17
-    "Mixed_6d": (768, block_c(160)),                                           # 768, 17
-    "Mixed_6e": (768, block_c(192)),                                           # 768, 17
-    "Mixed_7a": (768, BLOCK_D),                                                # 1280, 8
-    "Mixed_7b": (1280, block_e(average)),                                      # 2048, 8
-    "Mixed_7c": (2048, block_e(maximum)),                                      # 2048, 8
+BLOCKS = {  # name: branches                out: channels, side
+    "Mixed_5b": block_a(32),              # 256, 35
+    "Mixed_5c": block_a(64),              # 288, 35
+    "Mixed_5d": block_a(64),              # 288, 35
+    "Mixed_6a": BLOCK_B,                  # 768, 17
+    "Mixed_6b": block_c(128),             # 768, 17
+    "Mixed_6c": block_c(160),             # 768, 17
+    "Mixed_6d": block_c(160),             # 768, 17
+    "Mixed_6e": block_c(192),             # 768, 17
+    "Mixed_7a": BLOCK_D,                  # 1280, 8
+    "Mixed_7b": block_e(average),         # 2048, 8
+    "Mixed_7c": block_e(maximum),         # 2048, 8
 }
 
 
@@ -115,33 +117,28 @@ class Block(nn.Module):
     def __init__(self, channels, branches):
         super().__init__()
         self.branches = branches
-        self.build(channels, branches)
-
-    def build(self, channels, branches):
+        self.width = 0                                   # channels of the output
         for branch in branches:
             width = channels
             for step in branch:
-                if isinstance(step, list):
-                    self.build(width, step)
-                elif isinstance(step, tuple):
+                if isinstance(step, tuple):
                     name, out, *shape = step
                     self.add_module(name, Unit(width, out, *shape))
                     width = out
+            self.width += width
 
     def forward(self, x):
-        return self.join(x, self.branches)
-
-    def join(self, x, branches):
-        outputs = []
-        for branch in branches:
+        outputs, done = [], {}
+        for branch in self.branches:
             h = x
             for step in branch:
-                if isinstance(step, list):
-                    h = self.join(h, step)
-                elif isinstance(step, tuple):
-                    h = getattr(self, step[0])(h)
-                else:
+                if isinstance(step, nn.Module):
                     h = step(h)
+                    continue
+                name = step[0]
+                if name not in done:
+                    done[name] = getattr(self, name)(h)
+                h = done[name]
             outputs.append(h)
         return torch.cat(outputs, 1)
 
@@ -151,18 +148,13 @@ class Inception(Block):
 
     def __init__(self):
         super().__init__(3, [STEM])
-        for name, (channels, branches) in BLOCKS.items():
-            self.add_module(name, Block(channels, branches))
-        self.fc = nn.Linear(2048, 1008)
+        width = self.width
+        for name, branches in BLOCKS.items():
+            block = Block(width, branches)
+            self.add_module(name, block)
+            width = block.width
+        self.fc = nn.Linear(width, 1008)
         self.eval().requires_grad_(False)
-
-    def fuse(self):
-        """Put every batch norm into its convolution: the same features to 1e-6, sooner."""
-        for unit in self.modules():
-            if isinstance(unit, Unit):
-                unit.conv = nn.utils.fuse_conv_bn_eval(unit.conv, unit.bn)
-                unit.bn = nn.Identity()
-        return self.requires_grad_(False)
 
     def forward(self, images, spatial=False):
         """With spatial=True also sFID's features (N,2023): 7 channels of Mixed_6d.branch1x1, rows first."""
@@ -183,14 +175,13 @@ class Inception(Block):
 
 
 def resize(x, size=299):
-    """TF1's bilinear resize -> (N,C,size,size): pixel i is the image at i n / size, unshifted."""
-    def weights(n):                                      # a pixel's weight falls to 0 at its neighbours
-        places = torch.arange(size, device=x.device) * (n / size)
-        pixels = torch.arange(n, device=x.device)
-        distance = places.clamp(max=n - 1)[:, None] - pixels                 # (size, n)
-        return (1 - distance.abs()).clamp(min=0)
+    """TF1's bilinear resize -> (N,C,size,size): pixel i is the image at i n / size, unshifted.
 
-    return weights(x.shape[2]) @ x @ weights(x.shape[3]).T
+    With the last row and column twice, n intervals become `size`, and corners lie on corners.
+    """
+    x = F.pad(x, (0, 1, 0, 1), mode="replicate")
+    x = F.interpolate(x, (size + 1, size + 1), mode="bilinear", align_corners=True)
+    return x[..., :size, :size]
 
 
 # ----------------------------------------------------------------------------------------------- metrics
@@ -314,7 +305,7 @@ def find_inception(file, sha256):
         dist.barrier()                                   # the others wait for the file
     if hash_file(file) != sha256:
         raise BadInput(f"{file}: its SHA-256 is not {sha256}; remove it")
-    return load_inception(file).fuse()
+    return load_inception(file)
 
 
 # ----------------------------------------------------------------------------------------- what is on disk
