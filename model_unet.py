@@ -4,7 +4,8 @@ Dhariwal & Nichol 2021 (guided-diffusion) and Rombach et al. 2022 (latent-diffus
 depend on: the time embedding is cosines, then sines; every GroupNorm has 32 groups, eps 1e-5 (1e-6 in the
 spatial transformer); rows of qkv are ordered head, then q k v, then channel (in the classifier's head q k v,
 then head). The last layer of res-blocks, attention blocks and the UNet starts at zero. Parameter names are
-theirs, so `input_blocks.N` is block N of the encoder and its first layer is `input_blocks.N.0`.
+theirs, so `input_blocks.N` is block N of the encoder and its first layer is `input_blocks.N.0`. So are shapes,
+but for ADM's attention: there a convolution of width 1, (out,in,1), is here the linear layer (out,in).
 """
 import math
 from collections import OrderedDict
@@ -75,7 +76,7 @@ class ResBlock(nn.Module):
         self.in_layers = nn.Sequential(nn.GroupNorm(32, width_in), silu, conv(width_in, width))
         emb_width = 2 * width if scale_shift else width
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, emb_width))
-        no_dropout = nn.Identity()                                           # so that names keep their numbers
+        no_dropout = nn.Identity()                                           # keeps the numbers in names
         self.out_layers = after_norm(width, no_dropout, zero(conv(width, width)))
         self.skip_connection = resample                                      # it keeps the width
         if width != width_in:
@@ -123,7 +124,8 @@ class AttentionPool(nn.Module):
 
     def forward(self, x):                                                    # (B,C,H,W)
         x = x.flatten(2)                                                     # (B,C,N)
-        x = torch.cat([x.mean(2, keepdim=True), x], dim=2) + self.positional_embedding
+        x = torch.cat([x.mean(2, keepdim=True), x], dim=2)                   # (B,C,1+N)
+        x = x + self.positional_embedding
         qkv = self.qkv_proj(x.transpose(1, 2))                               # (B,1+N,3C)
         qkv = qkv.unflatten(2, (3, -1, self.head_channels))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                 # each (B,h,1+N,d)
@@ -141,7 +143,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, x, context):                                           # (B,N,C), (B,M,D)
         qkv = self.to_q(x), self.to_k(context), self.to_v(context)
-        qkv = [z.unflatten(2, (-1, self.head_channels)).transpose(1, 2) for z in qkv]   # each (B,h,N|M,d)
+        qkv = [z.unflatten(2, (-1, self.head_channels)) for z in qkv]        # each (B,N|M,h,d)
+        qkv = [z.transpose(1, 2) for z in qkv]
         return self.to_out(attend(*qkv))
 
 
@@ -340,7 +343,9 @@ def load(network, state_dict, arguments):
     """network(**arguments) with these weights, strict. Raises ValueError."""
     try:
         model = network(**arguments)
-        model.load_state_dict({key: x.squeeze(2) if x.ndim == 3 else x for key, x in state_dict.items()})
+        weights = {key: x.squeeze(2) if x.ndim == 3 else x                   # Conv1d of width 1 -> Linear
+                   for key, x in state_dict.items()}
+        model.load_state_dict(weights)
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"weights do not fit: {error!s:.300}") from None
     return model
@@ -350,7 +355,7 @@ def from_adm(state_dict, img_size=None, heads=None, head_channels=None, num_clas
     """A state dict of guided-diffusion, the official repository or latent-diffusion -> UNet, strict.
 
     The files in PUBLIC are known by their number of parameters; arguments replace their own. For any other
-    file give img_size, heads or head_channels, and in `architecture` the UNet's other arguments (channel_mult,
+    file give img_size, heads or head_channels, and as `architecture` the UNet's other ones (channel_mult,
     res_blocks, attention_resolutions, ...): ADM's 256x256_diffusion.pt has img_size=256, head_channels=64,
     channel_mult=(1, 1, 2, 2, 4, 4), res_blocks=2, attention_resolutions=(32, 16, 8). Of a whole file of
     latent-diffusion give the weights behind the prefix model.diffusion_model., without it, and the table

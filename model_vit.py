@@ -32,7 +32,8 @@ class Attention(nn.Module):
 
     def forward(self, x):                                                    # (B,N,D)
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias).unflatten(2, (3, self.heads, -1))
+        qkv = F.linear(x, self.qkv.weight, bias)                             # (B,N,3*H*d)
+        qkv = qkv.unflatten(2, (3, self.heads, -1))                          # (B,N,3,H,d)
         qkv = qkv.permute(2, 0, 3, 1, 4)                                     # (3,B,H,N,d), no copy
         x = F.scaled_dot_product_attention(*qkv)                             # (B,H,N,d)
         return self.proj(x.transpose(1, 2).flatten(2))                       # (B,N,D)
@@ -55,7 +56,7 @@ class Block(nn.Module):
 
 
 def sinusoids(positions, dim, longest):
-    """(...) -> (...,dim): cosines, then sines of wavelengths from 2 pi to 2 pi longest (Vaswani et al. 2017)."""
+    """(...) -> (...,dim): cosines, then sines, wavelengths 2 pi to 2 pi longest (Vaswani et al. 2017)."""
     i = torch.arange(dim // 2)
     angles = positions[..., None] * torch.exp(-math.log(longest) * i / len(i))
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -91,13 +92,15 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, dim))
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.linear_projection = nn.Linear(dim, patch_size ** 2 * in_channels)
-        self.init_weights(dim ** -0.5 if short_run else 0.02)
-        if short_run:
-            self.start_from_sinusoids()
+        self.init_weights(short_run)
 
     @torch.no_grad()
-    def init_weights(self, std):
-        """The official initialisation, in which the time and class tables keep PyTorch's N(0,1)."""
+    def init_weights(self, short_run):
+        """The official initialisation, in which the time and class tables keep PyTorch's N(0,1). short_run's
+        sinusoids are those of t on a scale of 1,000, and of a patch's row (half of the width) and column.
+        """
+        T, dim = self.time_embedding.weight.shape
+        std = dim ** -0.5 if short_run else 0.02
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=std)
@@ -108,15 +111,11 @@ class ViT(nn.Module):
             block.attn.proj.weight /= math.sqrt(2 * layer)
             block.mlp.fc2.weight /= math.sqrt(2 * layer)
         self.linear_projection.weight *= 0.001
-
-    @torch.no_grad()
-    def start_from_sinusoids(self):
-        """Of t on a scale of 1,000, and of a patch's row (half of the width) and column (the other half)."""
-        T, dim = self.time_embedding.weight.shape
-        self.time_embedding.weight[:] = sinusoids(1000 * torch.arange(T) / T, dim, 10_000)
-        place = torch.arange(self.side)
-        patches = torch.cartesian_prod(place, place)                         # (side*side,2): row, column
-        self.pos_embed[0, -len(patches):] = sinusoids(patches, dim // 2, 100).flatten(1)
+        if short_run:
+            self.time_embedding.weight[:] = sinusoids(1000 * torch.arange(T) / T, dim, 10_000)
+            place = torch.arange(self.side)
+            patches = torch.cartesian_prod(place, place)                     # (side*side,2): row, column
+            self.pos_embed[0, -len(patches):] = sinusoids(patches, dim // 2, 100).flatten(1)
 
     def forward(self, x, t, y=None):
         tokens = [self.time_embedding(t)[:, None]]                           # (B,1,D)
