@@ -4,8 +4,8 @@ Dhariwal & Nichol 2021 (guided-diffusion) and Rombach et al. 2022 (latent-diffus
 depend on: the time embedding is cosines, then sines; every GroupNorm has 32 groups, eps 1e-5 (1e-6 in the
 spatial transformer); rows of qkv are ordered head, then q k v, then channel (in the classifier's head q k v,
 then head). The last layer of res-blocks, attention blocks and the UNet starts at zero. Parameter names are
-theirs, so `input_blocks.N` is block N of the encoder and its first layer is `input_blocks.N.0`. So are shapes,
-but for ADM's attention: there a convolution of width 1, (out,in,1), is here the linear layer (out,in).
+theirs, so `input_blocks.N` is block N of the encoder and its first layer is `input_blocks.N.0`. So are
+shapes, but in ADM's attention, where a convolution of width 1, (out,in,1), is here the linear layer (out,in).
 """
 import math
 from collections import OrderedDict
