@@ -56,11 +56,10 @@ class Block(nn.Module):
 
 
 def sinusoids(positions, dim, longest):
-    """(N,) -> (N,dim): cosines and sines of wavelengths from 2 pi to 2 pi longest (Vaswani et al. 2017)."""
-    i = torch.arange((dim + 1) // 2)
-    rates = torch.exp(-math.log(longest) * i / (dim / 2))
-    angles = positions[:, None] * rates
-    return torch.cat([angles.cos(), angles.sin()], dim=1)[:, :dim]
+    """(...) -> (...,dim): cosines, then sines, wavelengths 2 pi to 2 pi longest (Vaswani et al. 2017)."""
+    i = torch.arange(dim // 2)
+    angles = positions[..., None] * torch.exp(-math.log(longest) * i / len(i))
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 class ViT(nn.Module):
@@ -93,13 +92,15 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, dim))
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.linear_projection = nn.Linear(dim, patch_size ** 2 * in_channels)
-        self.init_weights(dim ** -0.5 if short_run else 0.02)
-        if short_run:
-            self.start_from_sinusoids()
+        self.init_weights(short_run)
 
     @torch.no_grad()
-    def init_weights(self, std):
-        """The official initialisation, in which the time and class tables keep PyTorch's N(0,1)."""
+    def init_weights(self, short_run):
+        """The official initialisation, in which the time and class tables keep PyTorch's N(0,1). short_run's
+        sinusoids are those of t on a scale of 1,000, and of a patch's row (half of the width) and column.
+        """
+        T, dim = self.time_embedding.weight.shape
+        std = dim ** -0.5 if short_run else 0.02
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=std)
@@ -110,18 +111,11 @@ class ViT(nn.Module):
             block.attn.proj.weight /= math.sqrt(2 * layer)
             block.mlp.fc2.weight /= math.sqrt(2 * layer)
         self.linear_projection.weight *= 0.001
-
-    @torch.no_grad()
-    def start_from_sinusoids(self):
-        """Of t on a scale of 1,000, and of a patch's row (half of the width) and column (the other half)."""
-        T, dim = self.time_embedding.weight.shape
-        t = 1000 * torch.arange(T) / T
-        self.time_embedding.weight.copy_(sinusoids(t, dim, 10_000))
-        patch = torch.arange(self.side ** 2)
-        row = sinusoids(patch // self.side, dim // 2, 100)
-        column = sinusoids(patch % self.side, dim - dim // 2, 100)
-        position = torch.cat([row, column], dim=1)
-        self.pos_embed[0, -len(patch):] = position
+        if short_run:
+            self.time_embedding.weight[:] = sinusoids(1000 * torch.arange(T) / T, dim, 10_000)
+            place = torch.arange(self.side)
+            patches = torch.cartesian_prod(place, place)                     # (side*side,2): row, column
+            self.pos_embed[0, -len(patches):] = sinusoids(patches, dim // 2, 100).flatten(1)
 
     def forward(self, x, t, y=None):
         tokens = [self.time_embedding(t)[:, None]]                           # (B,1,D)
@@ -129,51 +123,47 @@ class ViT(nn.Module):
             y = torch.full_like(t, self.num_classes) if y is None else y
             tokens.append(self.class_embedding(y)[:, None])                  # (B,1,D)
         patches = self.patch_embed(x).flatten(2).transpose(1, 2)             # (B,side*side,D)
-        x = torch.cat([*tokens, patches], dim=1) + self.pos_embed            # (B,N,D)
+        h = torch.cat([*tokens, patches], dim=1) + self.pos_embed            # (B,N,D)
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.grad_ckpt else block(x)
-        x = self.linear_projection(x[:, len(tokens):])                       # (B,side*side,p*p*C)
-        p, side = self.patch_size, self.side
-        x = x.view(-1, side, side, p, p, self.in_channels)                   # (B,row,col,p,p,C)
-        x = x.permute(0, 5, 1, 3, 2, 4)                                      # (B,C,row,p,col,p)
-        return x.flatten(4).flatten(2, 3)                                    # (B,C,S,S)
+            h = checkpoint(block, h, use_reentrant=False) if self.grad_ckpt else block(h)
+        h = self.linear_projection(h[:, len(tokens):])                       # (B,side*side,p*p*C)
+        h = h.unflatten(2, (self.patch_size, self.patch_size, -1))
+        h = h.unflatten(1, (self.side, self.side))                           # (B,row,col,p,p,C)
+        return h.permute(0, 5, 1, 3, 2, 4).reshape(x.shape)                  # (B,C,row,p,col,p), as pixels
 
 
-RELEASED = {  # width, blocks, channels: the paper's file, and how its FID was drawn
-    (1152, 28, 4): dict(dataset="ema_0.9999_xl.pt", target="x0", sample_steps=50, cfg=1.5),       # 2.06
-    (1024, 21, 3): dict(dataset="ema_0.9999_large.pt", target="eps", sample_steps=20, cfg=1.5),   # 2.28
+RELEASED = {  # width, channels: the paper's file, and how its FID was drawn
+    (1152, 4): dict(dataset="ema_0.9999_xl.pt", target="x0", sample_steps=50, cfg=1.5),       # 2.06
+    (1024, 3): dict(dataset="ema_0.9999_large.pt", target="eps", sample_steps=20, cfg=1.5),   # 2.28
 }
-OTHER = dict(dataset=None, target=None, sample_steps=50, cfg=1.0)
 
 
 def from_official(state_dict, heads=None):
     """The paper's released `.pt` files (`ema_0.9999_xl.pt`, ...) -> ViT, every name and shape checked.
 
     The architecture is read off the shapes; heads, which no shape shows, off the width as in SIZES unless
-    given. Of the official time table's 4,000 rows 1,000 are used; the class table's last row is the null
-    label. The ViT gets an attribute `public`, what sampling needs to know of the file: dict(dataset, target,
-    schedule, sample_steps, cfg, guidable). dataset and target are None for a file that is not in RELEASED;
-    guidable says that the network has labels, and so the null label. Raises ValueError for what does not fit.
+    given. The official time table has 4,000 rows, of which the first 1,000 are in use; the class table's last
+    row is the null label. The ViT gets an attribute `public`, what sampling needs to know of the file:
+    dict(dataset, target, schedule, sample_steps, cfg, guidable). dataset and target are None for a file that
+    is not in RELEASED; guidable says that the network has labels, and so the null label. Raises ValueError
+    for what does not fit.
     """
-    try:
-        dim, in_channels, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
-        times = state_dict["time_embedding.weight"][:1000]
-        tokens = state_dict["pos_embed"].shape[1]
-    except KeyError as error:
-        raise ValueError(f"no weights of the official ViT: {error} is missing") from None
-    side = math.isqrt(tokens - 1)                                            # one or two are no patches
+    classes = state_dict.get("class_embedding.weight", [None])               # with the null label
     depth = len([name for name in state_dict if name.endswith(".q_bias")])   # one in every block
-    num_classes = max(len(state_dict.get("class_embedding.weight", ())) - 1, 0)
-    for size in SIZES.values():
-        if size["dim"] == dim:
-            heads = heads or size["heads"]
-    if not heads:
-        raise ValueError(f"heads: must be given, since width {dim} is not one of the paper's")
-    model = ViT(side * patch_size, patch_size, in_channels, num_classes, dim, depth, heads, len(times))
     try:
-        model.load_state_dict({**state_dict, "time_embedding.weight": times})
-    except RuntimeError as error:
-        raise ValueError(" ".join(str(error).split())[:300]) from None
-    known = RELEASED.get((dim, depth, in_channels), OTHER)
-    model.public = dict(known, schedule="cosine", guidable=num_classes > 0)
+        T, dim = state_dict["time_embedding.weight"].shape
+        _, in_channels, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
+        side = math.isqrt(state_dict["pos_embed"].shape[1] - 1)              # one or two are no patches
+        for size in SIZES.values():
+            if size["dim"] == dim:
+                heads = heads or size["heads"]
+        if not heads:
+            raise ValueError(f"heads: must be given, since width {dim} is not one of the paper's")
+        model = ViT(side * patch_size, patch_size, in_channels, len(classes) - 1, dim, depth, heads, T)
+        model.load_state_dict(state_dict)
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"no weights of the official ViT: {error!s:.300}") from None
+    model.public = dict(dataset=None, target=None, schedule="cosine", sample_steps=50, cfg=1.0,
+                        guidable=len(classes) > 1)
+    model.public |= RELEASED.get((dim, in_channels), {})
     return model
