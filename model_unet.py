@@ -58,6 +58,16 @@ def zero(layer):
     return layer
 
 
+class Pointwise(nn.Conv1d):
+    """By name and shape a convolution of width 1, applied to tokens (B,N,C) as the linear layer that it is."""
+
+    def __init__(self, dim, dim_out):
+        super().__init__(dim, dim_out, 1)
+
+    def forward(self, x):
+        return F.linear(x, self.weight[:, :, 0], self.bias)
+
+
 def attend(*qkv):
     """Head by head, every query looks at all keys: q (B,h,N,d), k and v (B,h,M,d) -> (B,N,h*d)."""
     return F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2)
@@ -101,8 +111,8 @@ class Attention(nn.Module):
         super().__init__()
         self.head_channels = head_channels
         self.norm = nn.GroupNorm(32, dim)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj_out = zero(nn.Linear(dim, dim))
+        self.qkv = Pointwise(dim, 3 * dim)
+        self.proj_out = zero(Pointwise(dim, dim))
 
     def forward(self, x):                                                    # (B,C,H,W)
         tokens = self.norm(x).flatten(2).transpose(1, 2)                     # (B,N,C)
@@ -119,8 +129,8 @@ class AttentionPool(nn.Module):
         self.head_channels = head_channels
         positions = torch.randn(dim, 1 + side ** 2) / dim ** 0.5
         self.positional_embedding = nn.Parameter(positions)
-        self.qkv_proj = nn.Linear(dim, 3 * dim)
-        self.c_proj = nn.Linear(dim, num_classes)
+        self.qkv_proj = Pointwise(dim, 3 * dim)
+        self.c_proj = Pointwise(dim, num_classes)
 
     def forward(self, x):                                                    # (B,C,H,W)
         x = x.flatten(2)                                                     # (B,C,N)
@@ -221,11 +231,8 @@ class UNet(nn.Module):
                  num_classes=0, heads=4, head_channels=None, scale_shift=True, resblock_updown=True,
                  context_dim=None, side=None, classifier=False):
         super().__init__()
-        self.img_size = img_size
-        self.in_channels = in_channels
-        self.num_classes = num_classes
-        self.channels = channels
-        self.context_dim = context_dim
+        self.img_size, self.in_channels, self.num_classes = img_size, in_channels, num_classes
+        self.channels, self.context_dim = channels, context_dim
         widths = [channels * mult for mult in channel_mult]
         factor = 2 ** (len(widths) - 1)                                      # image side / smallest side
         if img_size % factor:
@@ -234,10 +241,10 @@ class UNet(nn.Module):
         res = partial(ResBlock, emb_dim=emb_dim, scale_shift=scale_shift)
 
         def attention(width):
+            if width % (head_channels or heads):
+                raise ValueError(f"heads: found {head_channels or heads}, no divisor of {width} channels")
             d = head_channels or width // heads
-            if context_dim:
-                return SpatialTransformer(width, context_dim, d)
-            return Attention(width, d)
+            return SpatialTransformer(width, context_dim, d) if context_dim else Attention(width, d)
 
         def stage(width_in, level):
             attends = (side or img_size) >> level in attention_resolutions
@@ -325,6 +332,16 @@ PUBLIC = {  # the number of parameters of a file, which tells the files apart: i
 }
 
 
+def unet_part(state_dict):
+    """The UNet's weights, under guided-diffusion's names, of a whole file of latent-diffusion or a bare one."""
+    state_dict = state_dict.get("state_dict", state_dict)
+    prefix = "model.diffusion_model."
+    part = {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix)}
+    if not part:
+        return dict(state_dict)
+    return part | {"label_emb.weight": state_dict["cond_stage_model.embedding.weight"]}
+
+
 def recognise(state_dict, architecture):
     """-> the file's name in PUBLIC or None, the network's arguments: the file's, those given, those shown."""
     try:
@@ -343,9 +360,7 @@ def load(network, state_dict, arguments):
     """network(**arguments) with these weights, strict. Raises ValueError."""
     try:
         model = network(**arguments)
-        weights = {key: x.squeeze(2) if x.ndim == 3 else x                   # Conv1d of width 1 -> Linear
-                   for key, x in state_dict.items()}
-        model.load_state_dict(weights)
+        model.load_state_dict(state_dict)
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"weights do not fit: {error!s:.300}") from None
     return model
@@ -358,8 +373,7 @@ def from_adm(state_dict, img_size=None, heads=None, head_channels=None, num_clas
     file give img_size, heads or head_channels, and as `architecture` the UNet's other ones (channel_mult,
     res_blocks, attention_resolutions, ...): ADM's 256x256_diffusion.pt has img_size=256, head_channels=64,
     channel_mult=(1, 1, 2, 2, 4, 4), res_blocks=2, attention_resolutions=(32, 16, 8). Of a whole file of
-    latent-diffusion give the weights behind the prefix model.diffusion_model., without it, and the table
-    cond_stage_model.embedding.weight as label_emb.weight.
+    latent-diffusion the UNet and the class table are taken.
     num_classes: unless given, a class table of 1,000 rows is taken to have no null label (ADM and LDM,
     ImageNet), any other to end with it. A table without one gets a row of zeros, so that labels mean the same
     everywhere, but the network never saw it: sample such a file with labels and cfg 1, or with a classifier.
@@ -367,11 +381,11 @@ def from_adm(state_dict, img_size=None, heads=None, head_channels=None, num_clas
 
     The UNet gets an attribute `public`, what sampling needs to know of the file: dict(dataset, target,
     schedule, sample_steps, cfg, guidable). dataset is the name of its row in PUBLIC or None; target is "eps"
-    for these files, else None, as weights do not show it; guidable says that the class table has its own null
+    where sigma was learned, else None, as weights do not show it; guidable says that the class table has its own null
     label.
     Raises ValueError, which names the arguments to give, or what does not fit.
     """
-    state_dict = dict(state_dict)
+    state_dict = unet_part(state_dict)
     name, arguments = recognise(state_dict, architecture)
     if img_size:
         arguments["img_size"] = img_size
@@ -381,6 +395,7 @@ def from_adm(state_dict, img_size=None, heads=None, head_channels=None, num_clas
         raise ValueError("weights of no known public file: give heads or head_channels, which no shape shows")
 
     C = arguments["in_channels"]
+    learned_sigma = len(state_dict.get("out.2.weight", ())) == 2 * C
     for key, x in state_dict.items():
         if key.startswith("out.2."):
             state_dict[key] = x[:C]                                          # the others predict sigma
@@ -395,7 +410,7 @@ def from_adm(state_dict, img_size=None, heads=None, head_channels=None, num_clas
 
     model = load(UNet, state_dict, arguments | dict(num_classes=num_classes))
     schedule = "linear" if name == "128x128_diffusion.pt" else "cosine"
-    model.public = dict(dataset=name, target="eps" if name else None, schedule=schedule,
+    model.public = dict(dataset=name, target="eps" if learned_sigma else None, schedule=schedule,
                         sample_steps=50, cfg=1.0, guidable=rows > num_classes)
     return model
 
