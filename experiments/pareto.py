@@ -28,7 +28,7 @@ from scipy.optimize import minimize, nnls
 from scipy.special import softmax
 
 from data import Packed, built_in, generator
-from diffusion import WEIGHTINGS, Diffusion, loss_weight
+from diffusion import Diffusion, loss_weight
 from experiments.figures import called, read_csv, write_csv
 from fid import fd_pixels
 from files import BadInput, Parser, at_least, positive, processes, progress, run
@@ -319,19 +319,6 @@ def spread_command(ckpt, K, samples, seed, lam, out):
     write_csv(out, rows)
 
 
-def weights_command(out):
-    """Every weighting on the x0 loss over t and log SNR, cosine schedule, gamma 1 and 5 (section 3.4)."""
-    snr = Diffusion().snr
-    rows = []
-    for name in WEIGHTINGS:
-        gamma = 1 if name == "max_snr" else 5
-        w = loss_weight(snr, name, "x0", gamma)
-        for t in range(len(snr)):
-            row = dict(weighting=called(name, gamma), weight=float(w[t]))
-            rows.append(dict(row, t=t, log_snr=math.log(snr[t])))
-    write_csv(out, rows)
-
-
 def measure_command(ckpt, n):
     """Append FD-pixels and x0 error of the EMA weights to a run's quality.csv.
 
@@ -374,7 +361,6 @@ COMMANDS = dict(
     objective=objective_command,
     finetune=finetune_command,
     spread=spread_command,
-    weights=weights_command,
     measure=measure_command,
     ugd=ugd_command,
 )

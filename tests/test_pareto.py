@@ -287,13 +287,6 @@ def test_spread_command_repeats_with_other_samples(command):
     assert np.allclose(w[1, 2], expected)
 
 
-def test_weights_command_lists_the_weightings(command):
-    command(pareto, "weights", "--out", "w/table.csv")
-    chosen = np.array(column("w/table.csv", "weighting", str)) == "min_snr 5"
-    w = np.array(column("w/table.csv", "weight"))[chosen]
-    assert np.allclose(w, Diffusion().snr.clamp(max=5))
-
-
 def test_measure_command_appends_a_line(command):
     for _ in range(2):
         command(pareto, "measure", "--ckpt", "run", "--n", 16)
