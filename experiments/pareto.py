@@ -3,7 +3,6 @@
     python -m experiments.pareto objective --ckpt out/shapes --out objective.csv    # figure 4
     python -m experiments.pareto finetune --ckpt out/shapes --out finetune.csv      # figure 2
     python -m experiments.pareto spread --ckpt out/shapes --out spread.csv          # figure 3
-    python -m experiments.pareto weights --out weights.csv                          # section 3.4
     python -m experiments.pareto measure --ckpt out/shapes      # appends a line to the run's quality.csv
     python -m experiments.pareto ugd --ckpt out/ugd --out out/ugd/w.csv             # for train.py --weighting
 
