@@ -51,9 +51,9 @@ def generator(purpose, seed, k):
 
 # ---------------------------------------------------------------------------------------- the built-in images
 
-def arc(x, radius, start, stop, points=48):
-    """Points of a circle around x, from angle start to angle stop, both in half turns; 4 make a triangle."""
-    return x + radius * np.exp(1j * np.pi * np.linspace(start, stop, points))
+def arc(centre, radius, start, stop, points=48):
+    """Points on a circle, complex, from angle start to angle stop in half turns. 4 points close a triangle."""
+    return centre + radius * np.exp(1j * np.pi * np.linspace(start, stop, points))
 
 
 def heart():
@@ -73,6 +73,7 @@ SHAPES = {  # name: outline in the unit circle, x + y j with y pointing down; a 
     "glass":    [np.array([-.8 - 1j, .8 - 1j, .12 + 0j,
                            .8 + 1j, -.8 + 1j, -.12 + 0j])],
     "heart":    [heart()],
+    # both arcs of the moon end in cos(0.3 pi) +- sin(0.3 pi) j = 0.588 +- 0.809 j
     "moon":     [np.append(arc(0, 1, 0.3, 1.7),
                            arc(0.588, 0.809, 1.5, 0.5))],
 }
@@ -209,8 +210,8 @@ class Packed(Images):
     def __init__(self, dir, flip=False):
         dir = Path(dir)
         if not (dir / "meta.json").exists():
-            raise BadInput(f"{dir}: no packed data set, as it has no meta.json; "
-                           f"python data.py --src ... --out {dir} makes one")
+            raise BadInput(f"{dir}: no packed data set, as it has no meta.json; python data.py --src DIR --size S "
+                           f"--out {dir} makes one, of latents vae.py")
         meta = read_json(dir / "meta.json")
         name, dtype, shape = layout(meta)
         images = load_array(dir / name, dtype, shape)
@@ -329,8 +330,10 @@ CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001
 CIFAR10_SPLITS = {"train": [f"data_batch_{k}" for k in range(1, 6)], "test": ["test_batch"]}
 
 
-class Batch(pickle.Unpickler):
-    """Reads a batch of CIFAR-10, a dict of numpy arrays and lists, and knows no other name than theirs."""
+class CifarUnpickler(pickle.Unpickler):
+    """Reads a batch of CIFAR-10, a dict of numpy arrays and lists. Whatever module a pickle names, it gets one of
+    these four objects or an error, so a file cannot call anything else.
+    """
     known = {"ndarray": np.ndarray, "dtype": np.dtype, "encode": str.encode,
              "_reconstruct": np.zeros(0).__reduce__()[0]}
 
@@ -347,7 +350,7 @@ def read_cifar10(src, split):
         with tarfile.open(src) as archive:
             for name in CIFAR10_SPLITS[split]:
                 file = archive.extractfile(f"cifar-10-batches-py/{name}")
-                batch = Batch(file, encoding="latin1").load()
+                batch = CifarUnpickler(file, encoding="latin1").load()
                 images.append(batch["data"].reshape(-1, 3, 32, 32))
                 labels += batch["labels"]
     except (OSError, EOFError, KeyError, ValueError,
@@ -415,7 +418,7 @@ def begin(out, meta, rank):
     Raises BadInput where it holds something else.
     """
     notes, labels = out / "meta.json", out / "labels.npy"
-    foreign = any(out.glob("*.npy"))
+    foreign = any(out.glob("*.npy"))             # before the next line: rank 0 writes meta.json first
     if notes.exists():
         foreign = fingerprint(read_json(notes)) != fingerprint(meta)
     if foreign:
@@ -424,7 +427,7 @@ def begin(out, meta, rank):
         out.mkdir(parents=True, exist_ok=True)
         write_json(notes, meta)
         name, dtype, shape = layout(meta)
-        np.lib.format.open_memmap(out / name, "w+", dtype, shape)
+        np.lib.format.open_memmap(out / name, "w+", dtype, shape)            # makes the file that fill() writes into
         nothing = np.full(shape[0], -1, dtype=np.int64)
         replace(labels, lambda file: np.save(file, nothing))
     while not labels.exists():                   # the first of several processes makes them
@@ -477,7 +480,8 @@ def fill(out, meta, labels, make, rank, world):
 
     def write(chunk):
         images = make(chunk)
-        with open(array, "r+b") as file:         # a full disk is an error here, and kills where it is mapped
+        with open(array, "r+b") as file:         # on a full disk this raises; writing to a memory map kills
+            # The rows are the end of the file: counted from there, the header of the .npy does not matter.
             file.seek((chunk[0] - len(rows)) * images[0].nbytes, os.SEEK_END)
             file.write(images.tobytes())
             file.flush()
@@ -530,6 +534,7 @@ def main():
         args.src = Path("data/cifar-10-python.tar.gz")
         if not args.src.exists():
             download(CIFAR10_URL, args.src, CIFAR10_SHA256, "--src")
+    # A data set of the papers has its size, which --size may only repeat; any other needs --size.
     size = DATASETS.get(dataset, [args.size])[0]
     if not (args.src and size and (args.out or args.dataset)) or args.size not in (None, size):
         raise BadInput("expected --src DIR --size S --out data/NAME; or --dataset NAME --src DIR, as a data set of "

@@ -18,7 +18,8 @@ SOLVERS = ("heun", "euler", "dpm++2m")
 # -------------------------------------------------------------------------------- schedule (section 3.1)
 
 def alphas_cumprod(schedule="cosine", T=1000):
-    """alpha_t^2 for t = 0 .. T-1, float64 (T,), strictly falling.
+    """alpha_t^2 for t = 0 .. T-1, float64 (T,), strictly falling. The name is Ho et al.'s, whose alpha_t is
+    1 - beta_t: the cumulative product of theirs is the square of this paper's.
 
     "cosine": beta_t = min(1 - f((t+1)/T) / f(t/T), 0.999) with f(s) = cos^2((s + .008) / 1.008 pi/2)
     (Nichol & Dhariwal 2021, eq. 17). "linear": betas from 1e-4 to 0.02, scaled by 1000 / T (Ho et al. 2020).
@@ -38,7 +39,7 @@ def alphas_cumprod(schedule="cosine", T=1000):
     return torch.cumprod(1 - betas, dim=0)
 
 
-# -------------------------------------------------------------------- loss weights (section 3.4, eq. 11)
+# ----------------------------------------------------------------------------- loss weights (section 3.4)
 
 WEIGHTINGS = {  # name: w(SNR, gamma) on the x0 loss
     "const":        lambda snr, gamma: torch.ones_like(snr),               # section 3.4
@@ -70,9 +71,11 @@ def loss_weight(snr, weighting, target, gamma=5.0):
     """
     snr = torch.as_tensor(snr, dtype=torch.float64)
     if not 0 < gamma < math.inf:
-        raise ValueError(f"gamma: found {gamma}, expected a positive number")
+        raise ValueError(f"gamma: found {gamma}, expected a positive finite number")
     if target == "eps":
-        snr = snr.clamp(min=1e-300)              # w(SNR) / SNR at 1e-300 is its limit at 0, or > 1e100
+        # This avoids 0 / 0: at 1e-300, w(SNR) / SNR equals its limit at SNR = 0, or exceeds 1e100 where there is
+        # no finite limit, which is refused below.
+        snr = snr.clamp(min=1e-300)
     if isinstance(weighting, torch.Tensor):
         w = weighting.to(snr)
         assert w.shape == snr.shape
@@ -90,19 +93,21 @@ def loss_weight(snr, weighting, target, gamma=5.0):
 # q(t) up to a factor, as a function of t, of lam = log SNR, of the step of training, and of parameters.
 
 def uniform(t, lam, step):
-    """The paper's."""
+    """The paper's: every t is equally likely."""
     return torch.ones_like(lam)
 
 
-def curriculum(t, lam, step, mu=0.3, target=5e4):
-    """(1 - gamma) U(t) + gamma N(t; mu T, T^2) with gamma = min(1, step / target), eq. 6 and 7 of the curriculum
-    paper (Wang et al. 2024), where mu counts timesteps. N is cut off at t = 0 and t = T: for mu = 0.3 its sum
-    is 0.376, and at the end of the curriculum q T is between 0.83 (t = T - 1) and 1.06 (t = mu T).
+def curriculum(t, lam, step, mu=0.3, target_step=5e4):
+    """Proportional to (1 - gamma) U(t) + gamma N(t; mu T, T^2) with gamma = min(1, step / target_step): eq. 6
+    and 7 of the curriculum paper (Wang et al. 2024), whose mu is mu T here, and which has no min. This gamma is
+    not min-SNR's. N reaches beyond 0 .. T (for mu = 0.3 its sum inside is 0.376) and is normalised only after the
+    mixing, so its share of the draws is below gamma until gamma = 1. Then q T is between 0.83 (t = T - 1) and
+    1.06 (t = mu T).
     """
     if not 0 <= mu <= 1:
-        raise ValueError(f"mu: found {mu}, expected a share of T")
-    gamma = min(1, step / target)
-    normal = (-(t / len(t) - mu) ** 2 / 2).exp() / math.sqrt(2 * math.pi)    # times T, as all that follows
+        raise ValueError("mu")                                               # timestep_density says the rest
+    gamma = min(1, step / target_step)
+    normal = (-(t / len(t) - mu) ** 2 / 2).exp() / math.sqrt(2 * math.pi)    # N(t) T, so that U(t) T is 1
     return (1 - gamma) + gamma * normal
 
 
@@ -122,7 +127,7 @@ def logit_normal(t, lam, step, m=0.0, s=1.0):
 
 
 def cosine_scaled(t, lam, step, s=2.0):
-    """Hang & Gu 2024; for s = 1 the cosine schedule itself."""
+    """Hang & Gu 2024; for s = 1 the density of lam that the cosine schedule has under uniform t."""
     return spacing(lam) / torch.cosh(s * lam / 2)
 
 
@@ -133,8 +138,9 @@ DENSITIES = {"uniform": uniform, "clts": curriculum, "laplace": laplace, "logit_
 def timestep_density(timesteps, snr, step=0):
     """q(t) in a step of training, float64 (T,), sum 1.
 
-    timesteps: a name of DENSITIES, or with parameters "clts:0.3:50000", "laplace:0:0.5", the last of which is
-    positive. Raises ValueError for another name and for parameters that give no density.
+    timesteps: a name of DENSITIES, then, after colons, that function's parameters in order: "clts:0.3:50000",
+    "laplace:0:0.5". The second, a width or a step, must be positive. Raises ValueError for another name and for
+    parameters that give no density.
     """
     name, *values = timesteps.split(":")
     if name not in DENSITIES:
@@ -146,7 +152,7 @@ def timestep_density(timesteps, snr, step=0):
         q = DENSITIES[name](t, lam, step, *values)
         q = q / q.sum()
         valid = q.min() >= 0 and min(values[1:], default=1) > 0              # nan is not >= 0
-    except (TypeError, ValueError, ZeroDivisionError):                   # too many, not a number, mu, 0
+    except (TypeError, ValueError, ZeroDivisionError):                   # too many, no number, mu, 0
         valid = False
     if not valid:
         raise ValueError(f"timesteps: found {timesteps!r}, expected a density such as laplace:0:0.5, or "
@@ -191,18 +197,19 @@ class Diffusion:
 
         The draws are stratified: each of B equal shares of q gives one t, so that every batch has its share of
         every range of t; their order is random. In the official code the t of a batch are independent.
-        The loss times 1 / (q T) has the expectation that it has under uniform t (importance sampling): this
-        lowers the variance where q is large where w |gradient| is. Without it q is part of the objective.
+        Multiplied by 1 / (q T), the loss has the same expectation as under uniform t (importance sampling), and
+        less variance if q is large at those t where w |gradient| is large. Without the factor, q acts as one
+        more weight.
         """
         q = self.density(step)
         share = torch.randperm(B, generator=generator)
         place = torch.rand(B, generator=generator, dtype=torch.float64)      # within the share
         t = torch.searchsorted(q.cumsum(0), (share + place) / B, right=True)
-        t = t.clamp(max=self.T - 1)
+        t = t.clamp(max=self.T - 1)              # rounding can leave the last sum below 1
         return t, 1 / (q[t] * self.T)
 
     def alpha_sigma(self, t, x):
-        """alpha_t and sigma_t, each (B,1,1,1) in x's dtype: one a sample, never broadcast over width."""
+        """alpha_t and sigma_t of each sample, (B,1,1,1), so that they multiply images; in x's dtype."""
         a2 = self.alphas_cumprod.to(t.device)[t].view(-1, 1, 1, 1)
         sigma2 = 1 - a2
         return a2.sqrt().to(x.dtype), sigma2.sqrt().to(x.dtype)
@@ -232,8 +239,8 @@ class Diffusion:
 
     def loss(self, model, x0, t, noise, y=None):
         """Per-sample (loss, mse), each (B,) float32 (float64 for float64 images): loss = w_t mse, and mse is the
-        unweighted mean squared error in the target's own space (eq. 4, 5). mse / factor[t] is the x0-space
-        error of figure 6, comparable across targets and weightings.
+        unweighted squared error in the target's own space (eq. 4, 5; a mean over pixels, where the paper sums).
+        mse / factor[t] is the x0-space error of figure 6, comparable across targets and weightings.
         """
         alpha, sigma = self.alpha_sigma(t, x0)
         output = model(self.q_sample(x0, t, noise), t, y)
@@ -246,6 +253,8 @@ class Diffusion:
 
 
 # ----------------------------------------------------- sampler (appendix C.3: EDM's, Karras et al. 2022)
+# From here on `sigma` is EDM's noise level, sigma_t / alpha_t = 1 / sqrt(SNR), and not the paper's sigma_t. The
+# sampler works on x = x_t / alpha_t = x0 + sigma eps, where alpha_t = 1 / sqrt(1 + sigma^2).
 
 def sampling_timesteps(diffusion, steps, rho=7):
     """The t of each sampling step, long, falling, at most `steps` of them.
@@ -290,21 +299,23 @@ def log_p_gradient(classifier, x_t, t, y):
 def trajectory(model, diffusion, z, y=None, steps=30, cfg=1.0, interval=None, solver="heun", classifier=None,
                classifier_scale=1.0, clip=False):
     """Sample from unit normal z (B,C,H,W), labels y (B,) long: yields (t, x0 estimate (B,C,H,W) float64) of
-    every step; the last estimate is the sample. The network runs in z's dtype.
+    every step; the last estimate is the sample. The network runs in z's dtype. As a generator it checks its
+    arguments when the first estimate is asked for.
 
     solver: "heun" (EDM algorithm 1 without churn, 2 steps - 1 evaluations), "euler" (= DDIM) or "dpm++2m"
     (Lu et al. 2022, one evaluation a step, second order).
     cfg: scale of classifier-free guidance on all channels, 1 is purely conditional; the null label is
     model.num_classes. interval = (t_lo, t_hi), inclusive: guide only there (Kynkaanniemi et al. 2024).
-    classifier: model(x_t, t) -> logits. It moves the x0 estimate by classifier_scale sigma^2 / alpha times the
-    gradient of log p(y | x_t) (Dhariwal & Nichol 2021; appendix D.1), within the interval too.
+    classifier: model(x_t, t) -> logits. It moves the x0 estimate by classifier_scale sigma_t^2 / alpha_t
+    (the paper's sigma_t) times the gradient of log p(y | x_t) (Dhariwal & Nichol 2021; appendix D.1), within
+    the interval too.
     clip: clamp x0 estimates to [-1, 1].
     """
     if solver not in SOLVERS or steps < 1:
         raise ValueError(f"found solver {solver!r}, steps {steps}, expected one of {SOLVERS}, at least 1")
     if (cfg != 1 or classifier) and y is None:
         raise ValueError("cfg, classifier: guidance needs class labels y")
-    diffusion = copy.copy(diffusion).to(z.device)
+    diffusion = copy.copy(diffusion).to(z.device)        # the caller's tables stay where they are
     ts = sampling_timesteps(diffusion, steps)
     sigmas = diffusion.snr[ts].rsqrt().tolist()
     ts = ts.tolist()
@@ -326,12 +337,13 @@ def trajectory(model, diffusion, z, y=None, steps=30, cfg=1.0, interval=None, so
         if i + 1 == len(ts):                                                 # a step to sigma = 0 lands on x0
             return
         next_sigma = sigmas[i + 1]
-        slope = (x - x0) / sigma                                             # dx / dsigma, EDM eq. 3
+        slope = (x - x0) / sigma                                             # dx / dsigma, EDM eq. 1 and 3
         if solver == "heun":
             ahead = x + (next_sigma - sigma) * slope
             slope_ahead = (ahead - denoise(ahead, next_sigma, ts[i + 1])) / next_sigma
             slope = (slope + slope_ahead) / 2
-        if solver == "dpm++2m" and previous is not None:                     # extrapolate x0 in log sigma
+        if solver == "dpm++2m" and previous is not None:                     # second order: x0, half a step ahead
+            # r: the last step over this one, both in log sigma
             r = math.log(sigmas[i - 1] / sigma) / math.log(sigma / next_sigma)
             slope = slope - (x0 - previous) / (2 * r * sigma)
         previous = x0

@@ -175,9 +175,11 @@ class Inception(Block):
 
 
 def resize(x, size=299):
-    """TF1's bilinear resize -> (N,C,size,size): pixel i is the image at i n / size, unshifted.
+    """TF1's bilinear resize -> (N,C,size,size). Output pixel i lies at input place i n / size; PyTorch's own resize
+    shifts it by half a pixel.
 
-    With the last row and column twice, n intervals become `size`, and corners lie on corners.
+    n + 1 input pixels, the last one repeated, have n intervals. size + 1 output pixels with aligned corners have
+    size intervals. The last pixel is cut off.
     """
     x = F.pad(x, (0, 1, 0, 1), mode="replicate")
     x = F.interpolate(x, (size + 1, size + 1), mode="bilinear", align_corners=True)
@@ -289,7 +291,7 @@ def load_inception(path_or_state_dict):
         state = read(state)
     model = Inception()
     try:
-        model.load_state_dict(dict(state))               # a dict without a version may lack the counters
+        model.load_state_dict(dict(state))               # without the version the counters may lack
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"not the FID Inception's weights: {reason}") from None
@@ -297,7 +299,9 @@ def load_inception(path_or_state_dict):
 
 
 def find_inception(file, sha256):
-    """The Inception in a file of this SHA-256; where there is no file, rank 0 fetches the published one."""
+    """The Inception in `file`, whose SHA-256 must be this one. Only the cached file may be missing, as main has
+    hashed any other: rank 0 then downloads the published weights.
+    """
     rank, world, _ = processes()
     if rank == 0 and not file.exists():
         download(URL, file, SHA256, "--inception")
@@ -420,7 +424,7 @@ def flags():
     else:
         add("samples", help="folder of PNGs, npz or packed data")
         add("reference", help="the same, or an npz of statistics")
-    add("--count", type=at_least(4), help="use the first COUNT images of each side (default: all)")
+    add("--count", type=at_least(4), help="measure the first COUNT images of a side that holds no statistics (default: all)")
     add("--features", choices=("inception", "pixels"), default="inception", help="pixels: FD-pixels, no FID")
     add("--metrics", choices=("fid", "all"), default="fid", help="all: also IS, sFID, precision and recall")
     add("--inception", help=f"weights (default: {FILE} in torch.hub's cache, else downloaded)")
@@ -489,11 +493,11 @@ def main():
             return model(images, spatial=True)
         return [pixels(images)]
 
-    whole = model and args.metrics == "all" and not making
+    keep = model and args.metrics == "all" and not making
     for found, meta, count, take in sides:
-        if count and (whole or not found):
-            measured = measure(take, count, extract, widths, args.batch_size, whole)
-            found.update({**measured, **found})          # a file's own statistics are those of more images
+        if count and (keep or not found):
+            measured = measure(take, count, extract, widths, args.batch_size, keep)
+            found.update({**measured, **found})          # a file's own statistics stay: ADM's are of more images
     if world > 1:
         leave_group()
     if rank == 0 and making:
@@ -526,7 +530,8 @@ def report(sides, extractor, model):
         print(f"{key} {value:.2f}")
     if n and n < 50_000:
         least = len(a["mu"])
-        print(f"warning: {n:,} images; published values are of 50,000, and {least:,} are far too few")
+        print(f"warning: {n:,} images bias the distance upwards; published FIDs are of 50,000, and it has {least:,} "
+              "features")
     if model and extractor != SHA256:
         print("warning: not the published weights, so not the literature's FID")
     found = dict(result=result, samples=samples, reference=reference, extractor=extractor)

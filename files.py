@@ -126,9 +126,9 @@ def say(*words):
         print(*words, flush=True)
 
 
-def progress(what, done, total, since, start=0):
-    """One line with rate and time left; `start` of the `done` were there before `since`."""
-    rate = (done - start) / max(time.monotonic() - since, 1e-9)
+def progress(what, done, total, since):
+    """One line with rate and time left."""
+    rate = done / max(time.monotonic() - since, 1e-9)
     left = f"{(total - done) / rate / 60:.1f} min left" if rate else ""
     end = "\n" if done == total else ""
     print(f"\r{what} {done:,} / {total:,}   {rate:,.0f}/s   {left}   ", end=end, flush=True)

@@ -5,7 +5,7 @@ depend on: the time embedding is cosines, then sines; every GroupNorm has 32 gro
 spatial transformer); rows of qkv are ordered head, then q k v, then channel (in the classifier's head q k v,
 then head). The last layer of res-blocks, attention blocks and the UNet starts at zero. Parameter names are
 theirs, so `input_blocks.N` is block N of the encoder and its first layer is `input_blocks.N.0`. So are
-shapes, but in ADM's attention, where a convolution of width 1, (out,in,1), is here the linear layer (out,in).
+shapes: ADM's attention keeps its convolutions of width 1, (out,in,1), and applies them as linear layers.
 """
 import math
 from collections import OrderedDict
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def row(side, channels, channel_mult, res_blocks, attention_resolutions=(32, 16, 8), **more):
+    """Arguments of a UNet. ADM attends at the sides 32, 16 and 8."""
     return dict(side=side, channels=channels, channel_mult=channel_mult, res_blocks=res_blocks,
                 attention_resolutions=attention_resolutions, **more)
 
@@ -30,7 +31,7 @@ SIZES = {  # side, width, its multiple per level, res-blocks per level, sides wi
     "unet-celeba": row(64,  128, (1, 2, 2, 2), 3,          head_channels=64),  # table 3; inferred
     "unet-adm":    row(64,  192, (1, 2, 3, 4), 3,          head_channels=64),  # appendix C
     "unet-adm128": row(128, 256, (1, 1, 2, 3, 4), 2,       heads=4),           # curriculum paper
-    "unet-b":      row(32,  192, (1, 2, 2, 2), 3, (16, 8), heads=4),           # tables 1-2; inferred
+    "unet-b":      row(32,  192, (1, 2, 2, 2), 3, (16, 8), heads=4),           # tables 1-2, appendix C.1
     "unet-ldm":    row(32,  256, (1, 2, 4),    2,          heads=1, **LDM),    # table 5, as LDM-8
 }
 
@@ -75,25 +76,25 @@ def attend(*qkv):
 
 class ResBlock(nn.Module):
     """x + conv(conv(x)). In between, the time embedding is added, or scales and shifts the second norm.
-    resample, where given, halves or doubles the side on both branches before the first convolution.
+    resample, where given, halves or doubles the side on both branches, and then width must equal width_in.
     """
 
     def __init__(self, width_in, width, resample=None, *, emb_dim, scale_shift):
         super().__init__()
         self.scale_shift = scale_shift
         resample = resample or nn.Identity()
-        silu = nn.Sequential(nn.SiLU(), resample)                            # the names keep its place
+        silu = nn.Sequential(nn.SiLU(), resample)                            # one entry, so that conv is in_layers.2
         self.in_layers = nn.Sequential(nn.GroupNorm(32, width_in), silu, conv(width_in, width))
         emb_width = 2 * width if scale_shift else width
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, emb_width))
-        no_dropout = nn.Identity()                                           # keeps the numbers in names
+        no_dropout = nn.Identity()                                           # in dropout's place: conv is out_layers.3
         self.out_layers = after_norm(width, no_dropout, zero(conv(width, width)))
-        self.skip_connection = resample                                      # it keeps the width
+        self.skip_connection = resample                                      # which keeps the width
         if width != width_in:
             self.skip_connection = nn.Conv2d(width_in, width, 1)
 
     def forward(self, x, emb):                                               # (B,C,H,W), (B,E)
-        norm, silu, _, conv = self.out_layers
+        norm, silu, _, last = self.out_layers
         h = self.in_layers(x)                                                # (B,C',H',W')
         emb = self.emb_layers(emb)[:, :, None, None]                         # (B,C' or 2C',1,1)
         if self.scale_shift:
@@ -101,7 +102,7 @@ class ResBlock(nn.Module):
             h = torch.addcmul(shift, norm(h), 1 + scale)
         else:
             h = norm(h + emb)
-        return self.skip_connection(x) + conv(silu(h))
+        return self.skip_connection(x) + last(silu(h))
 
 
 class Attention(nn.Module):
@@ -167,7 +168,8 @@ class TransformerBlock(nn.Module):
         self.attn2 = CrossAttention(dim, context_dim, head_channels)
         self.norm3 = nn.LayerNorm(dim)
         widen, narrow = nn.Linear(dim, 8 * dim), nn.Linear(4 * dim, dim)
-        self.ff = named(net=nn.Sequential(named(proj=widen), nn.Identity(), narrow))   # GEGLU
+        # This spells LDM's names ff.net.0.proj and ff.net.2; the GEGLU itself is in forward.
+        self.ff = named(net=nn.Sequential(named(proj=widen), nn.Identity(), narrow))
 
     def forward(self, x, context):                                           # (B,N,C), (B,M,D)
         h = self.norm1(x)
@@ -214,9 +216,11 @@ class Stage(nn.Sequential):
 class UNet(nn.Module):
     """model(x (B,C,H,W), t (B,) long, y (B,) long or None) -> (B,C,H,W); fresh, it returns zeros.
 
-    attention_resolutions are the sides of feature maps that attend where the input has this `side`, which is
-    img_size unless given; at another img_size the same levels attend. H and W may be any multiples of
-    2^(levels - 1). heads is the number of heads, or head_channels their width. num_classes = 0 is
+    channels is the base width, channel_mult its multiple at each level, res_blocks the number of res-blocks a
+    level of the encoder (the decoder has one more). A level attends if the side of its feature maps is in
+    attention_resolutions, as counted for an image of side `side` (img_size unless given); so a network for
+    another img_size attends at the same levels. The middle always attends. scale_shift and resblock_updown: see
+    ResBlock and SIZES. H and W may be any multiples of 2^(levels - 1). heads is the number of heads, or head_channels their width. num_classes = 0 is
     unconditional; otherwise the null label of guidance is num_classes, and y = None means the null label.
     With context_dim, LDM's spatial transformers stand in place of the attention blocks, and the class
     embedding is their one context token instead of being added to the time embedding (without classes the
@@ -242,7 +246,7 @@ class UNet(nn.Module):
 
         def attention(width):
             if width % (head_channels or heads):
-                raise ValueError(f"heads: found {head_channels or heads}, no divisor of {width} channels")
+                raise ValueError(f"heads, head_channels: found {head_channels or heads}, no divisor of {width} channels")
             d = head_channels or width // heads
             return SpatialTransformer(width, context_dim, d) if context_dim else Attention(width, d)
 
@@ -263,23 +267,25 @@ class UNet(nn.Module):
             for _ in range(res_blocks):
                 self.input_blocks.append(stage(below, level))
                 below = width
-        self.middle_block = Stage(res(width, width), attention(width), res(width, width))
+        self.middle_block = Stage(res(below, below), attention(below), res(below, below))
         self.label_emb = None
         if not classifier and (num_classes or context_dim):                  # last row: the null label
             self.label_emb = nn.Embedding(num_classes + 1, context_dim or emb_dim)
         self.output_blocks = nn.ModuleList()
         if classifier:
-            pool = AttentionPool(img_size // factor, width, self.middle_block[1].head_channels, num_classes)
-            self.out = after_norm(width, pool)
+            pool = AttentionPool(img_size // factor, below, self.middle_block[1].head_channels, num_classes)
+            self.out = after_norm(below, pool)
         else:
             self.build_decoder(widths, res_blocks, stage, res if resblock_updown else None)
 
     def build_decoder(self, widths, res_blocks, stage, res):
-        """Its stages and the last layer; res, where given, makes the res-blocks that double the side."""
+        """The encoder mirrored: a level has res_blocks + 1 stages, each with one skip. stage(width_in, level) builds
+        one; res builds the res-block that doubles the side, and without it a plain convolution does.
+        """
         below = widths[-1]
         for level, width in reversed(list(enumerate(widths))):
-            larger = widths[max(level - 1, 0)]                               # of the first skip of this side
-            for skip in [width] * res_blocks + [larger]:
+            outer = widths[max(level - 1, 0)]    # the downsampler, whose output is a level's last skip, has this width
+            for skip in [width] * res_blocks + [outer]:
                 self.output_blocks.append(stage(below + skip, level))
                 below = width
             if level:
@@ -300,7 +306,7 @@ class UNet(nn.Module):
         waves = torch.cat([angles.cos(), angles.sin()], dim=1)               # (B,channels)
         emb = self.time_embed(waves.to(x.dtype))                             # (B,E)
         context = None
-        if self.label_emb:
+        if self.label_emb is not None:
             y = torch.full_like(t, self.num_classes) if y is None else y
             label = self.label_emb(y)                                        # (B,D) or (B,E)
             if self.context_dim:
@@ -309,12 +315,12 @@ class UNet(nn.Module):
                 emb = emb + label
         run = partial(checkpoint, use_reentrant=False) if self.grad_ckpt else Stage.__call__
         skips = []
-        for stage in self.input_blocks:                                      # encoder: ever smaller, wider,
+        for stage in self.input_blocks:                                      # encoder: every output is kept
             x = run(stage, x, emb, context)
-            skips.append(x)                                                  # and every output is kept
+            skips.append(x)
         x = run(self.middle_block, x, emb, context)
-        for stage in self.output_blocks:                                     # decoder: the way back,
-            x = torch.cat([x, skips.pop()], dim=1)                           # beside the latest output kept
+        for stage in self.output_blocks:                                     # decoder: takes them, the last first
+            x = torch.cat([x, skips.pop()], dim=1)
             x = run(stage, x, emb, context)
         return self.out(x)                                                   # (B,C,H,W)
 
@@ -343,7 +349,9 @@ def unet_part(state_dict):
 
 
 def recognise(state_dict, architecture):
-    """-> the file's name in PUBLIC or None, the network's arguments: the file's, those given, those shown."""
+    """-> the file's name in PUBLIC, or None, and the network's arguments: those in PUBLIC, overridden by
+    `architecture`, overridden by the widths that the weights show. Raises ValueError.
+    """
     try:
         channels = state_dict["time_embed.0.weight"].shape[1]
         in_channels = state_dict["input_blocks.0.0.weight"].shape[1]

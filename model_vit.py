@@ -27,7 +27,7 @@ class Attention(nn.Module):
         inner = dim // heads * heads
         self.qkv = nn.Linear(dim, 3 * inner, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(inner))
-        self.v_bias = nn.Parameter(torch.zeros(inner))   # on k it would add the same to all logits of a row
+        self.v_bias = nn.Parameter(torch.zeros(inner))   # none for k: softmax would ignore it
         self.proj = nn.Linear(inner, dim)
 
     def forward(self, x):                                                    # (B,N,D)

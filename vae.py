@@ -3,7 +3,8 @@
     python vae.py --src imagenet/train --vae vae.safetensors --out data/imagenet256   # restartable
     torchrun --nproc-per-node 8 vae.py --src ... --vae ... --out ...                  # the same bytes, sooner
 
-Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", CVPR 2022. Parameter names are
+Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", CVPR 2022. Section 4.1 of the
+Min-SNR paper calls it VQ-VAE; it is the KL autoencoder. Parameter names are
 CompVis's. Facts that the published weights depend on: GroupNorm has 32 groups and eps 1e-6, the downsamplers
 pad on the right and at the bottom only, the attention in the middle has one head.
 """
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-SCALE = 0.18215      # 1 / std of the latents that the authors trained on first; nowhere else in the project
+SCALE = 0.18215      # gives latents unit variance, the authors' constant; defined here and nowhere else
 
 
 def norm(channels):
@@ -98,7 +99,7 @@ class VAE(nn.Module):
     """Images (B,3,H,W) in [-1,1] <-> latents (B,4,H/8,W/8); H and W multiples of 8, else ValueError.
 
     moments and decode are unscaled; encode_latent and decode_latent, which diffusion works with, own SCALE.
-    A large batch passes the network in parts, which bounds the memory; each image's result is its own.
+    A large batch passes the network in parts, which bounds the memory; no image's result depends on the others.
     """
 
     def __init__(self):
@@ -113,7 +114,7 @@ class VAE(nn.Module):
             norm_out=norm(512),
             silu=nn.SiLU(inplace=True),
             conv_out=conv3(512, 8))
-        up = {"3": level(512, 512, 3, upsample=Upsample(512)),               # counted as in down
+        up = {"3": level(512, 512, 3, upsample=Upsample(512)),               # 0 is full resolution, as in down
               "2": level(512, 512, 3, upsample=Upsample(512)),
               "1": level(512, 256, 3, upsample=Upsample(256)),
               "0": level(256, 128, 3)}
@@ -129,7 +130,8 @@ class VAE(nn.Module):
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)      # faster
 
     @torch.no_grad()
-    def run(self, first, then, x, pixels):
+    def in_parts(self, first, then, x, pixels):
+        """then(first(x)), a few images at a time; pixels: of one image."""
         at_once = 2 ** 20 if x.is_cuda else 2 ** 17                          # 16 or 2 images of 256 x 256
         x = x.contiguous(memory_format=torch.channels_last)
         parts = x.split(max(1, at_once // pixels))
@@ -140,11 +142,11 @@ class VAE(nn.Module):
         height, width = x.shape[2:]
         if height % 8 or width % 8:
             raise ValueError(f"x: found {height} x {width} pixels, expected multiples of 8")
-        return self.run(self.encoder, self.quant_conv, x, height * width)
+        return self.in_parts(self.encoder, self.quant_conv, x, height * width)
 
     def decode(self, z):
         """z (B,4,h,w), unscaled -> images (B,3,8h,8w), about [-1,1] and not clipped."""
-        return self.run(self.post_quant_conv, self.decoder, z, 64 * z.shape[2] * z.shape[3])
+        return self.in_parts(self.post_quant_conv, self.decoder, z, 64 * z.shape[2] * z.shape[3])
 
     def encode_latent(self, x, noise):
         """x (B,3,H,W) in [-1,1], unit normal noise (B,4,H/8,W/8) -> (mean + std noise) SCALE."""
@@ -216,7 +218,7 @@ def load_vae(path_or_state_dict):
 
 # ---------------------------------------------------------------------------- command line: images -> latents
 
-def encoder(vae, device, dtype):
+def make_encode(vae, device, dtype):
     """-> encode(images uint8 (n,3,S,S)), the mean and std of their latents, float16 (n,8,S/8,S/8).
 
     Threads may call it. A GPU takes one after the other, which bounds its memory. A CPU takes all at once,
@@ -252,7 +254,7 @@ def main():
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     vae = load_vae(args.vae).to(device)
     pack(args.src, args.size, args.out, args.split, args.dataset, args.mirror,
-         encode=encoder(vae, device, dtype), rank=rank, world=world,
+         encode=make_encode(vae, device, dtype), rank=rank, world=world,
          vae=hash_file(args.vae), vae_file=os.path.abspath(args.vae), scale=SCALE, dtype=dtype,
          content="posterior mean, std of images in [-1, 1], unscaled")
 

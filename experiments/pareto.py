@@ -90,9 +90,8 @@ def gram(model, diffusion, data, K, n=64, seed=0, budget=2 ** 30):
     """G (K,K) float64: the inner products of the gradients of L^t in K bins of t, n samples each (eq. 10).
 
     Exact for any budget: the parameters come in parts whose K gradients take about `budget` bytes, and each
-    part costs K backward passes. A mean of n gradients is longer than the mean of all: on average G_kk is too
-    large by a sample's variance / n. The entries off the diagonal come from different samples and are right
-    on average. Raises BadInput where a gradient is not finite.
+    part costs K backward passes. g_k is estimated from n samples, whose noise adds the gradient's variance / n to
+    G_kk on average. Entries off the diagonal come from independent samples and are unbiased. Raises BadInput where a gradient is not finite.
     """
     params = sorted(model.parameters(), key=torch.numel)
     size = 8 * K * sum(p.numel() for p in params)                            # bytes, as float64
@@ -122,7 +121,7 @@ def objective(G, w, lam=0.0):
 
 
 def typical(G):
-    """The median of |g_t|^2, which lambda is relative to. The mean may be the length of one bin alone."""
+    """The median of |g_t|^2, the unit of lambda. A single bin with a huge gradient can dominate the mean."""
     return float(np.median(np.diagonal(G)))
 
 
@@ -235,13 +234,12 @@ def ugd_table(model, diffusion, data, K, n, lam, seed):
     return w / w.mean()
 
 
-def load(path, data=None, target=None):
+def load(path, data=None):
     """-> (model with its EMA weights on the device, diffusion, data) of a checkpoint or run folder.
 
-    `data` is a packed folder in place of the checkpoint's own; `target` says what released weights predict.
-    Raises BadInput where network and data do not fit.
+    `data` is a packed folder in place of the checkpoint's own. Raises BadInput where network and data do not fit.
     """
-    model, config = load_checkpoint(path, target=target)
+    model, config = load_checkpoint(path)
     if config.get("dataset") == "shapes" and not data:
         images = built_in(model.img_size)
     else:
@@ -289,7 +287,9 @@ def fine_tuned(model, diffusion, data, tenth, steps, seed, lr=1e-4):
 
 
 def finetune_command(ckpt, K, n, seed, steps, out):
-    """Change of every bin's loss when the 2nd, 3rd or 4th tenth of t is trained alone (figure 2)."""
+    """Change of every bin's loss when one tenth of t is trained alone (figure 2). "tenth 1" is t from T/10 to
+    2T/10 - 1, the second of ten.
+    """
     model, diffusion, data = load(ckpt)
     before = bin_losses(model, diffusion, data, K, n, seed)
     rows = []
@@ -333,7 +333,7 @@ def measure_command(ckpt, n):
     real = data.images[np.arange(min(2048, len(data)))]
     distance = fd_pixels(torch.cat(drawn), real)
     error = bin_losses(model, diffusion, data, 10, n, "quality").mean()
-    file = Path(ckpt) / "quality.csv"                                        # of a run folder
+    file = Path(ckpt) / "quality.csv"                                        # --ckpt is the run folder
     before = read_csv(file) if file.exists() else []
     row = dict(step=config["step"], fd_pixels=distance, x0_mse=error)
     write_csv(file, [*before, row])
@@ -347,7 +347,7 @@ def ugd_command(ckpt, K, n, seed, lam, out):
 
 
 FLAGS = dict(
-    ckpt=dict(required=True, help="run folder of train.py, or its checkpoint"),
+    ckpt=dict(required=True, help="run folder of train.py; but for measure, a checkpoint too"),
     K=dict(type=at_least(1), default=50, help="bins of t"),
     n=dict(type=at_least(2), default=256, help="samples a bin; measure: images, too"),
     samples=dict(type=at_least(1), nargs="+", default=[4, 16, 64, 256], help="samples a bin"),

@@ -8,9 +8,9 @@ Each command writes a CSV file, which `python -m experiments.figures` draws.
 
 Wang et al., "Analyzing Stability in Diffusion Model Training", 2024; equation numbers are that paper's. A
 checkpoint is a file of train.py or of dcgan.py, or its folder. The paper leaves some choices open. Here
-images are drawn from the EMA weights. Losses are those of training, with all labels and under uniform t,
-around the weights that the optimizer holds. Of a GAN's two networks one moves at a time. The kinks of its
-ReLUs have no part in the Hessian.
+images are drawn from the EMA weights. Losses are those of training, but with no label dropped and t uniform,
+at the raw weights and not at their EMA. Of a GAN one network moves while the other is fixed. A ReLU's second
+derivative is taken as 0, so its kink does not show in the Hessian.
 """
 import math
 from pathlib import Path
@@ -95,7 +95,7 @@ def spectrum(loss, theta, k, probes, seed):
     for r in range(probes):
         g = generator("probe", seed, r)
         signs = 2 * torch.randint(2, theta.shape, generator=g) - 1
-        with sdpa_kernel(SDPBackend.MATH):                                   # the fused kernels cannot
+        with sdpa_kernel(SDPBackend.MATH):                                   # the fused have no second derivative
             found.append(lanczos(product, signs.to(theta), k))
     values, weights, residuals = np.hstack(found)
     return values, weights / probes, residuals
@@ -183,6 +183,7 @@ def landscape(path, args):
     _, _, data = load(path, args.data)
     model, config = load_checkpoint(path, raw=True)
     model = to_device(model, DEVICE)
+    # a weighting from a file lies in the checkpoint
     weighting = read(path).get("weight", config.get("weighting", "min_snr"))
     T, target = config["T"], config["target"]
     diffusion = Diffusion(config["schedule"], T, target, weighting, config.get("gamma", 5.0))
@@ -254,10 +255,10 @@ def consistency(args):
 
 @torch.no_grad()
 def interpolate(args):
-    """Each loss on the line from a checkpoint B (alpha = 0) to an A (alpha = 1), which come in pairs B A
-    (eq. 2, figure 3).
+    """Each loss on the line theta = alpha theta_a + (1 - alpha) theta_b (eq. 2, figure 3).
 
-    The samples, the loss and the network of a GAN that does not move are B's.
+    --ckpt takes pairs, b before a: for LATE EARLY, alpha = 0 is the late checkpoint and alpha = 1 the early one.
+    Samples and loss are b's, and while one network of a GAN moves, the other is b's.
     """
     if len(args.ckpt) % 2:
         raise BadInput(f"--ckpt: found {len(args.ckpt)} checkpoints, expected pairs")
