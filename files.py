@@ -34,7 +34,7 @@ def run(main):
         code, line = 2, str(error)
     except KeyboardInterrupt:
         code, line = 130, "stopped"
-    except RuntimeError as error:                                            # of gloo, of NCCL or of their store
+    except RuntimeError as error:                                            # of gloo, NCCL or their store
         lost = r"connection (was likely )?(closed|reset|refused)|remote process exited|broken pipe|timed ?out"
         if not dist.is_initialized() or not re.search(lost, str(error), re.I):
             raise
@@ -106,8 +106,8 @@ def processes():
 
 
 def leave_group():
-    """End the process group. gloo's threads need Python's lock to drop their last tensors, and are joined with
-    that lock held: without the pause 1 exit in 6 hung.
+    """End the process group. gloo's threads need Python's lock to drop their last tensors, and are joined
+    with that lock held: without the pause 1 exit in 6 hung.
     """
     time.sleep(0.2)
     dist.destroy_process_group()
@@ -163,7 +163,7 @@ def read(path):
                 assert archive.testzip() is None, "a checksum does not match"        # torch.load skips them
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:                                               # each format has its own kinds
-        why = str(error).split("trusted source.")[-1]                        # after PyTorch's advice to trust it
+        why = str(error).split("trusted source.")[-1]                        # without the advice to trust
         raise BadInput(f"{path}: cannot be loaded ({why})") from None
 
 

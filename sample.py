@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 8 sample.py --ckpt CKPT --count 50000 --out DIR   # the same images, sooner
     python sample.py --ckpt ema_0.9999_large.pt               # released weights, known by their shapes
 
-Image k depends on the checkpoint, the seed and k: not on the batch size, the number of processes, or a stop in
-between. The same command finishes what a killed one began.
+Image k depends on the checkpoint, the seed and k: not on the batch size, the number of processes, or a stop
+in between. The same command finishes what a killed one began.
 """
 import shutil
 import time
@@ -19,8 +19,8 @@ import model_unet
 import model_vit
 from data import class_names, generator, load_image, tile
 from diffusion import SOLVERS, TARGETS, Diffusion, sampler
-from files import (BadInput, Parser, at_least, between, hash_file, processes, progress, read, read_json, replace,
-                   run, say, write_json)
+from files import (BadInput, Parser, at_least, between, hash_file, processes, progress, read, read_json,
+                   replace, run, say, write_json)
 from vae import load_vae
 
 
@@ -39,8 +39,8 @@ def build_model(config):
 
 
 def to_device(model, device, dtype=None):
-    """The network there. On a GPU its convolutions are faster in channels_last; a CPU's group norm is not, and
-    a training step of the UNets would take 1.02 to 1.31 times as long.
+    """The network there. On a GPU its convolutions are faster in channels_last; a CPU's group norm is not,
+    and a training step of the UNets would take 1.02 to 1.31 times as long.
     """
     layout = torch.preserve_format if device.type == "cpu" else torch.channels_last
     return model.to(device, dtype, memory_format=layout)
@@ -49,8 +49,9 @@ def to_device(model, device, dtype=None):
 def load_checkpoint(path, raw=False, target=None):
     """-> (network in eval mode, config) of a checkpoint, a run folder, or released weights.
 
-    Of a checkpoint the EMA weights are taken, unless raw. Released weights are the paper's, guided-diffusion's
-    or latent-diffusion's; `target` says what they predict where their shapes do not. Raises BadInput.
+    Of a checkpoint the EMA weights are taken, unless raw. Released weights are the paper's,
+    guided-diffusion's or latent-diffusion's; `target` says what they predict where their shapes do not.
+    Raises BadInput.
     """
     state = read(path)
     if "config" not in state:
@@ -107,8 +108,8 @@ def find_classifier(path, model):
     except ValueError as error:
         raise BadInput(f"--classifier {path}: {error}") from None
     if (classifier.img_size, classifier.num_classes) != (model.img_size, model.num_classes):
-        raise BadInput(f"--classifier {path}: is for side {classifier.img_size} and {classifier.num_classes} classes, "
-                       f"the network for {model.img_size} and {model.num_classes}")
+        raise BadInput(f"--classifier {path}: is for side {classifier.img_size} and {classifier.num_classes} "
+                       f"classes, the network for {model.img_size} and {model.num_classes}")
     return classifier
 
 
@@ -126,7 +127,7 @@ def start(seed, k, labels, model):
     """
     g = generator("image", seed, k)
     count = max(model.num_classes, 1)
-    drawn = int(torch.randint(count, (), generator=g))                       # always drawn: the noise is the same
+    drawn = int(torch.randint(count, (), generator=g))                       # always drawn: same noise
     noise = torch.randn(model.in_channels, model.img_size, model.img_size, generator=g)
     if labels == "random":
         return drawn, noise
@@ -189,7 +190,7 @@ def save_folder(folder, n, batch_size, images_of):
 
 
 def save_npz(path, folder, n, labels):
-    """PNG files 0 .. n-1 -> npz with arr_0 uint8 (n,S,S,3) and arr_1 int64 labels, by way of an array on disk."""
+    """PNG files 0 .. n-1 -> npz with arr_0 uint8 (n,S,S,3) and arr_1 labels, by way of an array on disk."""
     side = load_image(png(folder, 0)).width
     images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (n, side, side, 3))
     for k in range(n):
@@ -241,7 +242,7 @@ def parse_classes(text, names, count):
         named = [k for k, name in enumerate(names) if part in name.lower().split(", ")]
         found = named or [k for k in range(count) if part == str(k)]
         if len(found) != 1:
-            raise BadInput(f"--classes {part}: fits classes {found}, expected a name or number of one of {count}")
+            raise BadInput(f"--classes {part}: fits classes {found}, expected a name or a number of {count}")
         labels += found
     return labels
 
@@ -250,16 +251,16 @@ def parse():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint, run folder, or released weights")
-    add("--out", type=Path, help="grid .png (default: samples.png beside the checkpoint), .npz, or else a folder of PNGs")
+    add("--out", type=Path, help="grid .png (default: samples.png beside --ckpt), .npz, or folder of PNGs")
     add("--n", "--count", type=at_least(1), help="number of images (default: 8 a class in a grid, else 64); "
         "--count under torchrun, whose own parser stumbles over --n")
     add("--cfg", type=between(0, 1000), help="guidance scale, 1 = none (default: the preset's)")
     add("--steps", type=at_least(1, 10_000), help="sampling steps (default: the preset's)")
-    add("--solver", choices=SOLVERS, default="heun", help="heun takes 2 steps - 1 evaluations, the others 1 a step")
+    add("--solver", choices=SOLVERS, default="heun", help="heun: 2 steps - 1 evaluations, else 1 a step")
     add("--interval", type=at_least(0), nargs=2, metavar=("LO", "HI"), help="guide only for LO <= t <= HI")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--classes", help="comma-separated class names or numbers, gone through in turn")
-    either.add_argument("--labels", choices=("random", "balanced"), help="(default: balanced in a grid, else random)")
+    either.add_argument("--labels", choices=("random", "balanced"), help="(default: balanced in a grid)")
     add("--seed", type=at_least(0), default=0, help="of labels and noise")
     add("--raw", action="store_true", help="the weights themselves instead of their EMA")
     add("--batch-size", type=at_least(1), default=64, help="images at a time in each process")
@@ -275,7 +276,7 @@ def settle(args, model, config):
     cfg = config["cfg"] if args.cfg is None else args.cfg
     interval = args.interval
     if cfg != 1 and not config.get("guidable", config.get("drop")):
-        raise BadInput(f"--cfg {cfg}: {args.ckpt} was trained without classes or without label drop, expected 1")
+        raise BadInput(f"--cfg {cfg}: {args.ckpt} was trained without classes or label drop, expected 1")
     if interval and cfg == 1 and not args.classifier:
         raise BadInput(f"--interval {interval}: there is no guidance at --cfg 1")
     labels = args.labels or ("balanced" if args.out.suffix == ".png" else "random")

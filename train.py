@@ -28,8 +28,8 @@ import model_unet
 from data import DATASETS, Images, Packed, built_in, class_names, fingerprint, generator, shapes
 from diffusion import TARGETS, WEIGHTINGS, Diffusion
 from fid import fd_pixels
-from files import (BadInput, Parser, at_least, between, leave_group, positive, processes, read, replace, run, say,
-                   write_json)
+from files import (BadInput, Parser, at_least, between, leave_group, positive, processes, read, replace, run,
+                   say, write_json)
 from sample import MODELS, build_model, draw, find_vae, grid, to_device
 
 # ------------------------------------------------------------------------------------------------ presets
@@ -62,18 +62,18 @@ PRESETS = [
     ("folder",      "vit-s",       "x0",    100_000,  128, .10, 1.5,  30, dict(warmup=1_000)),
 ]
 COLUMNS = "dataset model target steps batch_size drop cfg sample_steps other".split()
-DEFAULT = dict(weighting="min_snr", curriculum=50_000, schedule="cosine", T=1000, classes=None, lr=1e-4, warmup=0,
-               decay=0.0, ema=.9999, flip=True)
+DEFAULT = dict(weighting="min_snr", curriculum=50_000, schedule="cosine", T=1000, classes=None, lr=1e-4,
+               warmup=0, decay=0.0, ema=.9999, flip=True)
 
 
 def preset(dataset, model=None, target=None):
-    """The row of a data set, network and target as a dict. A data set of yours takes the row "folder"; a network
-    without a row takes the data set's first one, with the betas and weight decay of its kind.
+    """The row of a data set, network and target as a dict. A data set of yours takes the row "folder"; a
+    network without a row takes the data set's first one, with the betas and weight decay of its kind.
     """
     rows = [dict(zip(COLUMNS, row)) for row in PRESETS]
     own = [row for row in rows if row["dataset"] == dataset] or rows[-1:]
     model = model or own[0]["model"]
-    row = max(own, key=lambda row: (row["model"] == model, row["target"] == target))      # the first of the best
+    row = max(own, key=lambda row: (row["model"] == model, row["target"] == target))   # the first of the best
     kind = dict(betas=[.99, .99], weight_decay=0.03)
     if MODELS[model][0] is model_unet.UNet:
         kind = dict(betas=[.9, .999], weight_decay=0.0)
@@ -90,7 +90,7 @@ FREE = "steps cfg sample_steps data vae_file log_every save_every sample_every".
 
 
 def weights(text):
-    """The value of --weighting: a name, or of a table FILE.csv its column `weight` as a list. Raises ValueError."""
+    """--weighting: a name, or the column `weight` of a table FILE.csv as a list. Raises ValueError."""
     if not text.endswith(".csv"):
         return text
     table = np.genfromtxt(text, delimiter=",", names=True, ndmin=1)["weight"]
@@ -100,8 +100,8 @@ def weights(text):
 
 
 def parse():
-    """-> the flags, and the state of the run to resume, None for a new one. What is left out of the command line
-    takes the preset's value, on --resume the run's own.
+    """-> the flags, and the state of the run to resume, None for a new one. What is left out of the command
+    line takes the preset's value, on --resume the run's own.
     """
     parser = Parser(__doc__)
     add = parser.add_argument
@@ -118,12 +118,12 @@ def parse():
     add("--data", help="packed folder (default: data/DATASET)")
     add("--size", type=at_least(1, 1024), help="image side, free for the built-in shapes alone (default: 16)")
     add("--classes", type=int, choices=[0], help="train without the labels")
-    add("--flip", action=switch, help="mirror half of the images; latents never, vae.py --mirror encodes both")
+    add("--flip", action=switch, help="mirror half of the images; of latents vae.py --mirror makes both")
     # the paper
-    add("--patch", type=count, help="patch side of a network that has patches (default: 4 pixels, 2 of latents)")
+    add("--patch", type=count, help="patch side, of a ViT (default: 4 pixels, 2 of latents)")
     add("--gamma", type=positive, default=5.0, help="clamp of min_snr, max_snr and soft_min_snr")
-    add("--timesteps", default="uniform", help="density of t: uniform, clts, laplace, logit_normal, cosine_scaled, or "
-        "with parameters clts:MU:STEP (a share of T, the curriculum's last step), laplace:MU:B, ...")
+    add("--timesteps", default="uniform", help="density of t: uniform, clts, laplace, logit_normal, "
+        "cosine_scaled, or with parameters clts:MU:STEP (share of T, the curriculum's last step), laplace:MU:B")
     add("--curriculum", type=count, help="last step of clts's curriculum")
     add("--importance", action=switch, default=False,
         help="divide the loss by q T: the density serves the objective of uniform t")
@@ -132,10 +132,10 @@ def parse():
     # optimisation
     add("--steps", type=count, help="total optimizer steps, those before a --resume included; with --decay "
         "another total is another learning rate, not the same run prolonged")
-    add("--batch-size", type=at_least(1, 10 ** 6), help="global: images per optimizer step, over all processes")
+    add("--batch-size", type=at_least(1, 10 ** 6), help="images per optimizer step, over all processes")
     add("--lr", type=positive, help="peak learning rate of AdamW")
     add("--warmup", type=at_least(0), help="steps of linear warm-up")
-    add("--decay", type=between(0, 1), help="share of the run, at its end, in which the rate falls linearly to 0")
+    add("--decay", type=between(0, 1), help="share of the run, its end, in which the rate falls to 0")
     add("--betas", type=share, nargs=2, help="of AdamW")
     add("--weight-decay", type=between(0, 1000), help="of AdamW")
     add("--drop", type=share, help="how often a label becomes the null label, for guidance")
@@ -144,13 +144,13 @@ def parse():
         default="bfloat16" if torch.cuda.is_available() else "float32")
     add("--seed", type=at_least(0), default=0, help="of everything random")
     # sample grids
-    add("--cfg", type=between(0, 1000), help="guidance scale; 1, which is none, of a network trained without --drop")
+    add("--cfg", type=between(0, 1000), help="guidance scale, 1 = none; always 1 without --drop")
     add("--sample-steps", type=at_least(1, 10_000), help="Heun steps")
     # this machine: none of these changes the result
     add("--accum", type=count, default=1, help="micro-batches per step and process, for small memories")
     add("--compile", action="store_true", help="torch.compile the network")
-    add("--grad-ckpt", action="store_true", help="keep the blocks' inputs and compute the rest again for the gradient: "
-        "less memory, more time")
+    add("--grad-ckpt", action="store_true", help="keep the blocks' inputs and compute the rest again for the "
+        "gradient: less memory, more time")
     add("--data-on-gpu", action="store_true", help="hold the whole data set in the device's memory")
     add("--log-every", type=count, default=100, help="steps between log lines")
     add("--save-every", type=count, default=1000, help="steps between checkpoints; the last is always saved")
@@ -158,7 +158,7 @@ def parse():
     add("--dry-run", action="store_true", help="print configuration, FLOPs, speed and days, no more")
 
     words = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
-    known = parser.parse_args(words)                                         # what was written, to find the rest
+    known = parser.parse_args(words)                                         # to find the other defaults
     out = known.out or Path("out") / known.dataset
     state = read(out) if known.resume else None
     defaults = state["config"] if state else preset(known.dataset, known.model, known.target)
@@ -200,12 +200,12 @@ def open_data(args):
 
 
 def settle(args, data):
-    """-> config: the flags, with what the data decide. What is settled already stays, so that a run can go on."""
+    """-> config: the flags, with what the data decide; settled flags stay as they are, so a run can go on."""
     config = {key: value for key, value in vars(args).items() if key not in MACHINE}
     network, arguments = MODELS[args.model]
     patch = args.patch or (2 if data.latents else 4)
-    shape = dict(img_size=data.size, in_channels=data.channels, num_classes=len(data.classes), patch_size=patch,
-                 T=args.T)
+    shape = dict(img_size=data.size, in_channels=data.channels, num_classes=len(data.classes),
+                 patch_size=patch, T=args.T)
     taken = inspect.signature(network).parameters
     shape = {key: value for key, value in shape.items() if key in taken}
     if not data.classes:
@@ -234,7 +234,7 @@ def draw_step(data, config, diffusion, step, rows):
     """Everything random in one step, drawn for the whole global batch and cut to this process's rows."""
     B, N, seed = config["batch_size"], len(data), config["seed"]
     g = generator("step", seed, step)
-    places = range(step * B, (step + 1) * B)                                 # in an endless sequence of epochs
+    places = range(step * B, (step + 1) * B)                                 # in endless epochs
     indices = [epoch_order(N, seed, place // N)[place % N] for place in places]
     x0, y = data.batch(indices, g, rows)
     t, ratio = diffusion.draw(B, g, step)
@@ -277,7 +277,7 @@ def backward(net, diffusion, batch, tally, config, accum=1, world=1):
         with torch.no_grad():
             x0_mse = mse / diffusion.factor[t]
             sums = torch.stack([loss, mse, x0_mse, torch.ones_like(mse)], 1).double()
-            sums = torch.where(sums.isfinite().all(1, keepdim=True), sums, 0)    # what is not finite has no part
+            sums = torch.where(sums.isfinite().all(1, keepdim=True), sums, 0)    # inf and nan have no part
             tally.index_add_(0, t * 10 // config["T"], sums)
 
 
@@ -290,17 +290,17 @@ def learning_rate(config, step):
 
 @torch.no_grad()
 def update(model, ema, optimizer, config, step):
-    """One step of AdamW and one of the moving average of the weights, both left out where a gradient is not finite.
-    -> whether they were, a tensor (), so that the host need not wait for the device to know.
+    """One step of AdamW and one of the moving average of the weights, both left out where a gradient is not
+    finite. -> whether they were, a tensor (), so that the host need not wait for the device to know.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    averages, weights = list(ema.parameters()), list(model.parameters())
+    grads = [p.grad for p in weights if p.grad is not None]
     bad = ~torch.stack(torch._foreach_norm(grads)).sum().isfinite()
     optimizer.found_inf = bad.float()                                        # AdamW then changes nothing
     optimizer.step()
     optimizer.zero_grad()
-    averages, weights = list(ema.parameters()), list(model.parameters())
     share = torch.where(bad, 0.0, 1 - config["ema"]).to(weights[0].dtype)
     torch._foreach_lerp_(averages, weights, [share] * len(weights))
     return bad
@@ -309,8 +309,8 @@ def update(model, ema, optimizer, config, step):
 # ------------------------------------------------------------------------------------------------- the log
 
 def metrics_of(step, tally):
-    """tally (10,4), sums of loss, mse, x0-space mse and 1 in ten bins of t -> the means of a log line. Bin i is
-    t in [i T/10, (i+1) T/10), nan where no t fell into it.
+    """tally (10,4), sums of loss, mse, x0-space mse and 1 in ten bins of t -> the means of a log line. Bin i
+    is t in [i T/10, (i+1) T/10), nan where no t fell into it.
     """
     loss, mse, _, count = tally.sum(0).tolist()
     bins = (tally[:, 2] / tally[:, 3]).tolist()
@@ -335,8 +335,8 @@ def sanity(model, config):
 # ------------------------------------------------------------------------------------------------- dry run
 
 def dry_run(config, model, ema, optimizer, diffusion, micro, world):
-    """Print the configuration, FLOPs, and what a step of micro-batches of `micro` images takes here, measured on
-    random numbers: a micro-batch, or on a CPU as many of its images as take seconds.
+    """Print the configuration, FLOPs, and what a step of micro-batches of `micro` images takes here, measured
+    on random numbers: a micro-batch, or on a CPU as many of its images as take seconds.
     """
     for key, value in config.items():
         print(f"  {key:<13} {value!s:.90}")
@@ -360,12 +360,12 @@ def dry_run(config, model, ema, optimizer, diffusion, micro, world):
     step = config["batch_size"] / rate
     days = config["steps"] * step / 86_400
     print(f"{forward:,.1f} GFLOP an image forward, {3 * forward:,.1f} in training")
-    print(f"dry run: {rate:,.2f} images/s, {step * 1e3:,.0f} ms a step, {rate * 3 * forward / 1e3:,.2f} TFLOP/s; "
-          f"measured with {n} images at a time, without data and communication")
+    print(f"dry run: {rate:,.2f} images/s, {step * 1e3:,.0f} ms a step, {rate * 3 * forward / 1e3:,.2f} "
+          f"TFLOP/s; measured with {n} images at a time, without data and communication")
     print(f"{config['steps']:,} steps: {24 * days:,.1f} hours, {days:,.1f} days")
 
 
-# --------------------------------------------------------------------------------------- what a run consists of
+# ------------------------------------------------------------------------------------- what a run consists of
 
 def make_diffusion(config):
     """Raises ValueError."""
@@ -409,11 +409,11 @@ def introduce(args, config, model, diffusion, data, micro, world, device):
     """Say what will be trained."""
     params = sum(p.numel() for p in model.parameters())
     say(f"{config['model']}: {params / 1e6:.1f}M parameters, {config['target']} prediction, "
-        f"{config['weighting']!s:.20} weighting, gamma {config['gamma']:g}, {diffusion.timesteps} t, {config['dtype']} "
-        f"on {device.type}")
-    say(f"{config['dataset']} {data.meta.get('split', 'train')}: {len(data):,} images {data.size} x {data.size}, "
-        f"{len(data.classes)} classes; global batch {config['batch_size']} = {micro} x {world} processes x "
-        f"{args.accum} accumulation")
+        f"{config['weighting']!s:.20} weighting, gamma {config['gamma']:g}, {diffusion.timesteps} t, "
+        f"{config['dtype']} on {device.type}")
+    say(f"{config['dataset']} {data.meta.get('split', 'train')}: {len(data):,} images {data.size} x "
+        f"{data.size}, {len(data.classes)} classes; global batch {config['batch_size']} = {micro} x {world} "
+        f"processes x {args.accum} accumulation")
     if config["ema"] > 1 - 1 / config["steps"]:
         say(f"warning: an EMA of {config['ema']} averages over more steps than the run's {config['steps']}")
 
@@ -430,16 +430,16 @@ def main():
         raise BadInput(f"--out {args.out}: holds a run already; go on with --resume or choose another folder")
     micro, rest = divmod(args.batch_size, world * args.accum)
     if rest:
-        raise BadInput(f"--batch-size {args.batch_size}: must divide by {world} processes x --accum {args.accum}")
+        raise BadInput(f"--batch-size {args.batch_size}: must divide by {world} processes x --accum")
     data = open_data(args)
     config = settle(args, data)
     data.flip = config["flip"]
     if state:
         compare(config, state["config"], args.out)
         if state["step"] > config["steps"]:
-            raise BadInput(f"--steps: found {config['steps']}, the run in {args.out} has done {state['step']}")
+            raise BadInput(f"--steps {config['steps']}: the run in {args.out} has done {state['step']}")
     if config["dtype"] == "bfloat16":
-        torch.set_float32_matmul_precision("high")                           # TF32 where autocast leaves float32
+        torch.set_float32_matmul_precision("high")                           # TF32 beside autocast
     try:
         diffusion = make_diffusion(config).to(device)
         model, ema, optimizer = make_networks(args, config, device, state)
@@ -457,11 +457,10 @@ def main():
     else:
         args.out.mkdir(parents=True, exist_ok=True)
         write_json(args.out / "config.json", config)
-        with open(args.out / "log.csv", "ab") as file:                       # what came after the checkpoint goes
+        with open(args.out / "log.csv", "ab") as file:                       # lines after the checkpoint go
             file.truncate(min(state["log"], file.tell()))
     say(f"writing to {args.out}")
     if args.compile:
-        torch._dynamo.config.suppress_errors = True                          # no compiler: a warning, and eager
         model.compile()                                                      # in place: names stay plain
     if args.data_on_gpu:
         data.to(device)
@@ -483,7 +482,7 @@ def train(args, config, data, diffusion, model, ema, optimizer, tally, first):
 
     def remember(number, frame):
         signals.append(number)
-        signal.signal(number, signal.SIG_DFL)                                # a second Ctrl-C interrupts at once
+        signal.signal(number, signal.SIG_DFL)                                # a second one interrupts
     signal.signal(signal.SIGINT, remember)
     signal.signal(signal.SIGTERM, remember)
 
@@ -493,7 +492,7 @@ def train(args, config, data, diffusion, model, ema, optimizer, tally, first):
     batches = ahead(make_batch, first, steps, threads=4 if gpu else 1)
     ours = stamp(ckpt)
     since, waited, mark = time.monotonic(), 0.0, first
-    skipped = torch.zeros((), device=device)                                 # steps without an update since then
+    skipped = torch.zeros((), device=device)                                 # steps without an update
     lost, stop, done = False, 0, first
     for step in range(first, steps):
         # data: prepared by a thread, already cut to this process
@@ -531,10 +530,12 @@ def train(args, config, data, diffusion, model, ema, optimizer, tally, first):
         if logs:
             took = time.monotonic() - since
             metrics = metrics_of(done, total)
-            metrics.update(images_per_s=(done - mark) * B / took, data_share=waited / took, skipped=int(skipped))
+            metrics.update(images_per_s=(done - mark) * B / took, data_share=waited / took,
+                           skipped=int(skipped))
             left = (steps - done) * took / (done - mark) / 60
-            say(f"step {done:,} / {steps:,}   loss {metrics['loss']:.4f}   {config['target']} mse {metrics['mse']:.4f}   "
-                f"{metrics['images_per_s']:,.0f} images/s   data {metrics['data_share']:.1%}   {metrics['skipped']} skipped   {left:.1f} min left")
+            say(f"step {done:,} / {steps:,}   loss {metrics['loss']:.4f}   {config['target']} mse "
+                f"{metrics['mse']:.4f}   {metrics['images_per_s']:,.0f} images/s   data "
+                f"{metrics['data_share']:.1%}   {metrics['skipped']} steps skipped   {left:.1f} min left")
             if rank == 0:
                 log(metrics, args.out)
             since, waited, mark = time.monotonic(), 0.0, done
@@ -546,8 +547,9 @@ def train(args, config, data, diffusion, model, ema, optimizer, tally, first):
         if rank == 0 and saves:
             if stamp(ckpt) != ours:
                 raise BadInput(f"--out {args.out}: another run is writing there")
-            state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=done,
-                         config=config, tally=total.cpu(), log=(args.out / "log.csv").stat().st_size)
+            log_size = (args.out / "log.csv").stat().st_size
+            state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
+                         step=done, config=config, tally=total.cpu(), log=log_size)
             replace(ckpt, lambda file: torch.save(state, file))
             ours = stamp(ckpt)
         if stop:

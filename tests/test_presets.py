@@ -209,7 +209,8 @@ def test_another_size_than_the_packs_is_refused(tmp_path):
     assert "--size: found 32" in launch(tmp_path, "--dataset celeba64 --size 32 --out run", code=2)
 
 
-ODD = [("--ema 0.999999", "averages over more steps"), ("--dataset celeba64 --data val", "celeba64 val: 16 images")]
+ODD = [("--ema 0.999999", "averages over more steps"),
+       ("--dataset celeba64 --data val", "celeba64 val: 16 images")]
 
 
 @pytest.mark.parametrize("words, said", ODD)

@@ -114,7 +114,7 @@ def runs(tmp_path_factory):
     process.join()
     assert read(folder / "parts")["step"] == 10
     with open(folder / "parts/log.csv", "a") as file:
-        file.write("1")                                                      # of step 13, cut short by the kill
+        file.write("1")                                                      # of step 13, cut short
     launch(folder, "--out parts --resume")                                   # the run remembers its flags
     return folder
 
@@ -315,7 +315,7 @@ def test_the_moving_average_by_hand(by_hand):
 
 def test_a_step_that_is_not_finite_leaves_moments_and_step_counts_alone_and_is_said(by_hand):
     same(by_hand.state["optimizer"]["state"], by_hand.moments, atol=1e-10)
-    assert "1 skipped" in by_hand.text
+    assert "1 steps skipped" in by_hand.text
 
 
 @pytest.mark.parametrize("number", [0, 1])
