@@ -57,7 +57,7 @@ def load_checkpoint(path, raw=False, target=None):
     if "config" not in state:
         return load_released(path, state, target)
     try:
-        weights = "raw" if raw else f"EMA {state['config']['ema']}"
+        weights = "raw" if raw else f"EMA {state['config'].get('ema')}"
         config = {**state["config"], "step": state["step"], "weights": weights}
         model = build_model(config)
         model.load_state_dict(state["model" if raw else "ema"])
