@@ -34,19 +34,16 @@ def run(main):
         code, line = 2, str(error)
     except KeyboardInterrupt:
         code, line = 130, "stopped"
-    except RuntimeError as error:                                            # of gloo, of NCCL or of their store
+    except RuntimeError as error:                                            # of gloo, NCCL or their store
         lost = r"connection (was likely )?(closed|reset|refused)|remote process exited|broken pipe|timed ?out"
         if not dist.is_initialized() or not re.search(lost, str(error), re.I):
             raise
         code, line = 1, "another process of this run has ended; start all again, train.py with --resume"
-    script = Path(sys.argv[0]).name
-    line = " ".join([f"{script}:", *line.split()])
-    if dist.is_initialized():
-        print(line, file=sys.stderr, flush=True)
-        sys.stdout.flush()
+    grouped = dist.is_initialized()
+    if grouped or env("RANK") == 0:              # before there is a group, all find the same mistake
+        print(Path(sys.argv[0]).name + ":", *line.split(), file=sys.stderr, flush=True)
+    if grouped:
         os._exit(code)                           # the group's threads would wait for those that are gone
-    if os.environ.get("RANK", "0") == "0":                                   # all processes find the same mistake
-        print(line, file=sys.stderr)
     sys.exit(code)
 
 
@@ -71,41 +68,37 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(message)
 
 
-def number(kind, fits, expected):
-    """An argparse type: a number for which fits(number) holds, else one line that says what is expected."""
+def between(low, high, kind=float):
+    """An argparse type: a number from low to high, of kind int a whole one."""
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not fits(value):                                                  # nan fits nowhere
-            raise argparse.ArgumentTypeError(f"found {text}, expected {expected}")
+        if not low <= value <= high:                                         # nan is not
+            raise argparse.ArgumentTypeError(f"found {text}, expected {kind.__name__} from {low} to {high}")
         return value
     return parse
 
 
 def at_least(low, high=10 ** 15):
     """An argparse type: a whole number from low on; high is where its use would break."""
-    return number(int, lambda value: low <= value <= high, f"a whole number from {low} to {high:,}")
+    return between(low, high, int)
 
 
-def between(low, high, below=False):
-    """An argparse type: a number from low to high; with below=True, high itself is too much."""
-    if below:
-        return number(float, lambda value: low <= value < high, f"a number from {low} to below {high}")
-    return number(float, lambda value: low <= value <= high, f"a number from {low} to {high}")
-
-
-positive = number(float, lambda value: 0 < value < math.inf, "a positive number")
+positive = between(1e-30, 1e30)
 
 
 # ---------------------------------------------------------------------------------- processes and progress
 
+def env(name, default=0):
+    """A number that torchrun sets for each process."""
+    return int(os.environ.get(name, default))
+
+
 def processes():
     """-> rank, world, device: the number of this process, how many there are, and what it computes on."""
-    rank = int(os.environ.get("RANK", 0))                                    # torchrun sets these
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    rank, world, local = env("RANK"), env("WORLD_SIZE", 1), env("LOCAL_RANK")
     if not torch.cuda.is_available():
         return rank, world, torch.device("cpu")
     torch.cuda.set_device(local)
@@ -113,8 +106,8 @@ def processes():
 
 
 def leave_group():
-    """End the process group. gloo's threads need Python's lock to drop their last tensors, and are joined with
-    that lock held: without the pause 1 exit in 6 hung.
+    """End the process group. gloo's threads need Python's lock to drop their last tensors, and are joined
+    with that lock held: without the pause 1 exit in 6 hung.
     """
     time.sleep(0.2)
     dist.destroy_process_group()
@@ -122,23 +115,23 @@ def leave_group():
 
 def say(*words):
     """print, by one process of several."""
-    if os.environ.get("RANK", "0") == "0":
+    if env("RANK") == 0:
         print(*words, flush=True)
 
 
 def progress(what, done, total, since):
     """One line with rate and time left."""
-    rate = done / max(time.monotonic() - since, 1e-9)
-    left = f"{(total - done) / rate / 60:.1f} min left" if rate else ""
+    rate = max(done, 1) / max(time.monotonic() - since, 1e-9)
+    left = (total - done) / rate / 60
     end = "\n" if done == total else ""
-    print(f"\r{what} {done:,} / {total:,}   {rate:,.0f}/s   {left}   ", end=end, flush=True)
+    print(f"\r{what} {done:,} / {total:,}   {rate:,.0f}/s   {left:.1f} min left   ", end=end, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------- files
 
 def replace(path, write):
     """write(file) to a neighbour of path, then rename it: path is the old file or the new one, never half."""
-    part = Path(f"{path}.{os.environ.get('RANK', 0)}.part")
+    part = Path(f"{path}.{env('RANK')}.part")
     try:
         with open(part, "wb") as file:
             write(file)
@@ -146,10 +139,10 @@ def replace(path, write):
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):                                   # torch.save wraps a full disk's
+        cause = error.__context__ or error                                   # torch.save wraps a full disk's
+        if not isinstance(cause, OSError):
             raise
-        raise BadInput(f"{path}: cannot be written ({cause.strerror or cause})") from None
+        raise BadInput(f"{path}: cannot be written ({cause})") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -161,8 +154,6 @@ def read(path):
     """
     path = Path(path)
     path = path / "ckpt.pt" if path.is_dir() else path
-    if not path.is_file():
-        raise BadInput(f"{path}: no such file")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -170,23 +161,18 @@ def read(path):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 assert archive.testzip() is None, "a checksum does not match"        # torch.load skips them
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        assert isinstance(state, dict), f"found {type(state).__name__}, expected a dict of tensors"
-        return state
-    except ImportError:
-        raise BadInput(f"{path}: reading it needs a package: pip install safetensors") from None
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:                                               # each format has its own kinds
-        why = f"{type(error).__name__}: {error}".split("trusted source.")[-1].split("Check the doc")[0]
-        raise BadInput(f"{path}: cannot be loaded ({why.strip()})") from None
+        why = str(error).split("trusted source.")[-1]                        # without the advice to trust
+        raise BadInput(f"{path}: cannot be loaded ({why})") from None
 
 
 def read_json(path):
-    """The dict in a JSON file. Raises BadInput."""
-    path = Path(path)
+    """What is in a JSON file. Raises BadInput."""
     try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise BadInput(f"{path}: expected a JSON object ({error})") from None
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise BadInput(f"{path}: cannot be read ({error})") from None
 
 
 def write_json(path, value):

@@ -4,13 +4,11 @@
     torchrun --nproc-per-node 8 sample.py --ckpt CKPT --count 50000 --out DIR   # the same images, sooner
     python sample.py --ckpt ema_0.9999_large.pt               # released weights, known by their shapes
 
-Image k depends on the checkpoint, the seed and k: not on the batch size, the number of processes, or a stop in
-between. The same command finishes what a killed one began.
+Image k depends on the checkpoint, the seed and k: not on the batch size, the number of processes, or a stop
+in between. The same command finishes what a killed one began.
 """
-import json
 import shutil
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +19,8 @@ import model_unet
 import model_vit
 from data import class_names, generator, load_image, tile
 from diffusion import SOLVERS, TARGETS, Diffusion, sampler
-from files import (BadInput, Parser, at_least, between, hash_file, processes, progress, read, read_json, replace,
-                   run, say, write_json)
+from files import (BadInput, Parser, at_least, between, hash_file, processes, progress, read, read_json,
+                   replace, run, say, write_json)
 from vae import load_vae
 
 
@@ -41,8 +39,8 @@ def build_model(config):
 
 
 def to_device(model, device, dtype=None):
-    """The network there. On a GPU its convolutions are faster in channels_last; a CPU's group norm is not, and
-    a training step of the UNets would take 1.02 to 1.31 times as long.
+    """The network there. On a GPU its convolutions are faster in channels_last; a CPU's group norm is not,
+    and a training step of the UNets would take 1.02 to 1.31 times as long.
     """
     layout = torch.preserve_format if device.type == "cpu" else torch.channels_last
     return model.to(device, dtype, memory_format=layout)
@@ -51,14 +49,16 @@ def to_device(model, device, dtype=None):
 def load_checkpoint(path, raw=False, target=None):
     """-> (network in eval mode, config) of a checkpoint, a run folder, or released weights.
 
-    Of a checkpoint the EMA weights are taken, unless raw. Released weights are the paper's, guided-diffusion's
-    or latent-diffusion's; `target` says what they predict where their shapes do not. Raises BadInput.
+    Of a checkpoint the EMA weights are taken, unless raw. Released weights are the paper's,
+    guided-diffusion's or latent-diffusion's; `target` says what they predict where their shapes do not.
+    Raises BadInput.
     """
     state = read(path)
     if "config" not in state:
         return load_released(path, state, target)
     try:
-        config = {**state["config"], "step": state["step"]}
+        weights = "raw" if raw else f"EMA {state['config'].get('ema')}"
+        config = {**state["config"], "step": state["step"], "weights": weights}
         model = build_model(config)
         model.load_state_dict(state["model" if raw else "ema"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -74,7 +74,7 @@ def load_released(path, state, target=None):
         model = model_vit.from_official(state) if "pos_embed" in state else model_unet.from_adm(state)
     except ValueError as error:
         raise BadInput(f"{path}: no checkpoint of this project, and {error}") from None
-    config = dict(model.public, T=1000, step=None, ema=None)
+    config = dict(model.public, T=1000, step=None, weights="as released")
     config["target"] = target or config["target"]
     if config["target"] is None:
         raise BadInput(f"{path}: weights do not say what they predict; give --target")
@@ -94,10 +94,7 @@ def find_vae(config, device, path=None):
     path = path or config.get("vae_file")
     if not path:
         raise BadInput("the network draws latents: give the autoencoder's weights with --vae FILE")
-    try:
-        vae = load_vae(path)
-    except ValueError as error:
-        raise BadInput(f"--vae: {error}") from None
+    vae = load_vae(path)
     vae.sha256 = hash_file(path)
     if config.get("vae") not in (None, vae.sha256):
         say(f"warning: {path} is not the file that the training data were encoded with")
@@ -110,9 +107,9 @@ def find_classifier(path, model):
         classifier = model_unet.classifier_from_adm(read(path)).eval().requires_grad_(False)
     except ValueError as error:
         raise BadInput(f"--classifier {path}: {error}") from None
-    found, expected = ((net.in_channels, net.img_size, net.num_classes) for net in (classifier, model))
-    if found != expected:
-        raise BadInput(f"--classifier {path}: is for channels, side, classes {found}, the network for {expected}")
+    if (classifier.img_size, classifier.num_classes) != (model.img_size, model.num_classes):
+        raise BadInput(f"--classifier {path}: is for side {classifier.img_size} and {classifier.num_classes} "
+                       f"classes, the network for {model.img_size} and {model.num_classes}")
     return classifier
 
 
@@ -130,7 +127,7 @@ def start(seed, k, labels, model):
     """
     g = generator("image", seed, k)
     count = max(model.num_classes, 1)
-    drawn = int(torch.randint(count, (), generator=g))                       # always drawn: the noise is the same
+    drawn = int(torch.randint(count, (), generator=g))                       # always drawn: same noise
     noise = torch.randn(model.in_channels, model.img_size, model.img_size, generator=g)
     if labels == "random":
         return drawn, noise
@@ -192,45 +189,26 @@ def save_folder(folder, n, batch_size, images_of):
             progress("images", done, total, since)
 
 
-def wait_for_others(folder, n):
-    """Return when the other processes, too, have written their share."""
-    while missing := sum(not png(folder, k).exists() for k in range(n)):
-        if not folder.exists():
-            raise BadInput(f"--out {folder}: was removed")
-        print(f"\rwaiting for {missing:,} images of other processes   ", end="", flush=True)
-        time.sleep(1)
-
-
 def save_npz(path, folder, n, labels):
-    """PNG files 0 .. n-1 -> npz with arr_0 uint8 (n,S,S,3) and arr_1 labels, one image in memory at a time."""
+    """PNG files 0 .. n-1 -> npz with arr_0 uint8 (n,S,S,3) and arr_1 labels, by way of an array on disk."""
     side = load_image(png(folder, 0)).width
-
-    def write(file):
-        with zipfile.ZipFile(file, "w") as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-                header = dict(descr="|u1", fortran_order=False, shape=(n, side, side, 3))
-                np.lib.format.write_array_header_1_0(member, header)
-                for k in range(n):
-                    member.write(load_image(png(folder, k)).tobytes())
-            with archive.open("arr_1.npy", "w") as member:
-                np.lib.format.write_array(member, np.array(labels, dtype=np.int64))
-    replace(path, write)
+    images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (n, side, side, 3))
+    for k in range(n):
+        images[k] = load_image(png(folder, k))
+    replace(path, lambda file: np.savez(file, arr_0=images, arr_1=np.array(labels)))
 
 
 def claim(folder, protocol):
     """Make `folder` the place of this protocol. Raises BadInput where it holds other samples."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "protocol.json"
-    used = any(folder.glob("*.png"))             # before the next line: other processes may have begun
-    if not file.exists():
-        if used:
-            raise BadInput(f"--out {folder}: holds images without protocol.json; choose a new folder")
-        return write_json(file, protocol)
+    if not (file.exists() or any(folder.glob("*.png"))):
+        write_json(file, protocol)
     before = read_json(file)
-    for key in {**before, **protocol}:
-        found, expected = before.get(key), protocol.get(key)
-        if found != expected:
-            raise BadInput(f"--out {folder}: holds samples with {key} {found!r}, not {expected!r}")
+    for key, value in protocol.items():
+        found = before.get(key)
+        if found != value:
+            raise BadInput(f"--out {folder}: holds samples with {key} {found!r}, not {value!r}")
 
 
 def save_images(out, protocol, batch_size, model, config, how):
@@ -245,7 +223,8 @@ def save_images(out, protocol, batch_size, model, config, how):
     rank, *_ = processes()
     if rank > 0:
         return
-    wait_for_others(folder, n)
+    while not all(png(folder, k).exists() for k in range(n)):                # those of the other processes
+        time.sleep(1)
     if npz:
         labels = [start(how["seed"], k, how["labels"], model)[0] for k in range(n)]
         write_json(out.with_suffix(".protocol.json"), protocol)
@@ -258,14 +237,12 @@ def save_images(out, protocol, batch_size, model, config, how):
 def parse_classes(text, names, count):
     """"3,glass" -> [3, 5]: class names, one of several in a name, or numbers. Raises BadInput."""
     labels = []
-    for part in text.split(","):
+    for part in text.lower().split(","):
         part = part.strip()
-        exact = [k for k, name in enumerate(names) if part == name]
-        one_of_several = [k for k, name in enumerate(names) if part.lower() in name.lower().split(", ")]
-        number = [k for k in range(count) if part == str(k)]
-        found = exact or one_of_several or number
+        named = [k for k, name in enumerate(names) if part in name.lower().split(", ")]
+        found = named or [k for k in range(count) if part == str(k)]
         if len(found) != 1:
-            raise BadInput(f"--classes {part}: fits classes {found}, expected a name or number of one of {count}")
+            raise BadInput(f"--classes {part}: fits classes {found}, expected a name or a number of {count}")
         labels += found
     return labels
 
@@ -274,16 +251,16 @@ def parse():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint, run folder, or released weights")
-    add("--out", type=Path, help="grid .png (default: samples.png beside the checkpoint), folder of PNGs, or .npz")
+    add("--out", type=Path, help="grid .png (default: samples.png beside --ckpt), .npz, or folder of PNGs")
     add("--n", "--count", type=at_least(1), help="number of images (default: 8 a class in a grid, else 64); "
         "--count under torchrun, whose own parser stumbles over --n")
     add("--cfg", type=between(0, 1000), help="guidance scale, 1 = none (default: the preset's)")
     add("--steps", type=at_least(1, 10_000), help="sampling steps (default: the preset's)")
-    add("--solver", choices=SOLVERS, default="heun", help="heun takes 2 steps - 1 evaluations, the others 1 a step")
+    add("--solver", choices=SOLVERS, default="heun", help="heun: 2 steps - 1 evaluations, else 1 a step")
     add("--interval", type=at_least(0), nargs=2, metavar=("LO", "HI"), help="guide only for LO <= t <= HI")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--classes", help="comma-separated class names or numbers, gone through in turn")
-    either.add_argument("--labels", choices=("random", "balanced"), help="(default: balanced in a grid, else random)")
+    either.add_argument("--labels", choices=("random", "balanced"), help="(default: balanced in a grid)")
     add("--seed", type=at_least(0), default=0, help="of labels and noise")
     add("--raw", action="store_true", help="the weights themselves instead of their EMA")
     add("--batch-size", type=at_least(1), default=64, help="images at a time in each process")
@@ -299,11 +276,9 @@ def settle(args, model, config):
     cfg = config["cfg"] if args.cfg is None else args.cfg
     interval = args.interval
     if cfg != 1 and not config.get("guidable", config.get("drop")):
-        raise BadInput(f"--cfg {cfg}: {args.ckpt} was trained without classes or without label drop, expected 1")
+        raise BadInput(f"--cfg {cfg}: {args.ckpt} was trained without classes or label drop, expected 1")
     if interval and cfg == 1 and not args.classifier:
         raise BadInput(f"--interval {interval}: there is no guidance at --cfg 1")
-    if interval and not interval[0] <= interval[1] < config["T"]:
-        raise BadInput(f"--interval {interval}: expected LO <= HI < {config['T']}")
     labels = args.labels or ("balanced" if args.out.suffix == ".png" else "random")
     if args.classes:
         labels = parse_classes(args.classes, config["class_names"], model.num_classes)
@@ -318,17 +293,13 @@ def main():
     if ckpt.is_dir():
         ckpt = ckpt / "ckpt.pt"
     args.out = args.out or ckpt.parent / "samples.png"
-    if args.out.suffix not in ("", ".png", ".npz") and not args.out.is_dir():
-        raise BadInput(f"--out {args.out}: expected a .png grid, an .npz, or a folder for PNGs")
     model, config = load_checkpoint(ckpt, args.raw, args.target)
     how = settle(args, model, config)
-    weights = f"EMA {config['ema']}" if config["ema"] else "as released"
-    if args.raw:
-        weights = "raw"
-    say(f"{ckpt}: {config['target']} prediction, weights: {weights} @ step {config['step']}; "
+    say(f"{ckpt}: {config['target']} prediction, weights: {config['weights']} @ step {config['step']}; "
         f"{how['solver']} {how['steps']} steps, cfg {how['cfg']}")
-    protocol = dict(how, step=config["step"], weights=weights, target=config["target"], dataset=config["dataset"],
-                    n=args.n or 64, dtype="float32")
+    protocol = dict(how, step=config["step"], weights=config["weights"], target=config["target"],
+                    dataset=config["dataset"], n=args.n or 64, dtype="float32", vae=None, classifier=None,
+                    classifier_scale=args.classifier_scale)
 
     torch.backends.cudnn.allow_tf32 = False                                  # float32 means float32
     model = to_device(model, device)
@@ -338,7 +309,7 @@ def main():
         protocol["vae"] = vae.sha256
     if args.classifier:
         how["classifier"] = to_device(find_classifier(args.classifier, model), device)
-        how["classifier_scale"] = protocol["classifier_scale"] = args.classifier_scale
+        how["classifier_scale"] = args.classifier_scale
         protocol["classifier"] = hash_file(args.classifier)
     if args.out.suffix != ".png":
         protocol["checkpoint"] = hash_file(ckpt)

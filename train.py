@@ -9,12 +9,9 @@ A run depends on its flags and --seed: not on the number of processes, on --accu
 import argparse
 import contextlib
 import copy
-import csv
 import functools
 import inspect
 import json
-import math
-import os
 import signal
 import sys
 import time
@@ -31,8 +28,8 @@ import model_unet
 from data import DATASETS, Images, Packed, built_in, class_names, fingerprint, generator, shapes
 from diffusion import TARGETS, WEIGHTINGS, Diffusion
 from fid import fd_pixels
-from files import (BadInput, Parser, at_least, between, hash_file, leave_group, positive, processes, read, replace,
-                   run, say, write_json)
+from files import (BadInput, Parser, at_least, between, leave_group, positive, processes, read, replace, run,
+                   say, write_json)
 from sample import MODELS, build_model, draw, find_vae, grid, to_device
 
 # ------------------------------------------------------------------------------------------------ presets
@@ -43,7 +40,7 @@ from sample import MODELS, build_model, draw, find_vae, grid, to_device
 # drop and Heun steps of ImageNet-64's other rows (figure 8 is DPM-Solver, guided by ADM's classifier). The
 # curriculum paper's rows: its settings, its 250 evaluations as 125 Heun steps. "shapes", "folder": ours.
 
-DEMO = dict(lr=4e-3, warmup=100, betas=[.90, .99], ema=.99, decay=1.0, curriculum=240)
+DEMO = dict(lr=4e-3, warmup=100, betas=[.90, .99], ema=.99, decay=1.0, curriculum=240, flip=False)
 CLTS = dict(weighting="snr", betas=[.8, .999])                         # plain eps loss, Adam
 LINEAR = dict(schedule="linear", curriculum=300_000)
 PRESETS = [
@@ -65,18 +62,18 @@ PRESETS = [
     ("folder",      "vit-s",       "x0",    100_000,  128, .10, 1.5,  30, dict(warmup=1_000)),
 ]
 COLUMNS = "dataset model target steps batch_size drop cfg sample_steps other".split()
-DEFAULT = dict(weighting="min_snr", curriculum=50_000, schedule="cosine", T=1000, classes=None, lr=1e-4, warmup=0,
-               decay=0.0, ema=.9999)
+DEFAULT = dict(weighting="min_snr", curriculum=50_000, schedule="cosine", T=1000, classes=None, lr=1e-4,
+               warmup=0, decay=0.0, ema=.9999, flip=True)
 
 
 def preset(dataset, model=None, target=None):
-    """The row of a data set, network and target as a dict. A data set of yours takes the row "folder"; a network
-    without a row takes the data set's first one, with the betas and weight decay of its kind.
+    """The row of a data set, network and target as a dict. A data set of yours takes the row "folder"; a
+    network without a row takes the data set's first one, with the betas and weight decay of its kind.
     """
     rows = [dict(zip(COLUMNS, row)) for row in PRESETS]
     own = [row for row in rows if row["dataset"] == dataset] or rows[-1:]
     model = model or own[0]["model"]
-    row = max(own, key=lambda row: (row["model"] == model, row["target"] == target))      # the first of the best
+    row = max(own, key=lambda row: (row["model"] == model, row["target"] == target))   # the first of the best
     kind = dict(betas=[.99, .99], weight_decay=0.03)
     if MODELS[model][0] is model_unet.UNet:
         kind = dict(betas=[.9, .999], weight_decay=0.0)
@@ -88,35 +85,45 @@ def preset(dataset, model=None, target=None):
 # The config is the namespace of the flags, without those that only concern this machine. It is saved in the
 # checkpoint, and on --resume it becomes the flags' defaults.
 
-MACHINE = "out resume accum compile grad_ckpt data_on_gpu dry_run new_weighting".split()
+MACHINE = "out resume accum compile grad_ckpt data_on_gpu dry_run".split()
 FREE = "steps cfg sample_steps data vae_file log_every save_every sample_every".split()
 
 
+def weights(text):
+    """--weighting: a name, or the column `weight` of a table FILE.csv as a list. Raises ValueError."""
+    if not text.endswith(".csv"):
+        return text
+    table = np.genfromtxt(text, delimiter=",", names=True, ndmin=1)["weight"]
+    if not (table >= 0).all():
+        raise ValueError
+    return table.tolist()
+
+
 def parse():
-    """-> the flags, and the state of the run to resume, None for a new one. What is left out of the command line
-    takes the preset's value, on --resume the run's own.
+    """-> the flags, and the state of the run to resume, None for a new one. What is left out of the command
+    line takes the preset's value, on --resume the run's own.
     """
     parser = Parser(__doc__)
     add = parser.add_argument
-    count, share, switch = at_least(1), between(0, 1, below=True), argparse.BooleanOptionalAction
+    count, share, switch = at_least(1), between(0, 1 - 1e-9), argparse.BooleanOptionalAction
     # the run
     add("--dataset", default="shapes", help=f"{', '.join(DATASETS)}, or any packed data/NAME")
     add("--model", choices=MODELS, help="network")
     add("--target", choices=TARGETS, help="what the network predicts")
-    add("--weighting", help=f"of the loss over t, defined on x0: {', '.join(WEIGHTINGS)}, or a "
-        "table FILE.csv whose column `weight` has T rows")
+    add("--weighting", type=weights, help=f"of the loss over t, defined on x0: {', '.join(WEIGHTINGS)}, or a "
+        "table FILE.csv whose column `weight` has T rows, which the run then remembers")
     add("--out", type=Path, help="folder of the run (default: out/DATASET)")
     add("--resume", action="store_true", help="go on with the run in --out")
     # the data
     add("--data", help="packed folder (default: data/DATASET)")
     add("--size", type=at_least(1, 1024), help="image side, free for the built-in shapes alone (default: 16)")
     add("--classes", type=int, choices=[0], help="train without the labels")
-    add("--flip", action=switch, help="mirror half of the images (default: all data sets but shapes, no latents)")
+    add("--flip", action=switch, help="mirror half of the images; of latents vae.py --mirror makes both")
     # the paper
-    add("--patch", type=count, help="patch side of a ViT (default: 4 pixels, 2 of latents)")
+    add("--patch", type=count, help="patch side, of a ViT (default: 4 pixels, 2 of latents)")
     add("--gamma", type=positive, default=5.0, help="clamp of min_snr, max_snr and soft_min_snr")
-    add("--timesteps", default="uniform", help="density of t: uniform, clts, laplace, logit_normal, cosine_scaled, or "
-        "with parameters clts:MU:STEP (a share of T, the curriculum's last step), laplace:MU:B, ...")
+    add("--timesteps", default="uniform", help="density of t: uniform, clts, laplace, logit_normal, "
+        "cosine_scaled, or with parameters clts:MU:STEP (share of T, the curriculum's last step), laplace:MU:B")
     add("--curriculum", type=count, help="last step of clts's curriculum")
     add("--importance", action=switch, default=False,
         help="divide the loss by q T: the density serves the objective of uniform t")
@@ -125,10 +132,10 @@ def parse():
     # optimisation
     add("--steps", type=count, help="total optimizer steps, those before a --resume included; with --decay "
         "another total is another learning rate, not the same run prolonged")
-    add("--batch-size", type=at_least(1, 10 ** 6), help="global: images per optimizer step, over all processes")
+    add("--batch-size", type=at_least(1, 10 ** 6), help="images per optimizer step, over all processes")
     add("--lr", type=positive, help="peak learning rate of AdamW")
     add("--warmup", type=at_least(0), help="steps of linear warm-up")
-    add("--decay", type=between(0, 1), help="share of the run, at its end, in which the rate falls linearly to 0")
+    add("--decay", type=between(0, 1), help="share of the run, its end, in which the rate falls to 0")
     add("--betas", type=share, nargs=2, help="of AdamW")
     add("--weight-decay", type=between(0, 1000), help="of AdamW")
     add("--drop", type=share, help="how often a label becomes the null label, for guidance")
@@ -137,13 +144,13 @@ def parse():
         default="bfloat16" if torch.cuda.is_available() else "float32")
     add("--seed", type=at_least(0), default=0, help="of everything random")
     # sample grids
-    add("--cfg", type=between(0, 1000), help="guidance scale")
+    add("--cfg", type=between(0, 1000), help="guidance scale, 1 = none; always 1 without --drop")
     add("--sample-steps", type=at_least(1, 10_000), help="Heun steps")
     # this machine: none of these changes the result
     add("--accum", type=count, default=1, help="micro-batches per step and process, for small memories")
     add("--compile", action="store_true", help="torch.compile the network")
-    add("--grad-ckpt", action="store_true", help="keep the blocks' inputs and compute the rest again for the gradient: "
-        "less memory, more time")
+    add("--grad-ckpt", action="store_true", help="keep the blocks' inputs and compute the rest again for the "
+        "gradient: less memory, more time")
     add("--data-on-gpu", action="store_true", help="hold the whole data set in the device's memory")
     add("--log-every", type=count, default=100, help="steps between log lines")
     add("--save-every", type=count, default=1000, help="steps between checkpoints; the last is always saved")
@@ -151,16 +158,13 @@ def parse():
     add("--dry-run", action="store_true", help="print configuration, FLOPs, speed and days, no more")
 
     words = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
-    known = parser.parse_args(words)                                         # what was written, to find the rest
+    known = parser.parse_args(words)                                         # to find the other defaults
     out = known.out or Path("out") / known.dataset
     state = read(out) if known.resume else None
-    if state and "optimizer" not in state:
-        raise BadInput(f"{out}: its ckpt.pt is no checkpoint to resume from")
     defaults = state["config"] if state else preset(known.dataset, known.model, known.target)
     parser.set_defaults(**defaults)
     args = parser.parse_args()
     args.out = out.resolve()
-    args.new_weighting = known.weighting is not None
     return args, state
 
 
@@ -169,82 +173,59 @@ def parse():
 def stand_in(dataset):
     """An empty image of the shape of a data set that is not here, for --dry-run."""
     size, _, _ = DATASETS[dataset]
-    images = np.zeros((1, 3, size, size), np.uint8)
+    shape = (1, 3, size, size)
     if dataset == "imagenet256":
-        images = np.zeros((1, 8, size // 8, size // 8), np.float16)
-    meta = dict(dataset=dataset, classes=class_names(dataset), size=size, scale=1.0)
-    return Images(images, np.zeros(1, np.int64), meta)
+        shape = (1, 8, size // 8, size // 8)
+    meta = dict(dataset=dataset, classes=class_names(dataset))
+    return Images(np.zeros(shape, np.uint8), np.zeros(1, np.int64), meta)
 
 
 def open_data(args):
-    """The data set that the flags name. Raises BadInput where it is not what they promise, and says what is
-    unusual about it.
-    """
-    name = args.dataset
-    folder = Path(args.data or f"data/{name}")
-    if name == "shapes":
+    """The data set that the flags name. Raises BadInput."""
+    folder = Path(args.data or f"data/{args.dataset}")
+    if args.dataset == "shapes":
         if args.data:
             raise BadInput(f"--data {args.data}: shapes are built in; name the data set with --dataset")
         data = built_in(args.size or 16)
-    elif args.dry_run and name in DATASETS and not folder.exists():
+    elif args.dry_run and args.dataset in DATASETS and not folder.exists():
         say(f"{folder} is not here: random numbers stand in")
-        data = stand_in(name)
+        data = stand_in(args.dataset)
     else:
         data = Packed(folder)
     if args.size not in (None, data.size):
         raise BadInput(f"--size: found {args.size}, {folder} has {data.size}")
-    if name in DATASETS and data.latents != (name == "imagenet256"):
-        raise BadInput(f"{folder}: found {'latents' if data.latents else 'images'}; {name} is the other kind")
-    if name in DATASETS and len(data.classes) != DATASETS[name][1]:
-        say(f"warning: {folder} has {len(data.classes)} classes, {name} has {DATASETS[name][1]}")
-    if data.meta.get("split", "train") != "train":
-        say(f"warning: {folder} is the {data.meta['split']} split of {name}")
-    if data.latents and not args.dry_run:
-        some = np.linspace(0, len(data) - 1, 256).astype(int)
-        std = data.batch(some, generator("probe", 0, 0))[0].std()
-        if not 0.7 <= std <= 1.3:
-            say(f"warning: {folder}: scaled latents have a standard deviation of {std:.3f}, expected 0.7 to 1.3: "
-                "another autoencoder, or a damaged file")
     if args.classes == 0:
         data.classes = []
     return data
 
 
 def settle(args, data):
-    """-> config: the flags, with what the data decide. What is settled already stays, so that a run can go on."""
+    """-> config: the flags, with what the data decide; settled flags stay as they are, so a run can go on."""
     config = {key: value for key, value in vars(args).items() if key not in MACHINE}
     network, arguments = MODELS[args.model]
-    parameters = inspect.signature(network).parameters
-    shape = dict(img_size=data.size, in_channels=data.channels, num_classes=len(data.classes))
-    if "patch_size" in parameters:
-        config["patch"] = shape["patch_size"] = args.patch or (2 if data.latents else 4)
-    elif args.patch:
-        raise BadInput(f"--patch {args.patch}: {args.model} has no patches")
-    if "T" in parameters:
-        shape["T"] = args.T
-    if args.flip is None:
-        config["flip"] = args.dataset != "shapes" and not data.latents
-    elif args.flip and data.latents:
-        raise BadInput("--flip: latents cannot be mirrored; vae.py --mirror encodes both")
+    patch = args.patch or (2 if data.latents else 4)
+    shape = dict(img_size=data.size, in_channels=data.channels, num_classes=len(data.classes),
+                 patch_size=patch, T=args.T)
+    taken = inspect.signature(network).parameters
+    shape = {key: value for key, value in shape.items() if key in taken}
     if not data.classes:
-        config.update(drop=0.0, cfg=1.0)
-    if config["cfg"] != 1 and not config["drop"]:
-        raise BadInput(f"--cfg {args.cfg}: a model trained with --drop 0 cannot be guided, expected 1")
-    config.update(size=data.size, classes=len(data.classes), class_names=data.classes, network=arguments | shape,
-                  fingerprint=fingerprint(data.meta), vae=data.meta.get("vae"), vae_file=data.meta.get("vae_file"))
+        config["drop"] = 0.0
+    if config["drop"] == 0:
+        config["cfg"] = 1.0
+    config.update(size=data.size, patch=patch, flip=args.flip and not data.latents, network=arguments | shape,
+                  classes=len(data.classes), class_names=data.classes, fingerprint=fingerprint(data.meta),
+                  vae=data.meta.get("vae"), vae_file=data.meta.get("vae_file"))
     return json.loads(json.dumps(config))                                    # as in config.json: no tuples
 
 
 def compare(config, saved, out):
-    """Raise BadInput where a flag, or the data, contradict the run that is resumed. A name of a weighting may
-    become a file, and one file another.
+    """Raise BadInput where a flag, or the data, contradict the run that is resumed. Only a table may take the
+    place of its weighting.
     """
-    free = [*FREE, "weighting"] if config["weighting"].endswith(".csv") else FREE
+    free = [*FREE, "weighting"] if isinstance(config["weighting"], list) else FREE
     for key, value in config.items():
         if value != saved.get(key) and key not in free:
             raise BadInput(f"--{key.replace('_', '-')}: found {value}, the run in {out} has {saved.get(key)}")
-    if config["steps"] != saved["steps"] and config["decay"]:
-        say(f"warning: --steps was {saved['steps']}: the past was not that of a {config['steps']}-step run")
 
 
 # --------------------------------------------------------------------------- everything random in one step
@@ -253,7 +234,7 @@ def draw_step(data, config, diffusion, step, rows):
     """Everything random in one step, drawn for the whole global batch and cut to this process's rows."""
     B, N, seed = config["batch_size"], len(data), config["seed"]
     g = generator("step", seed, step)
-    places = range(step * B, (step + 1) * B)                                 # in an endless sequence of epochs
+    places = range(step * B, (step + 1) * B)                                 # in endless epochs
     indices = [epoch_order(N, seed, place // N)[place % N] for place in places]
     x0, y = data.batch(indices, g, rows)
     t, ratio = diffusion.draw(B, g, step)
@@ -285,7 +266,6 @@ def backward(net, diffusion, batch, tally, config, accum=1, world=1):
     """Loss and gradients of this process's rows (x0, t, noise, y, scale), micro-batch by micro-batch; DDP
     exchanges gradients in the last one only. Adds the sums of a log line to tally (10,4), by range of t.
     """
-    tens = torch.arange(10, device=tally.device)[:, None]
     micro_batches = list(zip(*(part.chunk(accum) for part in batch)))
     for i, (x0, t, noise, y, scale) in enumerate(micro_batches):
         waits = world > 1 and i + 1 < accum
@@ -297,42 +277,40 @@ def backward(net, diffusion, batch, tally, config, accum=1, world=1):
         with torch.no_grad():
             x0_mse = mse / diffusion.factor[t]
             sums = torch.stack([loss, mse, x0_mse, torch.ones_like(mse)], 1).double()
-            sums = torch.where(sums.isfinite().all(1, keepdim=True), sums, 0)    # what is not finite has no part
-            tally += (t * 10 // config["T"] == tens).double() @ sums         # (10,B) @ (B,4)
+            sums = torch.where(sums.isfinite().all(1, keepdim=True), sums, 0)    # inf and nan have no part
+            tally.index_add_(0, t * 10 // config["T"], sums)
 
 
 def learning_rate(config, step):
     """Linear warm-up, constant, and over the last `decay` of the run linearly to 0."""
     rise = min(1, (step + 1) / max(config["warmup"], 1))
-    fall = 1
-    if config["decay"]:
-        fall = min(1, (1 - step / config["steps"]) / config["decay"])
+    fall = min(1, (1 - step / config["steps"]) / max(config["decay"], 1e-12))
     return config["lr"] * rise * fall
 
 
 @torch.no_grad()
-def update(model, ema, optimizer, config, step, skipped):
-    """One step of AdamW and one of the moving average of the weights. Where a gradient is not finite both are left
-    out and counted in skipped (), so that the host need not wait for the device to know.
+def update(model, ema, optimizer, config, step):
+    """One step of AdamW and one of the moving average of the weights, both left out where a gradient is not
+    finite. -> whether they were, a tensor (), so that the host need not wait for the device to know.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    averages, weights = list(ema.parameters()), list(model.parameters())
+    grads = [p.grad for p in weights if p.grad is not None]
     bad = ~torch.stack(torch._foreach_norm(grads)).sum().isfinite()
-    skipped += bad
     optimizer.found_inf = bad.float()                                        # AdamW then changes nothing
     optimizer.step()
     optimizer.zero_grad()
-    averages, weights = list(ema.parameters()), list(model.parameters())
     share = torch.where(bad, 0.0, 1 - config["ema"]).to(weights[0].dtype)
     torch._foreach_lerp_(averages, weights, [share] * len(weights))
+    return bad
 
 
 # ------------------------------------------------------------------------------------------------- the log
 
 def metrics_of(step, tally):
-    """tally (10,4), sums of loss, mse, x0-space mse and 1 in ten bins of t -> the means of a log line. Bin i is
-    t in [i T/10, (i+1) T/10), nan where no t fell into it.
+    """tally (10,4), sums of loss, mse, x0-space mse and 1 in ten bins of t -> the means of a log line. Bin i
+    is t in [i T/10, (i+1) T/10), nan where no t fell into it.
     """
     loss, mse, _, count = tally.sum(0).tolist()
     bins = (tally[:, 2] / tally[:, 3]).tolist()
@@ -341,40 +319,30 @@ def metrics_of(step, tally):
 
 def log(metrics, out):
     """Add one line to log.csv: the place for wandb, TensorBoard or your own."""
-    with open(out / "log.csv", "a", newline="") as file:
-        writer = csv.DictWriter(file, metrics, lineterminator="\n")
+    with open(out / "log.csv", "a") as file:
         if file.tell() == 0:
-            writer.writeheader()
-        writer.writerow(metrics)
+            print(*metrics, sep=",", file=file)
+        print(*metrics.values(), sep=",", file=file)
 
 
-def cut_log(out, step):
-    """Cut the lines beyond a step off log.csv, and one that a kill left unfinished."""
-    file = out / "log.csv"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]
-    kept = [line for line in whole if line.startswith("step") or int(line.split(",")[0]) <= step]
-    replace(file, lambda f: f.write("".join(kept).encode()))
-
-
-def sanity(model, config, n=256):
-    """FD-pixels between n samples and 2,048 of the built-in images."""
-    drawn = draw(model, config, range(n), steps=config["sample_steps"], cfg=config["cfg"])
+def sanity(model, config):
+    """FD-pixels between 256 samples and 2,048 of the built-in images."""
+    drawn = draw(model, config, range(256), steps=config["sample_steps"], cfg=config["cfg"])
     real, _ = shapes(range(2048), config["size"])
     return fd_pixels(drawn, real)
 
 
 # ------------------------------------------------------------------------------------------------- dry run
 
-def dry_run(config, model, ema, optimizer, diffusion, tally, skipped, parts, micro, world):
-    """Print the configuration, FLOPs, and what a step of `parts` times `micro` images takes here, measured on
-    random numbers: a micro-batch, or on a CPU as many of its images as take seconds.
+def dry_run(config, model, ema, optimizer, diffusion, micro, world):
+    """Print the configuration, FLOPs, and what a step of micro-batches of `micro` images takes here, measured
+    on random numbers: a micro-batch, or on a CPU as many of its images as take seconds.
     """
     for key, value in config.items():
-        print(f"  {key:<13} {len(value) if key == 'class_names' else json.dumps(value)}")
+        print(f"  {key:<13} {value!s:.90}")
     C, S = config["network"]["in_channels"], config["network"]["img_size"]
-    t = torch.zeros(1, dtype=torch.long, device="meta")
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        t = torch.zeros(1, dtype=torch.long)
         build_model(config)(torch.empty(1, C, S, S), t, t)
     forward = counter.get_total_flops() / 1e9
     weight = next(model.parameters())
@@ -383,49 +351,32 @@ def dry_run(config, model, ema, optimizer, diffusion, tally, skipped, parts, mic
         n = max(1, min(micro, int(100 / forward)))
     x = torch.randn(n, C, S, S).to(weight)
     t = torch.zeros(n, dtype=torch.long, device=weight.device)
-    batch = x, t, x, t, torch.ones_like(t)
+    tally = torch.zeros(10, 4, dtype=torch.float64, device=weight.device)
     for _ in range(2):                                                       # the first is not warm
         since = time.monotonic()
-        backward(model, diffusion, batch, tally, config)
-        update(model, ema, optimizer, config, 0, skipped)
-        skipped.item()                                                       # waits for the device
-        step = (time.monotonic() - since) * parts * micro / n
-    rate = parts * micro * world / step
+        backward(model, diffusion, (x, t, x, t, torch.ones_like(t)), tally, config)
+        update(model, ema, optimizer, config, 0).item()                      # waits for the device
+        rate = n * world / (time.monotonic() - since)
+    step = config["batch_size"] / rate
     days = config["steps"] * step / 86_400
     print(f"{forward:,.1f} GFLOP an image forward, {3 * forward:,.1f} in training")
-    print(f"dry run: {rate:,.2f} images/s, {step * 1e3:,.0f} ms a step, {rate * 3 * forward / 1e3:,.2f} TFLOP/s; "
-          f"measured with {n} images at a time, without data and communication")
+    print(f"dry run: {rate:,.2f} images/s, {step * 1e3:,.0f} ms a step, {rate * 3 * forward / 1e3:,.2f} "
+          f"TFLOP/s; measured with {n} images at a time, without data and communication")
     print(f"{config['steps']:,} steps: {24 * days:,.1f} hours, {days:,.1f} days")
 
 
-# --------------------------------------------------------------------------------------- what a run consists of
+# ------------------------------------------------------------------------------------- what a run consists of
 
-def read_weights(path, T):
-    """(T,) weights of the x0 loss from a CSV file with a column `weight`. Raises BadInput."""
-    try:
-        weights = torch.from_numpy(np.genfromtxt(path, delimiter=",", names=True)["weight"])
-    except ValueError as error:
-        raise BadInput(f"--weighting {path}: expected a column `weight` of numbers ({error})") from None
-    if weights.shape != (T,) or not (weights.isfinite() & (weights >= 0)).all():
-        raise BadInput(f"--weighting {path}: expected {T} rows of numbers of 0 or more")
-    return weights
-
-
-def make_diffusion(args, config, state):
-    """The Diffusion of a run, and its table of weights where that is a file's, else None."""
+def make_diffusion(config):
+    """Raises ValueError."""
     weighting, timesteps = config["weighting"], config["timesteps"]
-    weights = None
-    if weighting.endswith(".csv"):
-        if state is None or args.new_weighting:
-            weights = read_weights(weighting, config["T"])
-            config["weighting_sha256"] = hash_file(weighting)
-        else:
-            weights = state["weight"]
+    if isinstance(weighting, list):
+        weighting = torch.tensor(weighting, dtype=torch.float64)
+        if len(weighting) != config["T"]:
+            raise ValueError(f"--weighting: found {len(weighting)} rows, expected T = {config['T']}")
     if timesteps == "clts":
         timesteps = f"clts:0.3:{config['curriculum']}"
-    named = weighting if weights is None else weights
-    diffusion = Diffusion(config["schedule"], config["T"], config["target"], named, config["gamma"], timesteps)
-    return diffusion, weights
+    return Diffusion(config["schedule"], config["T"], config["target"], weighting, config["gamma"], timesteps)
 
 
 def make_networks(args, config, device, state=None):
@@ -437,13 +388,10 @@ def make_networks(args, config, device, state=None):
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), config["lr"], config["betas"],
                                   weight_decay=config["weight_decay"], fused=True)
-    if state:
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        for p, moments in optimizer.state.items():
-            if moments["exp_avg"].shape != p.shape:
-                raise ValueError("optimizer moments of another shape")
+    if state:                                                                # pop, as its memory is needed
+        model.load_state_dict(state.pop("model"))
+        ema.load_state_dict(state.pop("ema"))
+        optimizer.load_state_dict(state.pop("optimizer"))
     return model, ema, optimizer
 
 
@@ -458,104 +406,94 @@ def picture(ema, config, out, step, device):
 
 
 def introduce(args, config, model, diffusion, data, micro, world, device):
-    """Say what will be trained, and what is odd about it."""
+    """Say what will be trained."""
     params = sum(p.numel() for p in model.parameters())
-    say(f"{config['model']}: {params / 1e6:.1f}M parameters, {config['target']} prediction, {config['weighting']} "
-        f"weighting, gamma {config['gamma']:g}, {diffusion.timesteps} t, {config['dtype']} on {device.type}")
-    say(f"{config['dataset']}: {len(data):,} images {data.size} x {data.size}, {len(data.classes)} classes; global "
-        f"batch {config['batch_size']} = {micro} x {world} processes x {args.accum} accumulation")
-    if config["gamma"] != 5 and config["weighting"] not in ("min_snr", "max_snr", "soft_min_snr"):
-        say(f"warning: --gamma changes nothing, the weighting is {config['weighting']}")
+    say(f"{config['model']}: {params / 1e6:.1f}M parameters, {config['target']} prediction, "
+        f"{config['weighting']!s:.20} weighting, gamma {config['gamma']:g}, {diffusion.timesteps} t, "
+        f"{config['dtype']} on {device.type}")
+    say(f"{config['dataset']} {data.meta.get('split', 'train')}: {len(data):,} images {data.size} x "
+        f"{data.size}, {len(data.classes)} classes; global batch {config['batch_size']} = {micro} x {world} "
+        f"processes x {args.accum} accumulation")
     if config["ema"] > 1 - 1 / config["steps"]:
         say(f"warning: an EMA of {config['ema']} averages over more steps than the run's {config['steps']}")
 
 
-def save(ckpt, **state):
-    """Write a checkpoint -> its stamp, by which a run knows its own."""
-    replace(ckpt, lambda file: torch.save(state, file))
-    return stamp(ckpt)
-
-
 def stamp(ckpt):
+    """By which a run knows its own checkpoint."""
     return ckpt.stat().st_mtime_ns if ckpt.exists() else None
 
 
 def main():
     args, state = parse()
     rank, world, device = processes()
-    ckpt = args.out / "ckpt.pt"
-    if ckpt.exists() and not (args.resume or args.dry_run):
+    if stamp(args.out / "ckpt.pt") and not (args.resume or args.dry_run):
         raise BadInput(f"--out {args.out}: holds a run already; go on with --resume or choose another folder")
     micro, rest = divmod(args.batch_size, world * args.accum)
     if rest:
-        raise BadInput(f"--batch-size {args.batch_size}: must divide by {world} processes x --accum {args.accum}")
+        raise BadInput(f"--batch-size {args.batch_size}: must divide by {world} processes x --accum")
     data = open_data(args)
     config = settle(args, data)
     data.flip = config["flip"]
     if state:
         compare(config, state["config"], args.out)
         if state["step"] > config["steps"]:
-            raise BadInput(f"--steps: found {config['steps']}, the run in {args.out} has done {state['step']}")
+            raise BadInput(f"--steps {config['steps']}: the run in {args.out} has done {state['step']}")
     if config["dtype"] == "bfloat16":
-        torch.set_float32_matmul_precision("high")                           # TF32 where autocast leaves float32
+        torch.set_float32_matmul_precision("high")                           # TF32 beside autocast
     try:
-        diffusion, weights = make_diffusion(args, config, state)
+        diffusion = make_diffusion(config).to(device)
         model, ema, optimizer = make_networks(args, config, device, state)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        if state:
-            error = f"{ckpt}: weights and config disagree ({error!r:.200})"
+    except ValueError as error:
         raise BadInput(str(error)) from None
-    diffusion.to(device)
     introduce(args, config, model, diffusion, data, micro, world, device)
-    tally = torch.zeros(10, 4, dtype=torch.float64, device=device)           # sums since the last log line
-    skipped = torch.zeros((), device=device)                                 # updates left out since then
-    if args.dry_run and rank == 0:
-        dry_run(config, model, ema, optimizer, diffusion, tally, skipped, args.accum, micro, world)
     if args.dry_run:
+        if rank == 0:
+            dry_run(config, model, ema, optimizer, diffusion, micro, world)
         return
-    if state and rank == 0:
-        tally += state["tally"].to(tally)
-    first = state["step"] if state else 0
-    state = None                                                             # its memory is needed
-    if rank == 0:
+    state = state or dict(step=0, log=0, tally=torch.zeros(10, 4, dtype=torch.float64))
+    tally = state["tally"].to(device)                                        # sums since the last log line
+    if rank > 0:
+        tally.zero_()
+    else:
         args.out.mkdir(parents=True, exist_ok=True)
         write_json(args.out / "config.json", config)
-        cut_log(args.out, first)
+        with open(args.out / "log.csv", "ab") as file:                       # lines after the checkpoint go
+            file.truncate(min(state["log"], file.tell()))
     say(f"writing to {args.out}")
     if args.compile:
-        torch._dynamo.config.suppress_errors = True                          # no compiler: a warning, and eager
         model.compile()                                                      # in place: names stay plain
     if args.data_on_gpu:
         data.to(device)
-    train(args, config, data, diffusion, weights, model, ema, optimizer, tally, skipped, first)
+    train(args, config, data, diffusion, model, ema, optimizer, tally, state["step"])
 
 
-def train(args, config, data, diffusion, weights, model, ema, optimizer, tally, skipped, first):
+def train(args, config, data, diffusion, model, ema, optimizer, tally, first):
     """The training loop, from step `first` on."""
     rank, world, device = processes()
     ckpt = args.out / "ckpt.pt"
     steps, B = config["steps"], config["batch_size"]
     dtype = next(model.parameters()).dtype
-    net, control = model, None
+    gpu = device.type == "cuda"
+    net = model
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        control = dist.new_group(backend="gloo")                             # for the stop signal, off the GPU
-        net = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+        net = DistributedDataParallel(model)
     signals = []
 
     def remember(number, frame):
         signals.append(number)
-        signal.signal(number, signal.SIG_DFL)                                # a second Ctrl-C interrupts at once
+        signal.signal(number, signal.SIG_DFL)                                # a second one interrupts
     signal.signal(signal.SIGINT, remember)
     signal.signal(signal.SIGTERM, remember)
 
     def make_batch(step):
         parts = draw_step(data, config, diffusion, step, slice(rank * B // world, (rank + 1) * B // world))
-        return [part.pin_memory() if device.type == "cuda" and part.device.type == "cpu" else part for part in parts]
-    batches = ahead(make_batch, first, steps, threads=4 if device.type == "cuda" else 1)
+        return [part.pin_memory() if gpu and part.is_cpu else part for part in parts]
+    batches = ahead(make_batch, first, steps, threads=4 if gpu else 1)
     ours = stamp(ckpt)
     since, waited, mark = time.monotonic(), 0.0, first
-    lost, stop, done = "", 0, first
+    skipped = torch.zeros((), device=device)                                 # steps without an update
+    lost, stop, done = False, 0, first
     for step in range(first, steps):
         # data: prepared by a thread, already cut to this process
         now = time.monotonic()
@@ -565,14 +503,14 @@ def train(args, config, data, diffusion, weights, model, ema, optimizer, tally, 
 
         # loss and gradients, then update of weights and EMA
         backward(net, diffusion, batch, tally, config, args.accum, world)
-        update(model, ema, optimizer, config, step, skipped)
+        skipped += update(model, ema, optimizer, config, step)
 
         # stop signal, agreed on by all processes
         done = step + 1
         stop = max(signals, default=0)
         if world > 1:
             flag = torch.tensor([stop])
-            dist.all_reduce(flag, dist.ReduceOp.MAX, group=control)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)                         # on the CPU: no wait for the GPU
             stop = int(flag)
         last = done == steps
         logs = last or done % config["log_every"] == 0
@@ -580,19 +518,11 @@ def train(args, config, data, diffusion, weights, model, ema, optimizer, tally, 
         if not (logs or saves):
             continue
 
-        # is all still finite?
+        # is any loss still finite?
         total = tally.clone()
         if world > 1:
             dist.all_reduce(total)
-        if skipped > 0:
-            say(f"warning: up to step {done:,}, gradients were not finite in {int(skipped):,} steps; their updates "
-                "were left out")
-            skipped.zero_()
-        norms = torch._foreach_norm([*model.parameters(), *ema.parameters()])
-        if total[:, 3].sum() == 0:
-            lost = f"all losses since step {mark:,}"
-        elif not torch.stack(norms).sum().isfinite():
-            lost = f"weights at step {done:,}"
+        lost = bool(total[:, 3].sum() == 0)
         if lost:
             break
 
@@ -600,30 +530,35 @@ def train(args, config, data, diffusion, weights, model, ema, optimizer, tally, 
         if logs:
             took = time.monotonic() - since
             metrics = metrics_of(done, total)
-            metrics.update(images_per_s=(done - mark) * B / took, data_share=waited / took)
+            metrics.update(images_per_s=(done - mark) * B / took, data_share=waited / took,
+                           skipped=int(skipped))
             left = (steps - done) * took / (done - mark) / 60
-            say(f"step {done:,} / {steps:,}   loss {metrics['loss']:.4f}   {config['target']} mse {metrics['mse']:.4f}   "
-                f"{metrics['images_per_s']:,.0f} images/s   data {metrics['data_share']:.1%}   {left:.1f} min left")
+            say(f"step {done:,} / {steps:,}   loss {metrics['loss']:.4f}   {config['target']} mse "
+                f"{metrics['mse']:.4f}   {metrics['images_per_s']:,.0f} images/s   data "
+                f"{metrics['data_share']:.1%}   {metrics['skipped']} steps skipped   {left:.1f} min left")
             if rank == 0:
                 log(metrics, args.out)
             since, waited, mark = time.monotonic(), 0.0, done
             tally.zero_()
             total.zero_()
+            skipped.zero_()
         if rank == 0 and config["sample_every"] and done % config["sample_every"] == 0 and not last:
             say(picture(ema, config, args.out, done, device))
         if rank == 0 and saves:
             if stamp(ckpt) != ours:
                 raise BadInput(f"--out {args.out}: another run is writing there")
-            table = {} if weights is None else dict(weight=weights)
-            ours = save(ckpt, model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=done,
-                        config=config, tally=total.cpu(), **table)
+            log_size = (args.out / "log.csv").stat().st_size
+            state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
+                         step=done, config=config, tally=total.cpu(), log=log_size)
+            replace(ckpt, lambda file: torch.save(state, file))
+            ours = stamp(ckpt)
         if stop:
             break
 
     if world > 1:
         leave_group()
     if lost:
-        say(f"{lost} are not finite; an earlier checkpoint was left as it is: {ckpt}")
+        say(f"all losses since step {mark:,} are not finite; an earlier checkpoint was left as it is: {ckpt}")
         sys.exit(3)
     if stop:
         say(f"stopped; checkpoint of step {done}: {ckpt}; go on with --resume")

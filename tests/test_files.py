@@ -61,14 +61,13 @@ def test_our_own_errors_keep_their_traceback(error):
     (at_least(1), "1 7", "0 -1 1.5 nan inf x 9999999999999999999999"),
     (at_least(0, 9), "0 9", "-1 10"),
     (between(0, 1), "0 .5 1", "-0.1 1.1 nan inf x"),
-    (between(0, 1, below=True), "0 .999", "1 nan"),
     (positive, "1e-9 1e9", "0 -1 nan inf x"),
 ])
 def test_numbers_outside_a_range_are_refused(kind, fit, unfit):
     for text in fit.split():
         assert kind(text) == float(text)
     for text in unfit.split():
-        with pytest.raises(argparse.ArgumentTypeError, match=f"found {text}, expected a"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"found {text}, expected (int|float) from"):
             kind(text)
 
 
@@ -139,7 +138,7 @@ class Full:
 ])
 def test_a_full_disk_is_one_line(old, write):
     """torch.save makes a RuntimeError of it."""
-    with pytest.raises(BadInput, match=r"a.pt: cannot be written \(No space left on device\)"):
+    with pytest.raises(BadInput, match=r"a.pt: cannot be written \(.*No space left on device\)"):
         replace(old, write)
     assert old.read_text() == "old"
 
@@ -149,10 +148,8 @@ def test_json_comes_back():
     assert read_json("a.json") == dict(a=[1])
 
 
-@pytest.mark.parametrize("text", ["{", "3"])
-def test_json_that_is_no_object_is_refused(old, text):
-    old.write_text(text)
-    with pytest.raises(BadInput, match="a.pt: expected a JSON object"):
+def test_what_is_no_json_is_refused(old):
+    with pytest.raises(BadInput, match="a.pt: cannot be read"):
         read_json(old)
 
 
@@ -207,12 +204,11 @@ def test_a_flipped_bit_is_refused(name, place):
         read(name)
 
 
-def test_what_is_no_dict_is_refused():
+def test_what_is_no_dict_or_not_there_is_refused():
     save("ckpt.pt", [W])
-    with pytest.raises(BadInput, match="found list"):
-        read("ckpt.pt")
-    with pytest.raises(BadInput, match="none.pt: no such file"):
-        read("none.pt")
+    for name in ("ckpt.pt", "none.pt"):
+        with pytest.raises(BadInput, match=f"{name}: cannot be loaded"):
+            read(name)
 
 
 class Foreign:
@@ -223,7 +219,7 @@ class Foreign:
 @pytest.mark.parametrize("name", ["ckpt.pt", "old.ckpt"])
 def test_nothing_in_a_file_is_executed(name):
     save(name, dict(w=W, config=Foreign()))
-    with pytest.raises(BadInput, match=f"{name}: .*{os.name}.system"):
+    with pytest.raises(BadInput, match=f"(?s){name}: .*{os.name}.system"):
         read(name)
     assert not Path("planted").exists()
 

@@ -64,10 +64,10 @@ def in_step(number, act):
     """An update() of train that calls act() first in the step of a number."""
     update = train.update
 
-    def wrapped(model, ema, optimizer, config, step, skipped):
+    def wrapped(model, ema, optimizer, config, step):
         if step == number:
             act()
-        update(model, ema, optimizer, config, step, skipped)
+        return update(model, ema, optimizer, config, step)
     return wrapped
 
 
@@ -166,9 +166,9 @@ def dying(moment):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment, step", [(8, None), (10, None), (11, 2), (12, 2), (14, 2), (15, 4)])
+@pytest.mark.parametrize("moment, step", [(4, None), (6, None), (7, 2), (8, 2), (10, 2), (11, 4)])
 def test_killed_while_saving(moment, step, one, tmp_path):
-    """A run writes config.json, log.csv, the checkpoint of step 2, that of step 4."""
+    """A run writes config.json, the checkpoint of step 2, that of step 4."""
     words = f"train.py {FIVE} --save-every 2 --out run".split()
     fork(tmp_path / "text", tmp_path, *words, change=functools.partial(dying, moment)).join()
     resume = ""
@@ -315,7 +315,7 @@ def test_the_moving_average_by_hand(by_hand):
 
 def test_a_step_that_is_not_finite_leaves_moments_and_step_counts_alone_and_is_said(by_hand):
     same(by_hand.state["optimizer"]["state"], by_hand.moments, atol=1e-10)
-    assert "not finite in 1 steps" in by_hand.text
+    assert "1 steps skipped" in by_hand.text
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -344,17 +344,6 @@ def test_a_run_whose_losses_are_all_nan_ends_and_leaves_its_last_checkpoint(tmp_
     text = launch(tmp_path, command, code=3, draw_step=noise_is_nan(4, 9))
     assert "all losses since step 4" in text
     assert read(tmp_path / "run")["step"] == 4
-
-
-def test_infinite_weights_are_never_saved(tmp_path):
-    launch(tmp_path, f"{TINY} --steps 1 --out run")
-    ckpt = tmp_path / "run/ckpt.pt"
-    state = read(ckpt)
-    state["ema"]["pos_embed"][:] = float("inf")
-    torch.save(state, ckpt)
-    before = ckpt.read_bytes()
-    assert "weights at step 2" in launch(tmp_path, "--resume --steps 2 --out run", code=3)
-    assert ckpt.read_bytes() == before
 
 
 # ---------------------------------------------------------------------------------- what is drawn at random
@@ -431,10 +420,8 @@ def test_a_file_is_the_weighting_of_the_same_numbers_to_the_bit_and_may_be_gone_
 
 
 def test_a_file_may_become_another_but_no_name(weighted):
-    text = launch(weighted, "--resume --steps 3 --weighting ones.csv --out run")
-    state = read(weighted / "run")
-    assert "ones.csv" in text and state["config"]["weighting"] == "ones.csv"
-    assert state["weight"].unique() == 1
+    launch(weighted, "--resume --steps 3 --weighting ones.csv --out run")
+    assert read(weighted / "run")["config"]["weighting"] == [1.0] * 1000
     assert "--weighting" in launch(weighted, "--resume --weighting min_snr --out run", code=2)
 
 
@@ -453,7 +440,7 @@ BAD_TABLES = [([1] * 999, "weight"), ([1] * 999 + [-1], "weight"), ([1] * 999 + 
 @pytest.mark.parametrize("weights, header", BAD_TABLES)
 def test_a_file_that_is_no_table_of_weights_is_refused(weights, header, tmp_path):
     write_weights(tmp_path / "bad.csv", weights, header)
-    assert "bad.csv" in launch(tmp_path, f"{TINY} --weighting bad.csv --out run", code=2)
+    assert "--weighting" in launch(tmp_path, f"{TINY} --weighting bad.csv --out run", code=2)
 
 
 # ------------------------------------------------------------------------------------------- the command line
@@ -488,7 +475,7 @@ def test_flags_that_may_change(runs):
 BAD = ["--steps 0", "--batch-size 0", "--batch-size 9 --accum 2", "--lr 0", "--lr nan", "--lr inf",
        "--warmup -1", "--decay 2", "--decay nan", "--betas 1 .9", "--weight-decay -1",
        "--weight-decay nan", "--ema 1", "--ema -1", "--drop 1", "--drop -1", "--gamma 0", "--gamma inf",
-       "--T 0", "--T 1e12", "--patch 0", "--patch 2 --model unet-tiny", "--size -16",
+       "--T 0", "--T 1e12", "--patch 0", "--patch 2 --model unet-tiny", "--size -16", "--size 1000000",
        f"--seed {10 ** 30}", "--seed -1", "--cfg nan", "--cfg -1", "--cfg 2 --drop 0",
        "--sample-steps 0", "--accum 0", "--log-every 0", "--save-every 0",
        "--sample-every -1", "--model vit-x", "--classes -1", "--classes 7",
@@ -504,7 +491,7 @@ def test_a_bad_value_is_one_line_that_names_the_flag(words, tmp_path):
 
 BAD_RUNS = [(f"{TINY} --out whole", "holds a run already"),
             ("--resume --out whole --steps 19", "has done 20"),
-            ("--resume --out none", "no such file"), ("--dataset pets --out none", "data/pets"),
+            ("--resume --out none", "No such file"), ("--dataset pets --out none", "data/pets"),
             ("--timesteps clts:9:1 --out none", "timesteps: found"),
             ("--weighting min --out none", "weighting: found"),
             ("--size 18 --out none", "img_size: found 18")]
@@ -592,17 +579,7 @@ def foreign(path):
     torch.save({**read(path), "step": Foreign()}, path)
 
 
-def missing(path):
-    torch.save({**read(path), "optimizer": {}}, path)
-
-
-def moments(path):
-    state = read(path)
-    state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
-    torch.save(state, path)
-
-
-@pytest.mark.parametrize("damage", [cut, flip, foreign, missing, moments])
+@pytest.mark.parametrize("damage", [cut, flip, foreign])
 def test_a_damaged_checkpoint_is_refused(damage, tmp_path):
     launch(tmp_path, f"{TINY} --steps 1 --out run")
     damage(tmp_path / "run/ckpt.pt")
