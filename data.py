@@ -213,6 +213,8 @@ class Packed(Images):
             raise BadInput(f"{dir}: no packed data set, as it has no meta.json; python data.py --src DIR --size S "
                            f"--out {dir} makes one, of latents vae.py")
         meta = read_json(dir / "meta.json")
+        if not {"count", "size", "classes"} <= meta.keys():
+            raise BadInput(f"{dir}: its meta.json is damaged")
         name, dtype, shape = layout(meta)
         images = load_array(dir / name, dtype, shape)
         labels = load_array(dir / "labels.npy", "int64", shape[:1])
@@ -422,7 +424,7 @@ def begin(out, meta, rank):
     if notes.exists():
         foreign = fingerprint(read_json(notes)) != fingerprint(meta)
     if foreign:
-        raise BadInput(f"--out {out}: holds other images, or made with other settings; expected a new folder")
+        raise BadInput(f"--out {out}: holds other images, or a pack that was begun with others or other settings; remove it, or choose a new folder")
     if rank == 0 and not labels.exists():
         out.mkdir(parents=True, exist_ok=True)
         write_json(notes, meta)

@@ -63,7 +63,7 @@ def target_factor(snr, target):
 def loss_weight(snr, weighting, target, gamma=5.0):
     """Weight of the mean squared error in the target's own space, float64, same shape as snr.
 
-    weighting: a name of WEIGHTINGS, or a tensor of weights like snr. It is always defined on the x0 loss and
+    weighting: a name of WEIGHTINGS, or a table of weights like snr. It is always defined on the x0 loss and
     converted once, so that x0, eps and v trained under one name minimise the same objective (section 4.2,
     appendix B). At SNR = 0 the entry is the limit: for min_snr 0 (x0, v) and 1 (eps), where the official code
     writes 1 for all three. Raises ValueError for unknown names, gamma not in (0, inf), and a combination
@@ -76,8 +76,8 @@ def loss_weight(snr, weighting, target, gamma=5.0):
         # This avoids 0 / 0: at 1e-300, w(SNR) / SNR equals its limit at SNR = 0, or exceeds 1e100 where there is
         # no finite limit, which is refused below.
         snr = snr.clamp(min=1e-300)
-    if isinstance(weighting, torch.Tensor):
-        w = weighting.to(snr)
+    if not isinstance(weighting, str):
+        w = torch.as_tensor(weighting).to(snr)
         assert w.shape == snr.shape
     elif weighting in WEIGHTINGS:
         w = WEIGHTINGS[weighting](snr, gamma)

@@ -358,8 +358,8 @@ def open_npz(path, D):
             return found, meta, 0, None
         stream = zipfile.ZipFile(path).open("arr_0.npy")
         np.lib.format.read_magic(stream)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-        if dtype != np.uint8 or shape[3:] != (3,):
+        shape, columns_first, dtype = np.lib.format.read_array_header_1_0(stream)
+        if dtype != np.uint8 or shape[2:] != (shape[1], 3) or columns_first:
             raise ValueError(f"arr_0 is {dtype} {shape}, expected uint8 (N,S,S,3)")
     begin, each = stream.tell(), math.prod(shape[1:])
 
@@ -526,6 +526,8 @@ def report(sides, extractor, model):
         if "features" in b:
             real = b["features"].to(features)
             result["precision"], result["recall"] = precision_recall(real, features)
+    if not all(map(math.isfinite, result.values())):
+        raise BadInput(f"found {result}, expected features that are finite")
     for key, value in result.items():
         print(f"{key} {value:.2f}")
     if n and n < 50_000:

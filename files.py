@@ -68,7 +68,7 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(message)
 
 
-def between(low, high, kind=float):
+def between(low, high, kind=float, expected="a number from {} to {}"):
     """An argparse type: a number from low to high, of kind int a whole one."""
     def parse(text):
         try:
@@ -76,17 +76,17 @@ def between(low, high, kind=float):
         except ValueError:
             value = math.nan
         if not low <= value <= high:                                         # nan is not
-            raise argparse.ArgumentTypeError(f"found {text}, expected {kind.__name__} from {low} to {high}")
+            raise argparse.ArgumentTypeError(f"found {text}, expected {expected.format(low, high)}")
         return value
     return parse
 
 
 def at_least(low, high=10 ** 15):
     """An argparse type: a whole number from low on; high is where its use would break."""
-    return between(low, high, int)
+    return between(low, high, int, "a whole number, at least {} and at most {:,}")
 
 
-positive = between(1e-30, 1e30)
+positive = between(1e-30, 1e30, expected="a positive number")
 
 
 # ---------------------------------------------------------------------------------- processes and progress
@@ -154,16 +154,22 @@ def read(path):
     """
     path = Path(path)
     path = path / "ckpt.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
             return load_file(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                assert archive.testzip() is None, "a checksum does not match"        # torch.load skips them
+                if archive.testzip():                                        # torch.load skips checksums
+                    raise ValueError("a checksum does not match")
         return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except ImportError:
+        raise BadInput(f"{path}: reading it needs a package: pip install safetensors") from None
     except Exception as error:                                               # each format has its own kinds
-        why = str(error).split("trusted source.")[-1]                        # without the advice to trust
+        foreign = re.search(r"GLOBAL [\w.]+", str(error))
+        why = f"it holds a foreign object, {foreign[0]}" if foreign else f"damaged, or no weights: {error!r:.80}"
         raise BadInput(f"{path}: cannot be loaded ({why})") from None
 
 

@@ -202,7 +202,9 @@ def claim(folder, protocol):
     """Make `folder` the place of this protocol. Raises BadInput where it holds other samples."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "protocol.json"
-    if not (file.exists() or any(folder.glob("*.png"))):
+    if any(folder.glob("*.png")) and not file.exists():  # in this order, as other processes may begin meanwhile
+        raise BadInput(f"--out {folder}: holds images without protocol.json; choose a new folder")
+    if not file.exists():
         write_json(file, protocol)
     before = read_json(file)
     for key, value in protocol.items():
@@ -242,7 +244,7 @@ def parse_classes(text, names, count):
         named = [k for k, name in enumerate(names) if part in name.lower().split(", ")]
         found = named or [k for k in range(count) if part == str(k)]
         if len(found) != 1:
-            raise BadInput(f"--classes {part}: fits classes {found}, expected a name or a number of {count}")
+            raise BadInput(f"--classes {part}: fits classes {found}, expected one of {count}, a number or {names[:10]}")
         labels += found
     return labels
 
@@ -279,8 +281,10 @@ def settle(args, model, config):
         raise BadInput(f"--cfg {cfg}: {args.ckpt} was trained without classes or label drop, expected 1")
     if interval and cfg == 1 and not args.classifier:
         raise BadInput(f"--interval {interval}: there is no guidance at --cfg 1")
+    if interval and not interval[0] <= interval[1] < config["T"]:
+        raise BadInput(f"--interval {interval}: expected LO <= HI < {config['T']}")
     labels = args.labels or ("balanced" if args.out.suffix == ".png" else "random")
-    if args.classes:
+    if args.classes is not None:
         labels = parse_classes(args.classes, config["class_names"], model.num_classes)
     steps = args.steps or config["sample_steps"]
     return dict(steps=steps, cfg=cfg, interval=interval, solver=args.solver, seed=args.seed, labels=labels)
@@ -293,6 +297,8 @@ def main():
     if ckpt.is_dir():
         ckpt = ckpt / "ckpt.pt"
     args.out = args.out or ckpt.parent / "samples.png"
+    if args.out.suffix not in ("", ".png", ".npz") and not args.out.is_dir():
+        raise BadInput(f"--out {args.out}: expected a .png grid, an .npz, or a folder for PNGs")
     model, config = load_checkpoint(ckpt, args.raw, args.target)
     how = settle(args, model, config)
     say(f"{ckpt}: {config['target']} prediction, weights: {config['weights']} @ step {config['step']}; "

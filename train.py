@@ -90,12 +90,14 @@ FREE = "steps cfg sample_steps data vae_file log_every save_every sample_every".
 
 
 def weights(text):
-    """--weighting: a name, or the column `weight` of a table FILE.csv as a list. Raises ValueError."""
+    """An argparse type for --weighting: a name, or the column `weight` of a table FILE.csv as a list."""
     if not text.endswith(".csv"):
         return text
-    table = np.genfromtxt(text, delimiter=",", names=True, ndmin=1)["weight"]
-    if not (table >= 0).all():
-        raise ValueError
+    try:
+        table = np.genfromtxt(text, delimiter=",", names=True, ndmin=1)["weight"]
+        assert (table >= 0).all()                                            # nan, where no number is, is not
+    except (AssertionError, IndexError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text}: expected a column `weight` of numbers of 0 or more") from None
     return table.tolist()
 
 
@@ -105,7 +107,8 @@ def parse():
     """
     parser = Parser(__doc__)
     add = parser.add_argument
-    count, share, switch = at_least(1), between(0, 1 - 1e-9), argparse.BooleanOptionalAction
+    count, switch = at_least(1), argparse.BooleanOptionalAction
+    share = between(0, 1 - 1e-9, expected="a number from 0 to below 1")
     # the run
     add("--dataset", default="shapes", help=f"{', '.join(DATASETS)}, or any packed data/NAME")
     add("--model", choices=MODELS, help="network")
@@ -144,7 +147,7 @@ def parse():
         default="bfloat16" if torch.cuda.is_available() else "float32")
     add("--seed", type=at_least(0), default=0, help="of everything random")
     # sample grids
-    add("--cfg", type=between(0, 1000), help="guidance scale, 1 = none; always 1 without --drop")
+    add("--cfg", type=between(0, 1000), help="guidance scale, 1 = none")
     add("--sample-steps", type=at_least(1, 10_000), help="Heun steps")
     # this machine: none of these changes the result
     add("--accum", type=count, default=1, help="micro-batches per step and process, for small memories")
@@ -161,6 +164,8 @@ def parse():
     known = parser.parse_args(words)                                         # to find the other defaults
     out = known.out or Path("out") / known.dataset
     state = read(out) if known.resume else None
+    if state and "optimizer" not in state:
+        raise BadInput(f"{out}: its ckpt.pt is no checkpoint to resume from")
     defaults = state["config"] if state else preset(known.dataset, known.model, known.target)
     parser.set_defaults(**defaults)
     args = parser.parse_args()
@@ -181,7 +186,9 @@ def stand_in(dataset):
 
 
 def open_data(args):
-    """The data set that the flags name. Raises BadInput."""
+    """The data set that the flags name. Raises BadInput where it is not what they promise, and says what is
+    unusual about it.
+    """
     folder = Path(args.data or f"data/{args.dataset}")
     if args.dataset == "shapes":
         if args.data:
@@ -194,6 +201,19 @@ def open_data(args):
         data = Packed(folder)
     if args.size not in (None, data.size):
         raise BadInput(f"--size: found {args.size}, {folder} has {data.size}")
+    if args.dataset in DATASETS and args.dataset != "shapes":
+        expected = stand_in(args.dataset)
+        found, shape = data.images.shape[1:], expected.images.shape[1:]
+        if found != shape:
+            raise BadInput(f"{folder}: found images of shape {found}, {args.dataset} has {shape}")
+        if data.classes != expected.classes:
+            say(f"warning: the {len(data.classes)} classes of {folder} are not those of {args.dataset}")
+    if data.latents and len(data) > 1:
+        some = np.linspace(0, len(data) - 1, 256).astype(int)
+        std = data.batch(some, generator("probe", 0, 0))[0].std()
+        if not 0.7 <= std <= 1.3:
+            say(f"warning: {folder}: scaled latents have a standard deviation of {std:.3f}, expected 0.7 to 1.3: "
+                "another autoencoder, or a damaged file")
     if args.classes == 0:
         data.classes = []
     return data
@@ -208,13 +228,16 @@ def settle(args, data):
                  patch_size=patch, T=args.T)
     taken = inspect.signature(network).parameters
     shape = {key: value for key, value in shape.items() if key in taken}
+    if args.patch and "patch_size" not in taken:
+        raise BadInput(f"--patch {args.patch}: {args.model} has no patches")
     if not data.classes:
-        config["drop"] = 0.0
-    if config["drop"] == 0:
-        config["cfg"] = 1.0
-    config.update(size=data.size, patch=patch, flip=args.flip and not data.latents, network=arguments | shape,
-                  classes=len(data.classes), class_names=data.classes, fingerprint=fingerprint(data.meta),
-                  vae=data.meta.get("vae"), vae_file=data.meta.get("vae_file"))
+        config.update(drop=0.0, cfg=1.0)
+    if config["cfg"] != 1 and not config["drop"]:
+        raise BadInput(f"--cfg {args.cfg}: a model trained with --drop 0 cannot be guided; add --cfg 1")
+    config.update(size=data.size, patch=shape.get("patch_size"), flip=args.flip and not data.latents,
+                  network=arguments | shape, classes=len(data.classes), class_names=data.classes,
+                  fingerprint=fingerprint(data.meta), vae=data.meta.get("vae"),
+                  vae_file=data.meta.get("vae_file"))
     return json.loads(json.dumps(config))                                    # as in config.json: no tuples
 
 
@@ -224,8 +247,15 @@ def compare(config, saved, out):
     """
     free = [*FREE, "weighting"] if isinstance(config["weighting"], list) else FREE
     for key, value in config.items():
-        if value != saved.get(key) and key not in free:
-            raise BadInput(f"--{key.replace('_', '-')}: found {value}, the run in {out} has {saved.get(key)}")
+        if value == saved.get(key) or key in free:
+            continue
+        if key in ("class_names", "network", "fingerprint", "vae"):
+            raise BadInput(f"--data: not the data, or not the network, of the run in {out} ({key} differs)")
+        raise BadInput(f"--{key.replace('_', '-')}: found {value}, the run in {out} has {saved.get(key)}")
+    if config["weighting"] != saved["weighting"]:
+        say("the weighting is another one from here on")
+    if config["steps"] != saved["steps"] and config["decay"]:
+        say(f"warning: --steps was {saved['steps']}: the past was not that of a {config['steps']}-step run")
 
 
 # --------------------------------------------------------------------------- everything random in one step
@@ -301,7 +331,7 @@ def update(model, ema, optimizer, config, step):
     optimizer.found_inf = bad.float()                                        # AdamW then changes nothing
     optimizer.step()
     optimizer.zero_grad()
-    share = torch.where(bad, 0.0, 1 - config["ema"]).to(weights[0].dtype)
+    share = (1 - config["ema"]) * (~bad).to(weights[0].dtype)
     torch._foreach_lerp_(averages, weights, [share] * len(weights))
     return bad
 
@@ -345,6 +375,7 @@ def dry_run(config, model, ema, optimizer, diffusion, micro, world):
         t = torch.zeros(1, dtype=torch.long)
         build_model(config)(torch.empty(1, C, S, S), t, t)
     forward = counter.get_total_flops() / 1e9
+    print(f"{forward:,.1f} GFLOP an image forward, {3 * forward:,.1f} in training; measuring", flush=True)
     weight = next(model.parameters())
     n = micro
     if weight.device.type == "cpu":
@@ -359,7 +390,6 @@ def dry_run(config, model, ema, optimizer, diffusion, micro, world):
         rate = n * world / (time.monotonic() - since)
     step = config["batch_size"] / rate
     days = config["steps"] * step / 86_400
-    print(f"{forward:,.1f} GFLOP an image forward, {3 * forward:,.1f} in training")
     print(f"dry run: {rate:,.2f} images/s, {step * 1e3:,.0f} ms a step, {rate * 3 * forward / 1e3:,.2f} "
           f"TFLOP/s; measured with {n} images at a time, without data and communication")
     print(f"{config['steps']:,} steps: {24 * days:,.1f} hours, {days:,.1f} days")
@@ -368,14 +398,14 @@ def dry_run(config, model, ema, optimizer, diffusion, micro, world):
 # ------------------------------------------------------------------------------------- what a run consists of
 
 def make_diffusion(config):
-    """Raises ValueError."""
+    """The schedule, weights and density of a run. Raises ValueError for what they do not know."""
     weighting, timesteps = config["weighting"], config["timesteps"]
-    if isinstance(weighting, list):
-        weighting = torch.tensor(weighting, dtype=torch.float64)
-        if len(weighting) != config["T"]:
-            raise ValueError(f"--weighting: found {len(weighting)} rows, expected T = {config['T']}")
+    if isinstance(weighting, list) and len(weighting) != config["T"]:
+        raise ValueError(f"--weighting: found {len(weighting)} rows, expected T = {config['T']}")
     if timesteps == "clts":
-        timesteps = f"clts:0.3:{config['curriculum']}"
+        timesteps = "clts:0.3"
+    if timesteps.startswith("clts:") and timesteps.count(":") == 1:
+        timesteps += f":{config['curriculum']}"
     return Diffusion(config["schedule"], config["T"], config["target"], weighting, config["gamma"], timesteps)
 
 
@@ -406,14 +436,16 @@ def picture(ema, config, out, step, device):
 
 
 def introduce(args, config, model, diffusion, data, micro, world, device):
-    """Say what will be trained."""
+    """Say what will be trained, and what is odd about it."""
     params = sum(p.numel() for p in model.parameters())
     say(f"{config['model']}: {params / 1e6:.1f}M parameters, {config['target']} prediction, "
         f"{config['weighting']!s:.20} weighting, gamma {config['gamma']:g}, {diffusion.timesteps} t, "
         f"{config['dtype']} on {device.type}")
     say(f"{config['dataset']} {data.meta.get('split', 'train')}: {len(data):,} images {data.size} x "
-        f"{data.size}, {len(data.classes)} classes; global batch {config['batch_size']} = {micro} x {world} "
+        f"{data.size}, {len(data.classes)} classes, drop {config['drop']:g}; global batch {config['batch_size']} = {micro} x {world} "
         f"processes x {args.accum} accumulation")
+    if config["gamma"] != 5 and config["weighting"] not in ("min_snr", "max_snr", "soft_min_snr"):
+        say("warning: --gamma changes nothing under this weighting")
     if config["ema"] > 1 - 1 / config["steps"]:
         say(f"warning: an EMA of {config['ema']} averages over more steps than the run's {config['steps']}")
 
@@ -443,8 +475,10 @@ def main():
     try:
         diffusion = make_diffusion(config).to(device)
         model, ema, optimizer = make_networks(args, config, device, state)
-    except ValueError as error:
-        raise BadInput(str(error)) from None
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if state:
+            raise BadInput(f"{args.out}: weights and config disagree ({error!r:.200})") from None
+        raise BadInput(f"{error}") from None
     introduce(args, config, model, diffusion, data, micro, world, device)
     if args.dry_run:
         if rank == 0:
@@ -461,6 +495,7 @@ def main():
             file.truncate(min(state["log"], file.tell()))
     say(f"writing to {args.out}")
     if args.compile:
+        torch._dynamo.config.suppress_errors = True                          # no compiler: a warning, and eager
         model.compile()                                                      # in place: names stay plain
     if args.data_on_gpu:
         data.to(device)
@@ -555,10 +590,12 @@ def train(args, config, data, diffusion, model, ema, optimizer, tally, first):
         if stop:
             break
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if world > 1:
         leave_group()
     if lost:
-        say(f"all losses since step {mark:,} are not finite; an earlier checkpoint was left as it is: {ckpt}")
+        say(f"all losses since step {mark:,} are not finite; a checkpoint from before is left as it is: {ckpt}")
         sys.exit(3)
     if stop:
         say(f"stopped; checkpoint of step {done}: {ckpt}; go on with --resume")

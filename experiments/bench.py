@@ -110,10 +110,9 @@ def our_steps(flags, config, batch):
         model.compile()
     diffusion = Diffusion(target=config["target"], T=config["T"]).to(DEVICE)
     tally = torch.zeros(10, 4, dtype=torch.float64, device=DEVICE)
-    skipped = torch.zeros((), device=DEVICE)
     while True:
         train.backward(model, diffusion, batch, tally, config)
-        train.update(model, ema, optimizer, config, 0, skipped)
+        train.update(model, ema, optimizer, config, 0)
         yield
 
 

@@ -60,6 +60,8 @@ def entry(row, name, kind=str):
 
 def called(weighting, gamma):
     """The name of a weighting in tables and figures, with its gamma where it has one: "min_snr 5"."""
+    if isinstance(weighting, list):
+        return "table"
     if weighting in ("max_snr", "min_snr", "soft_min_snr"):
         return f"{weighting} {gamma:g}"
     return weighting

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from data import built_in
-from files import Parser, run
+from files import BadInput, Parser, run
 from sample import draw, load_checkpoint
 
 
@@ -53,6 +53,8 @@ def main():
     parser.add_argument("--ckpt", required=True, help="run folder of the built-in images, 16 x 16")
     args = parser.parse_args()
     model, config = load_checkpoint(args.ckpt)
+    if (model.img_size, model.num_classes) != (16, 8):
+        raise BadInput(f"--ckpt {args.ckpt}: expected a network of the built-in images, 16 x 16, with labels")
     how = dict(steps=config["sample_steps"], cfg=config["cfg"])
     images = torch.cat([draw(model, config, range(k, k + 80), **how) for k in range(0, 800, 80)])
     labels = torch.arange(800) % 8                                           # as draw balances them

@@ -183,8 +183,7 @@ def landscape(path, args):
     _, _, data = load(path, args.data)
     model, config = load_checkpoint(path, raw=True)
     model = to_device(model, DEVICE)
-    # a weighting from a file lies in the checkpoint
-    weighting = read(path).get("weight", config.get("weighting", "min_snr"))
+    weighting = config.get("weighting", "min_snr")                           # a name, or a table
     T, target = config["T"], config["target"]
     diffusion = Diffusion(config["schedule"], T, target, weighting, config.get("gamma", 5.0))
     if max(args.t, default=0) >= T:
@@ -266,8 +265,10 @@ def interpolate(args):
     pairs = zip(args.ckpt[::2], args.ckpt[1::2])
     for path_b, path_a in pairs:
         B, A = landscape(path_b, args), landscape(path_a, args)
-        if A.keys() != B.keys():
-            raise BadInput(f"--ckpt: found {[*B]} beside {[*A]}, expected pairs of one network")
+        parameters_b = {name: len(theta) for name, (theta, _) in B.items()}
+        parameters_a = {name: len(theta) for name, (theta, _) in A.items()}
+        if parameters_a != parameters_b:
+            raise BadInput(f"--ckpt: found {parameters_b} beside {parameters_a}, expected pairs of one network")
         for name, (theta_b, loss) in B.items():
             theta_a, _ = A[name]
             which = dict(b=path_b, a=path_a, loss=name)

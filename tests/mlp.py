@@ -16,6 +16,6 @@ class MLP(nn.Module):
         self.last = nn.Linear(width, pixels)
 
     def forward(self, x, t, y):
-        told = torch.stack([t / 1000, y / self.num_classes], 1).to(x.dtype)
+        told = torch.stack([t / 1000, y / max(self.num_classes, 1)], 1).to(x.dtype)
         hidden = self.first(torch.cat([x.flatten(1), told], 1)).relu()
         return self.last(hidden).view_as(x)

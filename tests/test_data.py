@@ -225,7 +225,7 @@ def test_a_folder_that_holds_another_pack_is_refused(script, tmp_path):
     assert "other images" in script(*words, 16, code=2)
     (tmp_path / "out/meta.json").unlink()
     before = contents(tmp_path / "out")
-    assert "expected a new folder" in script(*words, 16, code=2)
+    assert "choose a new folder" in script(*words, 16, code=2)
     assert contents(tmp_path / "out") == before
 
 

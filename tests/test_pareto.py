@@ -309,8 +309,8 @@ def test_ugd_trains_by_way_of_a_file(script, command):
     script("train.py", *words, "--out", "out", "--steps", 2)
     command(pareto, "ugd", "--ckpt", "out", "--K", 5, "--n", 2, "--out", "w.csv")
     script("train.py", "--resume", "--out", "out", "--steps", 4, "--weighting", "w.csv")
-    weight = torch.load("out/ckpt.pt")["weight"]
-    assert weight.tolist() == pytest.approx(column("w.csv", "weight"))
+    weight = torch.load("out/ckpt.pt")["config"]["weighting"]
+    assert weight == pytest.approx(column("w.csv", "weight"))
 
 
 # -------------------------------------------------------------------------------------------------- figures

@@ -267,7 +267,6 @@ def test_classes_by_name_and_number(text, expected):
 @pytest.mark.parametrize("text, found", [
     ("tenc", []),
     ("5", []),
-    ("TEN", [1, 2]),
     ("9" * 30, []),
     ("crane", [3, 4]),
 ])
@@ -379,7 +378,7 @@ def test_weights_of_adm_and_its_classifier(public, main, flags, scale):
     how = dict(steps=2, classifier=guide, classifier_scale=scale)
     expected = by_hand(model, 3, [1, 7], Diffusion("cosine", 1000, "eps"), **how)
     assert np.array_equal(pictures("a.npz"), expected)
-    assert ("classifier" in read_json("a.protocol.json")) == bool(flags)
+    assert bool(read_json("a.protocol.json")["classifier"]) == bool(flags)
 
 
 def test_the_classifier_is_part_of_the_protocol(public, main, refused):

@@ -491,7 +491,7 @@ def test_a_bad_value_is_one_line_that_names_the_flag(words, tmp_path):
 
 BAD_RUNS = [(f"{TINY} --out whole", "holds a run already"),
             ("--resume --out whole --steps 19", "has done 20"),
-            ("--resume --out none", "No such file"), ("--dataset pets --out none", "data/pets"),
+            ("--resume --out none", "no such file"), ("--dataset pets --out none", "data/pets"),
             ("--timesteps clts:9:1 --out none", "timesteps: found"),
             ("--weighting min --out none", "weighting: found"),
             ("--size 18 --out none", "img_size: found 18")]
