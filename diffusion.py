@@ -299,17 +299,16 @@ def log_p_gradient(classifier, x_t, t, y):
 def trajectory(model, diffusion, z, y=None, steps=30, cfg=1.0, interval=None, solver="heun", classifier=None,
                classifier_scale=1.0, clip=False):
     """Sample from unit normal z (B,C,H,W), labels y (B,) long: yields (t, x0 estimate (B,C,H,W) float64) of
-    every step; the last estimate is the sample. The network runs in z's dtype. As a generator it checks its
-    arguments when the first estimate is asked for.
+    every step, the last of which is the sample. The network runs in z's dtype. A generator checks its arguments
+    when the first value is asked for.
 
     solver: "heun" (EDM algorithm 1 without churn, 2 steps - 1 evaluations), "euler" (= DDIM) or "dpm++2m"
     (Lu et al. 2022, one evaluation a step, second order).
     cfg: scale of classifier-free guidance on all channels, 1 is purely conditional; the null label is
     model.num_classes. interval = (t_lo, t_hi), inclusive: guide only there (Kynkaanniemi et al. 2024).
-    classifier: model(x_t, t) -> logits. It moves the x0 estimate by classifier_scale sigma_t^2 / alpha_t
-    (the paper's sigma_t) times the gradient of log p(y | x_t) (Dhariwal & Nichol 2021; appendix D.1), within
-    the interval too.
-    clip: clamp x0 estimates to [-1, 1].
+    classifier: model(x_t, t) -> logits. It moves the x0 estimate by classifier_scale sigma_t^2 / alpha_t (the
+    paper's sigma_t) times the gradient of log p(y | x_t) (Dhariwal & Nichol 2021; appendix D.1), within the
+    interval too. clip: clamp x0 estimates to [-1, 1].
     """
     if solver not in SOLVERS or steps < 1:
         raise ValueError(f"found solver {solver!r}, steps {steps}, expected one of {SOLVERS}, at least 1")
@@ -343,8 +342,7 @@ def trajectory(model, diffusion, z, y=None, steps=30, cfg=1.0, interval=None, so
             slope_ahead = (ahead - denoise(ahead, next_sigma, ts[i + 1])) / next_sigma
             slope = (slope + slope_ahead) / 2
         if solver == "dpm++2m" and previous is not None:                     # second order: x0, half a step ahead
-            # r: the last step over this one, both in log sigma
-            r = math.log(sigmas[i - 1] / sigma) / math.log(sigma / next_sigma)
+            r = math.log(sigmas[i - 1] / sigma) / math.log(sigma / next_sigma)           # last step over this
             slope = slope - (x0 - previous) / (2 * r * sigma)
         previous = x0
         x = x + (next_sigma - sigma) * slope
