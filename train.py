@@ -204,8 +204,10 @@ def open_data(args):
     if args.dataset in DATASETS and args.dataset != "shapes":
         expected = stand_in(args.dataset)
         found, shape = data.images.shape[1:], expected.images.shape[1:]
-        if found != shape:
+        if found[0] != shape[0]:                                             # images for latents, or vice versa
             raise BadInput(f"{folder}: found images of shape {found}, {args.dataset} has {shape}")
+        if found != shape:
+            say(f"warning: {folder} has images of shape {found}, {args.dataset} has {shape}")
         if data.classes != expected.classes:
             say(f"warning: the {len(data.classes)} classes of {folder} are not those of {args.dataset}")
     if data.latents and len(data) > 1:
