@@ -40,7 +40,7 @@ def run(main):
             raise
         code, line = 1, "another process of this run has ended; start all again, train.py with --resume"
     grouped = dist.is_initialized()
-    if grouped or env("RANK") == 0:              # before there is a group, all find the same mistake
+    if grouped or env("LOCAL_RANK") == 0:        # before there is a group, a machine's processes find the same
         print(Path(sys.argv[0]).name + ":", *line.split(), file=sys.stderr, flush=True)
     if grouped:
         os._exit(code)                           # the group's threads would wait for those that are gone

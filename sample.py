@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 8 sample.py --ckpt CKPT --count 50000 --out DIR   # the same images, sooner
     python sample.py --ckpt ema_0.9999_large.pt               # released weights, known by their shapes
 
-Image k depends on the checkpoint, the seed and k: not on the batch size, the number of processes, or a stop
-in between. The same command finishes what a killed one began.
+Image k depends on the checkpoint, the seed and k. The batch size and the number of processes change it by
+rounding at most; with the same of both, a stop in between changes nothing. The same command finishes what a killed one began.
 """
 import shutil
 import time
@@ -127,7 +127,7 @@ def start(seed, k, labels, model):
     """
     g = generator("image", seed, k)
     count = max(model.num_classes, 1)
-    drawn = int(torch.randint(count, (), generator=g))                       # always drawn: same noise
+    drawn = int(torch.randint(count, (), generator=g))                       # always: the noise stays the same
     noise = torch.randn(model.in_channels, model.img_size, model.img_size, generator=g)
     if labels == "random":
         return drawn, noise
@@ -173,7 +173,7 @@ def png(folder, k):
 def save_folder(folder, n, batch_size, images_of):
     """Images 0 .. n-1 as PNG files, each process its share; what is there already is left alone.
 
-    A batch that is not whole is drawn anew, since the bits of an image may depend on its batch.
+    A batch with a missing image is drawn again as a whole: alone, that image could differ in its last bit.
     """
     rank, world, _ = processes()
     batches = batches_of(range(rank, n, world), batch_size)
@@ -218,11 +218,11 @@ def save_images(out, protocol, batch_size, model, config, how):
     n = protocol["n"]
     npz = out.suffix == ".npz"
     folder = out.with_name(out.name + ".parts") if npz else out
-    if npz and out.exists():
+    rank, *_ = processes()
+    if npz and out.exists() and rank == 0:
         raise BadInput(f"--out {out}: exists already")
     claim(folder, protocol)
     save_folder(folder, n, batch_size, lambda ks: draw(model, config, ks, **how))
-    rank, *_ = processes()
     if rank > 0:
         return
     while not all(png(folder, k).exists() for k in range(n)):                # those of the other processes
@@ -258,11 +258,12 @@ def parse():
         "--count under torchrun, whose own parser stumbles over --n")
     add("--cfg", type=between(0, 1000), help="guidance scale, 1 = none (default: the preset's)")
     add("--steps", type=at_least(1, 10_000), help="sampling steps (default: the preset's)")
-    add("--solver", choices=SOLVERS, default="heun", help="heun: 2 steps - 1 evaluations, else 1 a step")
+    add("--solver", choices=SOLVERS, default="heun", help="heun evaluates the network 2 STEPS - 1 times, the others STEPS times")
     add("--interval", type=at_least(0), nargs=2, metavar=("LO", "HI"), help="guide only for LO <= t <= HI")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--classes", help="comma-separated class names or numbers, gone through in turn")
-    either.add_argument("--labels", choices=("random", "balanced"), help="(default: balanced in a grid)")
+    either.add_argument("--labels", choices=("random", "balanced"), help="random: drawn for each image; balanced: k modulo the number of classes (default: balanced in a grid, "
+        "else random)")
     add("--seed", type=at_least(0), default=0, help="of labels and noise")
     add("--raw", action="store_true", help="the weights themselves instead of their EMA")
     add("--batch-size", type=at_least(1), default=64, help="images at a time in each process")

@@ -67,13 +67,14 @@ DEFAULT = dict(weighting="min_snr", curriculum=50_000, schedule="cosine", T=1000
 
 
 def preset(dataset, model=None, target=None):
-    """The row of a data set, network and target as a dict. A data set of yours takes the row "folder"; a
-    network without a row takes the data set's first one, with the betas and weight decay of its kind.
+    """The row of a data set, network and target, as a dict. Without a row of this network: the data set's first
+    one with this target, else its first. Without a row of this data set: the row "folder". Betas and weight
+    decay are those of the network's kind (ViT or UNet) unless the row sets them.
     """
     rows = [dict(zip(COLUMNS, row)) for row in PRESETS]
     own = [row for row in rows if row["dataset"] == dataset] or rows[-1:]
     model = model or own[0]["model"]
-    row = max(own, key=lambda row: (row["model"] == model, row["target"] == target))   # the first of the best
+    row = max(own, key=lambda row: (row["model"] == model, row["target"] == target))   # max takes the first of equals
     kind = dict(betas=[.99, .99], weight_decay=0.03)
     if MODELS[model][0] is model_unet.UNet:
         kind = dict(betas=[.9, .999], weight_decay=0.0)
@@ -85,6 +86,8 @@ def preset(dataset, model=None, target=None):
 # The config is the namespace of the flags, without those that only concern this machine. It is saved in the
 # checkpoint, and on --resume it becomes the flags' defaults.
 
+# MACHINE is not in the config: where and how the run is computed, free at every start. FREE is in the config, so
+# that --resume remembers it, but a resumed run may change it.
 MACHINE = "out resume accum compile grad_ckpt data_on_gpu dry_run".split()
 FREE = "steps cfg sample_steps data vae_file log_every save_every sample_every".split()
 
@@ -95,8 +98,9 @@ def weights(text):
         return text
     try:
         table = np.genfromtxt(text, delimiter=",", names=True, ndmin=1)["weight"]
-        assert (table >= 0).all()                                            # nan, where no number is, is not
-    except (AssertionError, IndexError, ValueError):
+        if not (table >= 0).all():                                           # nan >= 0 is False: empty cells
+            raise ValueError
+    except (IndexError, ValueError):
         raise argparse.ArgumentTypeError(f"{text}: expected a column `weight` of numbers of 0 or more") from None
     return table.tolist()
 
@@ -149,7 +153,7 @@ def parse():
     # sample grids
     add("--cfg", type=between(0, 1000), help="guidance scale, 1 = none")
     add("--sample-steps", type=at_least(1, 10_000), help="Heun steps")
-    # this machine: none of these changes the result
+    # this machine and its output: none of these changes the weights
     add("--accum", type=count, default=1, help="micro-batches per step and process, for small memories")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--grad-ckpt", action="store_true", help="keep the blocks' inputs and compute the rest again for the "
@@ -161,7 +165,8 @@ def parse():
     add("--dry-run", action="store_true", help="print configuration, FLOPs, speed and days, no more")
 
     words = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
-    known = parser.parse_args(words)                                         # to find the other defaults
+    # The first pass tells which run or which preset gives the defaults. The second applies the command line to them.
+    known = parser.parse_args(words)
     out = known.out or Path("out") / known.dataset
     state = read(out) if known.resume else None
     if state and "optimizer" not in state:
@@ -244,8 +249,8 @@ def settle(args, data):
 
 
 def compare(config, saved, out):
-    """Raise BadInput where a flag, or the data, contradict the run that is resumed. Only a table may take the
-    place of its weighting.
+    """Raise BadInput where a flag or the data contradict the run that is resumed. FREE flags may change. So may
+    the weighting, if the new one is a table: UGD is a run that is resumed with one table after another.
     """
     free = [*FREE, "weighting"] if isinstance(config["weighting"], list) else FREE
     for key, value in config.items():
@@ -253,7 +258,8 @@ def compare(config, saved, out):
             continue
         if key in ("class_names", "network", "fingerprint", "vae"):
             raise BadInput(f"--data: not the data, or not the network, of the run in {out} ({key} differs)")
-        raise BadInput(f"--{key.replace('_', '-')}: found {value}, the run in {out} has {saved.get(key)}")
+        raise BadInput(f"--{key.replace('_', '-')}: found {value!s:.80}, the run in {out} has "
+                       f"{saved.get(key)!s:.80}")
     if config["weighting"] != saved["weighting"]:
         say("the weighting is another one from here on")
     if config["steps"] != saved["steps"] and config["decay"]:
@@ -284,7 +290,9 @@ def epoch_order(N, seed, epoch):
 
 
 def ahead(make, first, last, threads=1):
-    """make(first), ..., make(last - 1), each prepared in a thread while the steps before it run."""
+    """Yield make(first), ..., make(last - 1), each prepared by a thread during the steps before it. `threads` more
+    are prepared at the end, which nobody takes.
+    """
     with ThreadPoolExecutor(threads) as pool:
         jobs = [pool.submit(make, first + i) for i in range(threads)]
         for step in range(first, last):
@@ -330,7 +338,7 @@ def update(model, ema, optimizer, config, step):
     averages, weights = list(ema.parameters()), list(model.parameters())
     grads = [p.grad for p in weights if p.grad is not None]
     bad = ~torch.stack(torch._foreach_norm(grads)).sum().isfinite()
-    optimizer.found_inf = bad.float()                                        # AdamW then changes nothing
+    optimizer.found_inf = bad.float()                                        # fused AdamW then skips its step
     optimizer.step()
     optimizer.zero_grad()
     share = (1 - config["ema"]) * (~bad).to(weights[0].dtype)
@@ -453,7 +461,7 @@ def introduce(args, config, model, diffusion, data, micro, world, device):
 
 
 def stamp(ckpt):
-    """By which a run knows its own checkpoint."""
+    """Modification time of the checkpoint, None without one: a change that this run did not make is another's."""
     return ckpt.stat().st_mtime_ns if ckpt.exists() else None
 
 
@@ -464,7 +472,7 @@ def main():
         raise BadInput(f"--out {args.out}: holds a run already; go on with --resume or choose another folder")
     micro, rest = divmod(args.batch_size, world * args.accum)
     if rest:
-        raise BadInput(f"--batch-size {args.batch_size}: must divide by {world} processes x --accum")
+        raise BadInput(f"--batch-size {args.batch_size}: must divide by {world} processes x --accum {args.accum}")
     data = open_data(args)
     config = settle(args, data)
     data.flip = config["flip"]
@@ -477,10 +485,12 @@ def main():
     try:
         diffusion = make_diffusion(config).to(device)
         model, ema, optimizer = make_networks(args, config, device, state)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        if state:
-            raise BadInput(f"{args.out}: weights and config disagree ({error!r:.200})") from None
-        raise BadInput(f"{error}") from None
+    except (KeyError, TypeError, RuntimeError) as error:
+        if not state:
+            raise                                # a bug of the network, with its traceback
+        raise BadInput(f"{args.out}: weights and config disagree ({error!r:.200})") from None
+    except ValueError as error:                  # a flag that the network or Diffusion refuses, or odd moments
+        raise BadInput(str(error)) from None
     introduce(args, config, model, diffusion, data, micro, world, device)
     if args.dry_run:
         if rank == 0:
@@ -493,7 +503,7 @@ def main():
     else:
         args.out.mkdir(parents=True, exist_ok=True)
         write_json(args.out / "config.json", config)
-        with open(args.out / "log.csv", "ab") as file:                       # lines after the checkpoint go
+        with open(args.out / "log.csv", "ab") as file:                       # lines after the checkpoint come again
             file.truncate(min(state["log"], file.tell()))
     say(f"writing to {args.out}")
     if args.compile:
@@ -550,12 +560,14 @@ def train(args, config, data, diffusion, model, ema, optimizer, tally, first):
             dist.all_reduce(flag, dist.ReduceOp.MAX)                         # on the CPU: no wait for the GPU
             stop = int(flag)
         last = done == steps
+        if rank == 0 and config["sample_every"] and done % config["sample_every"] == 0 and not last:
+            say(picture(ema, config, args.out, done, device))
         logs = last or done % config["log_every"] == 0
         saves = last or stop or done % config["save_every"] == 0
         if not (logs or saves):
             continue
 
-        # is any loss still finite?
+        # a run is lost if no loss since the last log line was finite
         total = tally.clone()
         if world > 1:
             dist.all_reduce(total)
@@ -579,8 +591,6 @@ def train(args, config, data, diffusion, model, ema, optimizer, tally, first):
             tally.zero_()
             total.zero_()
             skipped.zero_()
-        if rank == 0 and config["sample_every"] and done % config["sample_every"] == 0 and not last:
-            say(picture(ema, config, args.out, done, device))
         if rank == 0 and saves:
             if stamp(ckpt) != ours:
                 raise BadInput(f"--out {args.out}: another run is writing there")
@@ -597,7 +607,8 @@ def train(args, config, data, diffusion, model, ema, optimizer, tally, first):
     if world > 1:
         leave_group()
     if lost:
-        say(f"all losses since step {mark:,} are not finite; a checkpoint from before is left as it is: {ckpt}")
+        say(f"no loss since the last log line is finite (step {done:,}); nothing was saved; the last checkpoint, if "
+            f"there is one: {ckpt}")
         sys.exit(3)
     if stop:
         say(f"stopped; checkpoint of step {done}: {ckpt}; go on with --resume")

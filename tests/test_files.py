@@ -43,7 +43,7 @@ def test_a_mistake_is_one_line_and_an_exit_code(monkeypatch, capsys, error, code
 
 
 def test_one_process_of_several_says_it(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit):
         run(raising(BadInput("wrong")))
     assert capsys.readouterr().err == ""

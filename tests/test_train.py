@@ -339,10 +339,16 @@ def test_learning_rate():
     assert train.learning_rate({**config, "warmup": 0, "decay": 0.0}, 19) == 2.0
 
 
+def test_grids_come_as_often_as_asked(tmp_path):
+    launch(tmp_path, f"{TINY} --steps 6 --log-every 5 --save-every 5 --sample-every 2 --out run")
+    names = sorted(path.name for path in (tmp_path / "run").glob("*.png"))
+    assert names == ["samples_000002.png", "samples_000004.png", "samples_000006.png"]
+
+
 def test_a_run_whose_losses_are_all_nan_ends_and_leaves_its_last_checkpoint(tmp_path):
     command = f"{TINY} --batch-size 1 --steps 9 --log-every 2 --save-every 2 --out run"
     text = launch(tmp_path, command, code=3, draw_step=noise_is_nan(4, 9))
-    assert "all losses since step 4" in text
+    assert "no loss since the last log line is finite" in text
     assert read(tmp_path / "run")["step"] == 4
 
 
