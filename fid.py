@@ -360,7 +360,7 @@ def open_npz(path, D):
         np.lib.format.read_magic(stream)
         shape, columns_first, dtype = np.lib.format.read_array_header_1_0(stream)
         if dtype != np.uint8 or shape[2:] != (shape[1], 3) or columns_first:
-            raise ValueError(f"arr_0 is {dtype} {shape}, expected uint8 (N,S,S,3)")
+            raise ValueError(f"arr_0 is {dtype} {shape}, expected uint8 (N,S,S,3) by rows")
     begin, each = stream.tell(), math.prod(shape[1:])
 
     def take(i, j):

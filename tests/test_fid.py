@@ -271,6 +271,9 @@ def mistakes(sets):
     small = small.transpose(0, 2, 3, 1)
     np.savez(sets / "small.npz", arr_0=small)
     np.savez(sets / "float.npz", arr_0=small / 255)
+    np.savez(sets / "columns.npz", arr_0=np.asfortranarray(small))
+    np.savez(sets / "wide.npz", arr_0=small[:, :12])
+    np.savez(sets / "nan.npz", mu=np.full(192, np.nan), sigma=np.eye(192))
     np.savez(sets / "keys.npz", other=small)
     np.savez(sets / "odd.npz", mu=np.zeros(5), sigma=np.eye(5))
     meta = json.dumps(dict(extractor="another"))
@@ -292,6 +295,9 @@ def mistakes(sets):
     ("small.npz b.npz", "size"),
     ("a extractor.npz", "another"),
     ("float.npz b.npz", "float64"),
+    ("columns.npz b.npz", "arr_0"),
+    ("wide.npz b.npz", "arr_0"),
+    ("a nan.npz", "finite"),
     ("keys.npz b.npz", "arr_0"),
     ("a odd.npz", "192 features"),
     ("cut.npz b.npz", "cut.npz"),
