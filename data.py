@@ -12,7 +12,6 @@ import glob
 import hashlib
 import json
 import os
-import pickle
 import random
 import tarfile
 import time
@@ -327,38 +326,24 @@ def imagenet():
 
 
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
-CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 CIFAR10_SPLITS = {"train": [f"data_batch_{k}" for k in range(1, 6)], "test": ["test_batch"]}
 
 
-class CifarUnpickler(pickle.Unpickler):
-    """Reads a batch of CIFAR-10, a dict of numpy arrays and lists. Whatever module a pickle names, it gets one of
-    these four objects or an error, so a file cannot call anything else.
-    """
-    known = {"ndarray": np.ndarray, "dtype": np.dtype, "encode": str.encode,
-             "_reconstruct": np.zeros(0).__reduce__()[0]}
-
-    def find_class(self, module, name):
-        if name not in self.known:
-            raise pickle.UnpicklingError(f"holds a foreign object, {module}.{name}")
-        return self.known[name]
-
-
 def read_cifar10(src, split):
-    """cifar-10-python.tar.gz -> uint8 (N,3,32,32), labels as a list."""
-    images, labels = [], []
+    """cifar-10-binary.tar.gz -> uint8 (N,3,32,32), labels (N,). A record is a byte of label and 3,072 of image."""
+    records = []
     try:
         with tarfile.open(src) as archive:
             for name in CIFAR10_SPLITS[split]:
-                file = archive.extractfile(f"cifar-10-batches-py/{name}")
-                batch = CifarUnpickler(file, encoding="latin1").load()
-                images.append(batch["data"].reshape(-1, 3, 32, 32))
-                labels += batch["labels"]
-    except (OSError, EOFError, KeyError, ValueError,
-            pickle.UnpicklingError, tarfile.TarError) as error:
-        raise BadInput(f"--src {src}: no CIFAR-10 of --split {split} as published ({error!r})") from None
-    return np.concatenate(images), labels
+                file = archive.extractfile(f"cifar-10-batches-bin/{name}.bin")
+                batch = np.frombuffer(file.read(), np.uint8)
+                records.append(batch.reshape(-1, 1 + 3 * 32 * 32))
+    except (OSError, EOFError, KeyError, ValueError, tarfile.TarError) as error:
+        raise BadInput(f"--src {src}: no cifar-10-binary.tar.gz of --split {split} ({error!r})") from None
+    records = np.concatenate(records)
+    return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
 
 
 def class_names(dataset):
@@ -382,7 +367,7 @@ def listing(src, size, dataset, split):
     """
     if dataset == "cifar10":
         images, labels = read_cifar10(src, split)
-        return images.__getitem__, range(len(images)), labels, CIFAR10
+        return images.__getitem__, range(len(images)), labels.tolist(), CIFAR10
     root, names = find_images(src)
     if dataset == "celeba64":                    # divided by number, as in list_eval_partition.txt
         first, last = CELEBA.get(split, ("", ""))
@@ -522,7 +507,7 @@ def main():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--src", help="folder or .zip of images, whose sub-folders are the classes; of cifar10 its "
-                      "cifar-10-python.tar.gz, of celeba64 img_align_celeba, of imagenet ILSVRC's train")
+                      "cifar-10-binary.tar.gz, of celeba64 img_align_celeba, of imagenet ILSVRC's train")
     add("--out", type=Path, help="packed folder to write, such as data/NAME (default: data/DATASET)")
     add("--dataset", choices=("cifar10", "celeba64", "imagenet64", "imagenet128"),
         help="one of the papers' (default: the last part of --out, if it is one)")
@@ -533,7 +518,7 @@ def main():
     out = args.out or Path(f"data/{args.dataset}")
     dataset = args.dataset or out.name
     if args.download and dataset == "cifar10":
-        args.src = Path("data/cifar-10-python.tar.gz")
+        args.src = Path("data/cifar-10-binary.tar.gz")
         if not args.src.exists():
             download(CIFAR10_URL, args.src, CIFAR10_SHA256, "--src")
     # A data set of the papers has its size, which --size may only repeat; any other needs --size.

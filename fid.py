@@ -2,7 +2,6 @@
 
     python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz   # samples: folder of PNGs, npz, packed data
     python fid.py stats --data data/NAME --out ref.npz          # reference statistics of your own
-    torchrun --nproc-per-node 8 fid.py SAMPLES REFERENCE        # the same number, sooner
 
 The features are those of the Inception network of December 2015, after TensorFlow 1's resize, as in
 NVlabs/edm and in ADM's evaluator. A reference that has statistics is compared by them. What it lacks for
@@ -20,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
@@ -199,10 +197,8 @@ class Statistics:
         self.products += rows.T @ rows
 
     def result(self):
-        """-> mu (D,), sigma (D,D) with n - 1 in the denominator, over all processes."""
+        """-> mu (D,), sigma (D,D) with n - 1 in the denominator."""
         products = self.products.cpu()
-        if dist.is_initialized():
-            dist.all_reduce(products)
         n = products[-1, -1]
         mu = products[-1, :-1] / n
         return mu, (products[:-1, :-1] - n * torch.outer(mu, mu)) / (n - 1)
@@ -275,8 +271,8 @@ def fd_pixels(a, b):
 # The networks and metrics above need PyTorch and numpy alone. What follows uses other files of the project.
 
 from data import SUFFIXES, Packed, load_image  # noqa: E402
-from files import (BadInput, Parser, at_least, download, hash_file, leave_group, processes,  # noqa: E402
-                   progress, read, read_json, replace, run)
+from files import (BadInput, Parser, at_least, download, hash_file, processes, progress, read,  # noqa: E402
+                   read_json, replace, run)
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
@@ -300,13 +296,10 @@ def load_inception(path_or_state_dict):
 
 def find_inception(file, sha256):
     """The Inception in `file`, whose SHA-256 must be this one. Only the cached file may be missing, as main has
-    hashed any other: rank 0 then downloads the published weights.
+    hashed any other: then the published weights are downloaded.
     """
-    rank, world, _ = processes()
-    if rank == 0 and not file.exists():
+    if not file.exists():
         download(URL, file, SHA256, "--inception")
-    if world > 1:
-        dist.barrier()                                   # the others wait for the file
     if hash_file(file) != sha256:
         raise BadInput(f"{file}: its SHA-256 is not {sha256}; remove it")
     return load_inception(file)
@@ -428,42 +421,37 @@ def flags():
     add("--features", choices=("inception", "pixels"), default="inception", help="pixels: FD-pixels, no FID")
     add("--metrics", choices=("fid", "all"), default="fid", help="all: also IS, sFID, precision and recall")
     add("--inception", help=f"weights (default: {FILE} in torch.hub's cache, else downloaded)")
-    add("--batch-size", type=at_least(1), default=64, help="images at a time in each process")
+    add("--batch-size", type=at_least(1), default=64, help="images at a time")
     return parser.parse_args()
 
 
 def measure(take, n, extract, widths, batch, keep):
-    """Statistics of the first n images, of which each process takes a share: mu, sigma of extract's first
-    features, mu_s, sigma_s of the second. With `keep` also the first ones: features (n,D), in file order.
+    """Statistics of the first n images: mu, sigma of extract's first features, mu_s, sigma_s of the second.
+    With `keep` also the first ones: features (n,D), in file order.
     """
-    rank, world, device = processes()
-    start, stop = rank * n // world, (rank + 1) * n // world
+    _, _, device = processes()
     streams = [Statistics(D, device) for D in widths]
     kept, since = [], time.monotonic()
-    for i in range(start, stop, batch):
-        j = min(i + batch, stop)
+    for i in range(0, n, batch):
+        j = min(i + batch, n)
         parts = extract(torch.tensor(take(i, j), device=device))
         for stream, features in zip(streams, parts):
             stream.add(features)
         if keep:
             kept.append(parts[0].cpu())
-        if rank == 0:
-            progress("images", j - start, stop - start, since)
+        progress("images", j, n, since)
     found = {}
     for stream, suffix in zip(streams, ("", "_s")):
         found["mu" + suffix], found["sigma" + suffix] = stream.result()
     if keep:
-        shares = [kept] * world
-        if world > 1:
-            dist.all_gather_object(shares, kept)
-        found["features"] = torch.cat(sum(shares, []))
+        found["features"] = torch.cat(kept)
     return found
 
 
 def main():
     args = flags()
     making = "out" in args
-    rank, world, device = processes()
+    _, _, device = processes()
     torch.backends.cudnn.allow_tf32 = False
 
     # check both sides before the weights are fetched
@@ -481,8 +469,6 @@ def main():
         if len(set(values)) > 1:
             raise BadInput(f"expected the same {key} in {paths}, found {values}")
 
-    if world > 1:
-        dist.init_process_group("gloo")                  # for a barrier and the sums
     model = None
     if args.features == "inception":
         model = find_inception(Path(args.inception or CACHED), extractor)
@@ -498,14 +484,12 @@ def main():
         if count and (keep or not found):
             measured = measure(take, count, extract, widths, args.batch_size, keep)
             found.update({**measured, **found})          # a file's own statistics stay: ADM's are of more images
-    if world > 1:
-        leave_group()
-    if rank == 0 and making:
+    if making:
         found, meta, *_ = sides[0]
         found["meta"] = json.dumps(meta)
         replace(args.out, lambda file: np.savez(file, **found))
         print(args.out)
-    elif rank == 0:
+    else:
         report(sides, extractor, model)
 
 

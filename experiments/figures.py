@@ -1,6 +1,6 @@
 """Figures of the CSV files that the other experiments write, and of train.py's run folders.
 
-    python -m experiments.figures curves spread.csv --x t --y weight --by samples --out spread.png
+    python -m experiments.figures curves w4.csv w256.csv --x t --y weight --out figure3.png
     python -m experiments.figures bars objective.csv --x weighting --y over_optimum --logy --out figure4.png
     python -m experiments.figures runs out/min_snr/*/ --y fd_pixels --logy --out figure5.png
 

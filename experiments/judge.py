@@ -1,15 +1,10 @@
-"""A small classifier of the real shapes, which tells whether a sample shows what its label promises.
-
-    python -m experiments.judge --ckpt out/shapes       # the share of 800 samples that it recognises
-"""
+"""A small classifier of the real shapes, which tells whether a sample shows what its label promises."""
 import functools
 
 import torch
 from torch import nn
 
 from data import built_in
-from files import BadInput, Parser, run
-from sample import draw, load_checkpoint
 
 
 @functools.cache
@@ -46,20 +41,3 @@ def recognised(images, labels):
     """The share of uint8 images (N,3,16,16) that the classifier gives their labels (N,)."""
     found = judge()(images / 127.5 - 1).argmax(1)
     return float((found == labels).float().mean())
-
-
-def main():
-    parser = Parser(__doc__)
-    parser.add_argument("--ckpt", required=True, help="run folder of the built-in images, 16 x 16")
-    args = parser.parse_args()
-    model, config = load_checkpoint(args.ckpt)
-    if (model.img_size, model.num_classes) != (16, 8):
-        raise BadInput(f"--ckpt {args.ckpt}: expected a network of the built-in images, 16 x 16, with labels")
-    how = dict(steps=config["sample_steps"], cfg=config["cfg"])
-    images = torch.cat([draw(model, config, range(k, k + 80), **how) for k in range(0, 800, 80)])
-    labels = torch.arange(800) % 8                                           # as draw balances them
-    print(f"{recognised(images, labels):.1%} of 800 samples recognised")
-
-
-if __name__ == "__main__":
-    run(main)

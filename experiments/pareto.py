@@ -2,13 +2,12 @@
 
     python -m experiments.pareto objective --ckpt out/shapes --out objective.csv    # figure 4
     python -m experiments.pareto finetune --ckpt out/shapes --out finetune.csv      # figure 2
-    python -m experiments.pareto spread --ckpt out/shapes --out spread.csv          # figure 3
     python -m experiments.pareto measure --ckpt out/shapes      # appends a line to the run's quality.csv
-    python -m experiments.pareto ugd --ckpt out/ugd --out out/ugd/w.csv             # for train.py --weighting
+    python -m experiments.pareto ugd --ckpt out/shapes --out w.csv                  # figure 3, train.py --weighting
 
-`python -m experiments.figures` draws the CSV files. UGD as a training weighting takes turns with training:
-`train.py --out out/ugd --decay 0 --steps 500`, then `ugd` as above, then `train.py --resume --out out/ugd
---steps 1000 --weighting out/ugd/w.csv`, and so on.
+`python -m experiments.figures` draws the CSV files. Figure 3 is `ugd` repeated, with several --n and --seed. UGD
+as a training weighting takes turns with training: `train.py --out out/ugd --decay 0 --steps 500`, then `ugd`,
+then `train.py --resume --out out/ugd --steps 1000 --weighting w.csv`, and so on.
 
 Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy", ICCV 2023; equation numbers are
 that paper's. The range 0 .. T-1 is cut into K bins; K = T gives the timesteps themselves. g_k is the gradient
@@ -302,22 +301,6 @@ def finetune_command(ckpt, K, n, seed, steps, out):
     write_csv(out, rows)
 
 
-def spread_command(ckpt, K, samples, seed, lam, out):
-    """UGD's weights in four repeats with other samples, for several numbers of samples a bin (figure 3)."""
-    model, diffusion, data = load(ckpt)
-    rows = []
-    for n in samples:
-        tables = []
-        for repeat in range(4):
-            table = ugd_table(model, diffusion, data, K, n, lam, f"{seed} {n} {repeat}")
-            tables.append(table)
-            for t, w in enumerate(table):
-                rows.append(dict(samples=n, repeat=repeat, t=t, weight=w))
-        spread = np.std(tables, axis=0, ddof=1).mean()
-        print(f"{n} samples: a weight spreads by {spread:.2f} of the mean weight")
-    write_csv(out, rows)
-
-
 def measure_command(ckpt, n):
     """Append FD-pixels and x0 error of the EMA weights to a run's quality.csv.
 
@@ -340,17 +323,16 @@ def measure_command(ckpt, n):
 
 
 def ugd_command(ckpt, K, n, seed, lam, out):
-    """T weights of the x0 loss by UGD, for train.py --weighting FILE (eq. 12, 13)."""
+    """T weights of the x0 loss by UGD (eq. 12, 13), for train.py --weighting FILE; figure 3 draws several."""
     model, diffusion, data = load(ckpt)
     table = ugd_table(model, diffusion, data, K, n, lam, seed)
-    write_csv(out, [dict(weight=w) for w in table])
+    write_csv(out, [dict(t=t, weight=w) for t, w in enumerate(table)])
 
 
 FLAGS = dict(
     ckpt=dict(required=True, help="run folder of train.py; but for measure, a checkpoint too"),
     K=dict(type=at_least(1), default=50, help="bins of t"),
     n=dict(type=at_least(2), default=256, help="samples a bin; measure: images, too"),
-    samples=dict(type=at_least(1), nargs="+", default=[4, 16, 64, 256], help="samples a bin"),
     seed=dict(type=at_least(0), default=0, help="of samples and noise"),
     lam=dict(type=positive, default=0.01, help="lambda of eq. 11, over the median of |g_t|^2"),
     steps=dict(type=at_least(1), default=200, help="optimizer steps"),
@@ -359,7 +341,6 @@ FLAGS = dict(
 COMMANDS = dict(
     objective=objective_command,
     finetune=finetune_command,
-    spread=spread_command,
     measure=measure_command,
     ugd=ugd_command,
 )

@@ -4,7 +4,6 @@ import io
 import itertools
 import json
 import os
-import pickle
 import signal
 import sys
 import tarfile
@@ -319,37 +318,19 @@ def test_celeba_refuses(celeba, script):
     assert "000004.jpg: found 451 x 300" in script(*CELEBA, code=2)
 
 
-def python2(rows, labels):
-    """A batch as Python 2 pickled it in 2009: protocol 2, byte strings, numpy.core."""
-    def text(string):
-        return b"U" + bytes([len(string)]) + string
-    count, size = len(rows).to_bytes(2, "little"), rows.nbytes.to_bytes(4, "little")
-    parts = [
-        b"\x80\x02}(", text(b"data"),
-        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85", text(b"b"),
-        b"tR(K\x01M", count, b"M\x00\x0c\x86cnumpy\ndtype\n(", text(b"u1"),
-        b"K\x00K\x01tR(K\x03", text(b"|"), b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89",
-        b"T", size, rows.tobytes(),
-        b"tb", text(b"labels"), b"]("]
-    parts += [b"K" + bytes([label]) for label in labels]
-    return b"".join(parts) + b"eu."
-
-
 @pytest.fixture
 def cifar(tmp_path):
-    """-> (images, labels) of six batches of 20 in a tar.gz, pickled then and now."""
+    """-> (images, labels) of six batches of 20 records in a tar.gz."""
     rows = np.random.RandomState(1).randint(0, 256, (120, 3072), np.uint8)
-    labels = [k % 10 for k in range(120)]
+    labels = np.arange(120, dtype=np.uint8) % 10
     names = [f"data_batch_{k}" for k in range(1, 6)] + ["test_batch"]
-    folder = tmp_path / "cifar-10-batches-py"
+    folder = tmp_path / "cifar-10-batches-bin"
     folder.mkdir()
     for k, name in enumerate(names):
         part = slice(20 * k, 20 * k + 20)
-        batch = python2(rows[part], labels[part])
-        if k % 2:
-            batch = pickle.dumps(dict(data=rows[part], labels=labels[part]), protocol=4)
-        (folder / name).write_bytes(batch)
-    with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as file:
+        records = np.column_stack([labels[part], rows[part]])
+        (folder / f"{name}.bin").write_bytes(records.tobytes())
+    with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz") as file:
         file.add(folder, folder.name)
     return rows.reshape(-1, 3, 32, 32), labels
 
@@ -357,31 +338,23 @@ def cifar(tmp_path):
 @pytest.mark.parametrize("split, part", [("train", slice(0, 100)), ("test", slice(100, 120))])
 def test_cifar10(cifar, script, tmp_path, split, part):
     images, labels = cifar
-    script("data.py", "--out", "data/cifar10", "--src", "cifar-10-python.tar.gz", "--split", split)
+    script("data.py", "--out", "data/cifar10", "--src", "cifar-10-binary.tar.gz", "--split", split)
     pack = Packed(tmp_path / "data/cifar10")
     assert np.array_equal(pack.images, images[part])
-    assert pack.labels.tolist() == labels[part]
+    assert np.array_equal(pack.labels, labels[part])
     assert pack.meta["split"] == split
 
 
-class Planted:
-    def __reduce__(self):
-        return os.system, ("touch planted",)
-
-
-@pytest.mark.parametrize("content, said", [
-    (pickle.dumps(Planted()), "foreign object"),
-    (pickle.dumps(dict(data=np.zeros(9))), "reshape"),
-    (pickle.dumps(dict(data=np.zeros(9)))[:60], "truncated"),
-    (b"", "EOFError"),
+@pytest.mark.parametrize("name, content, said", [
+    ("data_batch_1.bin", b"1234", "reshape"),
+    ("data_batch_1", b"", "not found"),
 ])
-def test_foreign_and_damaged_batches_are_refused_and_not_run(script, tmp_path, content, said):
+def test_other_archives_than_cifars_are_refused(script, tmp_path, name, content, said):
     with tarfile.open(tmp_path / "cifar.tar.gz", "w:gz") as file:
-        member = tarfile.TarInfo("cifar-10-batches-py/data_batch_1")
+        member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
         member.size = len(content)
         file.addfile(member, io.BytesIO(content))
     assert said in script("data.py", "--out", "data/cifar10", "--src", "cifar.tar.gz", code=2)
-    assert not (tmp_path / "planted").exists()
 
 
 # ------------------------------------------------------------------------------------------ packs and batches

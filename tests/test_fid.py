@@ -208,14 +208,14 @@ def features(request):
     return ("--inception", request.getfixturevalue("inception_file"))
 
 
-def test_one_score_whatever_the_form_batch_and_processes(script, sets, features):
+def test_one_score_whatever_the_form_and_batch(script, sets, features):
     first = script("fid.py", "a.npz", "b.npz", *features)
     [(name, value)] = parsed(first)["result"].items()
     assert f"{name} {value:.2f}" in first
     assert "warning: 20 images" in first
     script("fid.py", "stats", "--data", "b.npz", "--out", "ref.npz", *features)
     second = script("fid.py", "a", "b.npz", "--batch-size", 7, *features)
-    third = script("fid.py", "a", "ref.npz", *features, processes=2)
+    third = script("fid.py", "a", "ref.npz", *features)
     for text in (second, third):
         found = parsed(text)
         assert found["result"] == pytest.approx({name: value}, rel=1e-4)
@@ -238,11 +238,6 @@ def test_a_pack_has_the_score_of_its_images(script, sets):
     assert found["samples"]["dataset"] == "pack"
 
 
-def test_fewer_images_than_processes(script, sets):
-    text = script("fid.py", "a", "a", *PIXELS, "--count", 4, processes=5)
-    assert "FD-pixels-4 0.00" in text
-
-
 @pytest.mark.slow
 def test_all_metrics_are_those_of_their_formulas(script, sets, inception, inception_file):
     """Against ADM's kind of reference: statistics, beside them 30 images whose statistics are not used."""
@@ -254,7 +249,7 @@ def test_all_metrics_are_those_of_their_formulas(script, sets, inception, incept
     sigma, sigma_s = np.diag(mu), np.diag(mu_s)
     np.savez(sets / "adm.npz", arr_0=b, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
     words = ("--inception", inception_file, "--metrics", "all", "--batch-size", 9)
-    text = script("fid.py", "a.npz", "adm.npz", *words, processes=2)
+    text = script("fid.py", "a.npz", "adm.npz", *words)
     precision, recall = fid.precision_recall(inception(nchw(b)), features)
     assert parsed(text)["result"] == pytest.approx({
         "FID-20": fid.frechet_distance(*moments(features.numpy()), mu, sigma),
@@ -314,10 +309,6 @@ def mistakes(sets):
     ("a b.npz --batch-size 0", "--batch-size")])
 def test_a_mistake_is_one_line(words, named, script, mistakes):
     assert named in script("fid.py", *words.split(), *PIXELS, code=2)
-
-
-def test_a_damaged_image_is_named_by_the_process_that_met_it(script, mistakes):
-    assert "9.png" in script("fid.py", "broken", "small.npz", *PIXELS, processes=2, code=2)
 
 
 def test_cached_weights_that_are_not_the_published_ones(script, sets, monkeypatch):

@@ -227,7 +227,7 @@ def test_fine_tuning_serves_its_own_tenth(loaded):
 
 @pytest.fixture
 def command(monkeypatch, tmp_path):
-    """command(module, "spread", ...) runs a script's main in a folder with a checkpoint in run/."""
+    """command(module, "ugd", ...) runs a script's main in a folder with a checkpoint in run/."""
     weights = network().state_dict()
     config = dict(
         model="vit-tiny",
@@ -277,14 +277,6 @@ def test_finetune_command_gives_the_change_of_every_bin(command):
     before = pareto.bin_losses(model, *where, 4, 3, seed=0)
     after = pareto.bin_losses(tuned, *where, 4, 3, seed=0)
     assert column("f.csv", "percent")[8:] == pytest.approx(100 * (after / before - 1))
-
-
-def test_spread_command_repeats_with_other_samples(command):
-    flags = ("--K", 4, "--samples", 2, 3)
-    command(pareto, "spread", "--ckpt", "run", "--out", "s.csv", *flags)
-    w = np.reshape(column("s.csv", "weight"), (2, 4, 40))
-    expected = pareto.ugd_table(*pareto.load("run"), 4, 3, 0.01, "0 3 2")
-    assert np.allclose(w[1, 2], expected)
 
 
 def test_measure_command_appends_a_line(command):
