@@ -22,6 +22,12 @@ import torch.distributed as dist
 
 class BadInput(ValueError):
     """A user's mistake. Its text is the one line that is printed before exit code 2."""
+    code = 2
+
+
+class NotFinite(BadInput):
+    """Weights or images hold inf or nan, as after a divergence: exit code 3."""
+    code = 3
 
 
 def run(main):
@@ -31,7 +37,7 @@ def run(main):
     try:
         return main()
     except (BadInput, OSError) as error:
-        code, line = 2, str(error)
+        code, line = getattr(error, "code", 2), str(error)
     except KeyboardInterrupt:
         code, line = 130, "stopped"
     except RuntimeError as error:                                            # of gloo, NCCL or their store

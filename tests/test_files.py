@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import FORKS, ROOT
 
-from files import (BadInput, Parser, at_least, between, hash_file, positive, read, read_json, replace, run,
-                   write_json)
+from files import (BadInput, NotFinite, Parser, at_least, between, hash_file, positive, read, read_json,
+                   replace, run, write_json)
 
 W = torch.arange(40.0)
 
@@ -31,6 +31,7 @@ def raising(error):
 
 @pytest.mark.parametrize("error, code, line", [
     (BadInput("--n 0:\n\n  too few"), 2, "train.py: --n 0: too few\n"),
+    (NotFinite("nan in ckpt.pt"), 3, "train.py: nan in ckpt.pt\n"),
     (OSError("disk full"), 2, "train.py: disk full\n"),
     (KeyboardInterrupt(), 130, "train.py: stopped\n"),
 ])
