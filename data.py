@@ -1,18 +1,20 @@
 """Images in, batches out: the built-in shapes, the packed format, and `python data.py` that makes it.
 
-    python data.py --src DIR --size 64 --out data/NAME             # sub-folders are the classes, or none
-    python data.py --dataset imagenet64 --src ILSVRC/train         # as the papers prepare it, into data/imagenet64
+    python data.py --src DIR --size 64 --out data/NAME           # classes: dataset.json, or sub-folders, or none
+    python data.py --dataset imagenet64 --src ILSVRC/train       # as the papers prepare it, into data/imagenet64
 
 A packed folder holds images.npy, uint8 (N,3,S,S), or latents.npy, float16 (N,8,S/8,S/8), which vae.py writes,
 labels.npy, int64 (N,), and meta.json. An image's label is -1 until the image is there, so the labels say what
-is left to do, and the same command goes on after a kill.
+is left to do, and the same command goes on after a kill, or when broken images are mended.
 """
+import collections
 import colorsys
 import glob
 import hashlib
 import json
 import os
 import random
+import re
 import tarfile
 import time
 import zipfile
@@ -23,10 +25,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from files import BadInput, Parser, at_least, download, progress, read_json, replace, run, say, write_json
+from files import BadInput, Parser, at_least, download, env, progress, read_json, replace, run, say, write_json
 
 CHUNK = 32                                       # images that one thread reads, encodes and writes at once
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+SUFFIXES = tuple(".png .jpg .jpeg .jpe .jfif .pjpeg .webp .bmp .gif .tif .tiff .ppm .pgm".split())
+LABELS = set(".cls .csv .json .jsonl .npy .parquet .tsv .txt .xml".split())  # of files that may hold labels
+SPLIT = "(?i:train|training|val|valid|validation|test)"                      # as folders are called
+DARK = 20                                        # of 255: 12 bits in 16-bit files give 16, the crop a little more
 IMAGENETS = ("imagenet64", "imagenet128", "imagenet256")                     # the last as latents, by vae.py
 DATASETS = {  # what these names promise: side, classes, images in the training set
     "shapes":      (16,  8,      100_000),
@@ -232,7 +237,7 @@ DAMAGE = (OSError, ValueError, SyntaxError, EOFError, zipfile.BadZipFile,
 def load_image(path, plain=False):
     """Any image file -> 8-bit RGB as a person sees it; path is a Path, or a zipfile.Path for one in a .zip.
 
-    It is upright by EXIF, 16-bit grey is scaled to 8, see-through parts lie on white, CMYK and palettes are
+    It is upright by EXIF, grey of 0 .. 65535 is scaled to 8 bits, see-through parts lie on white, CMYK and palettes are
     converted. `plain` converts and no more, as the papers did. Raises BadInput that names the file.
     """
     try:
@@ -248,8 +253,10 @@ def load_image(path, plain=False):
 
 def as_seen(image):
     ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):               # 16 bits, which convert() would clip
-        grey = np.asarray(image).astype(np.int32).clip(0, 65535)
+    if image.mode.startswith("I"):               # 16 or 32 bits, which convert() would clip
+        grey = np.asarray(image).astype(np.int32)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise BadInput(f"pixels from {grey.min()} to {grey.max()}, expected 0 to 65535")
         image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
     if image.mode == "F":
         raise BadInput("floating-point pixels have no agreed range")
@@ -288,8 +295,11 @@ def read_image(path, size, dataset):
 
 # ------------------------------------------------------------------------ what is on disk -> names and labels
 
-def find_images(src):
-    """-> the folder or .zip as a path, names of the images below it in a fixed order but the hidden ones."""
+def find_files(src):
+    """-> the folder or .zip as a path, names of the images below it in a fixed order, of the other files and folders.
+
+    Hidden ones are left out, and so is the folder that a Mac adds to a .zip.
+    """
     if src.is_dir():
         root, found = src, glob.glob("**", root_dir=src, recursive=True)
     elif zipfile.is_zipfile(src):
@@ -297,25 +307,70 @@ def find_images(src):
         found = root.root.namelist()
     else:
         raise BadInput(f"--src {src}: no such folder or .zip")
-    names = sorted(name.replace(os.sep, "/") for name in found)
-    names = [name for name in names if name.lower().endswith(SUFFIXES)]
-    return root, [name for name in names if "/." not in f"/{name}"]
+    names = sorted(name.replace(os.sep, "/").rstrip("/") for name in found)
+    names = [name for name in names if not re.search(r"(^|/)(\.|__MACOSX/)", f"{name}/")]
+    images = [name for name in names if name.lower().endswith(SUFFIXES)]
+    return root, images, set(names).difference(images)
 
 
-def by_folder(names):
-    """-> label of each image and class names, from images' names.
+def find_images(src):
+    """-> the folder or .zip as a path, names of the images below it in a fixed order but the hidden ones."""
+    return find_files(src)[:2]
+
+
+def say_left_out(files):
+    """Kinds and numbers of files that are not read, those that may hold labels as a warning."""
+    kinds = collections.Counter(Path(name).suffix.lower() or "without suffix" for name in files)
+    for words, chosen in (("left out:", kinds.keys() - LABELS),
+                          ("warning: no labels are read from", kinds.keys() & LABELS)):
+        if chosen:
+            say(words, ", ".join(f"{kinds[kind]:,} {kind}" for kind in sorted(chosen)))
+
+
+def by_folder(names, folders=()):
+    """-> label of each image and class names, from images' names; folders are all that there are.
 
     The folders below the one that all images share are the classes, sorted by name. Images in no such folder
-    have no classes.
+    have no classes. Raises BadInput for folders that are no classes: train, val, ... and 00000, 01000, ...
     """
-    folders = [os.path.dirname(name) for name in names]
-    shared = len(os.path.commonpath(folders))
-    tops = [folder[shared:].strip("/").partition("/")[0] for folder in folders]
+    own = [os.path.dirname(name) for name in names]
+    shared = os.path.commonpath(own)
+    tops = [folder[len(shared):].strip("/").partition("/")[0] for folder in own]
     classes, labels = np.unique(tops, return_inverse=True)
+    classes = classes.tolist()
+    parts = [name for name in classes if re.fullmatch(rf"\d*000|{SPLIT}", name)]
+    deep = any(re.match(rf"/?{SPLIT}/.*/", name[len(shared):]) for name in names)
+    if deep or parts == classes:
+        raise BadInput(f"--src: the folders {', '.join(classes[:3])} are parts of a data set, no classes; give one of "
+                       f"them, .../{parts[0]}, or add --classes 0 to pack all without labels")
     if len(classes) > 1 and classes[0] == "":
         loose = names[tops.index("")]
         raise BadInput(f"--src: {loose} lies beside the class folders {classes[1]}, ..., so it has no class")
-    return labels.tolist(), [name for name in classes.tolist() if name]
+    if shared and len(classes) == 1:
+        say(f"one folder, {shared}: no classes")
+    beside = {Path(folder).name for folder in folders if os.path.dirname(folder) == shared}
+    empty = sorted(beside.difference(classes))
+    if empty:
+        say(f"warning: class folders without images, {len(empty):,}: {', '.join(empty[:10])}")
+    return labels.tolist(), [name for name in classes if name]
+
+
+def by_json(file, names):
+    """-> the same from a dataset.json of EDM or StyleGAN: {"labels": [[name, label], ...]}, or null for none.
+
+    The classes are called 0, 1, ... Raises BadInput.
+    """
+    try:
+        table = json.loads(file.read_text())["labels"]
+        if table is None:
+            return [0] * len(names), []
+        table = dict(table)
+        allowed = range(10 ** 6)
+        labels = [allowed.index(table[name]) for name in names]
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(f'{file}: expected {{"labels": [[name, label], ...]}} with each image and labels from 0 on, '
+                       f"found {error!r}; --classes 0 packs without labels") from None
+    return labels, [str(k) for k in range(max(labels) + 1)]
 
 
 def imagenet():
@@ -360,27 +415,47 @@ CELEBA = {  # first and last number of each split
 }
 
 
-def listing(src, size, dataset, split):
-    """-> read, names, labels, class names of a data set of the papers or any folder or .zip of images.
+def listing(src, size, dataset, split, skip_broken=False):
+    """-> read, names, label, broken: a data set of the papers, or any folder or .zip of images.
 
-    read(name) is the image uint8 (3,size,size).
+    read(name) is the image uint8 (3,size,size). Of one that cannot be read it is black, and broken[name] is the
+    error; skip_broken reads every image at once and takes those names away. label() is the labels and class names.
     """
+    broken = {}
     if dataset == "cifar10":
         images, labels = read_cifar10(src, split)
-        return images.__getitem__, range(len(images)), labels.tolist(), CIFAR10
-    root, names = find_images(src)
+        return images.__getitem__, range(len(images)), lambda: (labels.tolist(), CIFAR10), broken
+    root, names, others = find_files(src)
+    folders = {name for name in others if (root / name).is_dir()}
+    say_left_out(others - folders - {"dataset.json"})
     if dataset == "celeba64":                    # divided by number, as in list_eval_partition.txt
         first, last = CELEBA.get(split, ("", ""))
         names = [name for name in names if first <= Path(name).stem <= last]
+
+    def read(name):
+        try:
+            return read_image(root / name, size, dataset)
+        except BadInput as error:
+            broken[name] = str(error)
+            return np.zeros((3, size, size), np.uint8)
+
+    if skip_broken:
+        parts = [names[k:k + CHUNK] for k in range(0, len(names), CHUNK)]
+        in_threads("checked", lambda part: list(map(read, part)), parts)
+        names = [name for name in names if name not in broken]
     if not names:
-        raise BadInput(f"--src {src}: found no images ({' '.join(SUFFIXES)}) of --split {split}")
-    labels, classes = by_folder(names)
-    if dataset in IMAGENETS:
-        if classes != sorted(imagenet()):
-            raise BadInput(f"--src {src}: found {len(classes)} class folders, expected ImageNet's 1,000, "
-                           "n01440764 to n15075141")
-        classes = class_names(dataset)
-    return lambda name: read_image(root / name, size, dataset), names, labels, classes
+        raise BadInput(f"--src {src}: found no images ({' '.join(SUFFIXES)}) of --split {split} that can be read")
+
+    def label():
+        table = root / "dataset.json"
+        labels, classes = by_json(table, names) if table.exists() else by_folder(names, folders)
+        if dataset in IMAGENETS:
+            if classes != sorted(imagenet()):
+                raise BadInput(f"--src {src}: found {len(classes)} class folders, expected ImageNet's 1,000, "
+                               "n01440764 to n15075141")
+            classes = class_names(dataset)
+        return labels, classes
+    return read, names, label, broken
 
 
 # ---------------------------------------------------------------------------------------------------- packing
@@ -421,17 +496,24 @@ def begin(out, meta, rank):
         time.sleep(0.1)
 
 
-def pack(src, size, out, split="train", dataset=None, mirror=False, encode=None, rank=0, world=1, **more):
+def pack(src, size, out, split="train", dataset=None, mirror=False, encode=None, rank=0, world=1, labelled=True,
+         skip_broken=False, **more):
     """Pack the images below `src` into folder `out`; after a kill it goes on, to the same bytes.
 
     dataset is the name of the folder unless given; the papers' data sets are read as the papers read them. With
     mirror every image comes twice, as it is and mirrored. encode(images uint8 (n,3,S,S)) -> the array to
     store in their place, as vae.py does; several threads call it. Of several processes the one of number
-    `rank` makes every `world`-th chunk. `more` goes into meta.json. Raises BadInput.
+    `rank` makes every `world`-th chunk. Without `labelled` there are no classes. Images that cannot be read are
+    left out with skip_broken; else a BadInput names them when the others are packed. `more` goes into meta.json.
     """
     src, out = Path(src), Path(out)
     dataset = dataset or out.name
-    read, names, labels, classes = listing(src, size, dataset, split)
+    read, names, label, broken = listing(src, size, dataset, split, skip_broken)
+    labels, classes = label() if labelled else ([0] * len(names), [])
+    if broken:                                   # by now only with skip_broken
+        more["broken"] = dict(count=len(broken), names=sorted(broken)[:10])
+        say(f"warning: {len(broken):,} broken images are left out: {', '.join(sorted(broken)[:10])}")
+        broken.clear()
     official = DATASETS.get(dataset, (0, 0, 0))[2]
     if split == "train" and official not in (0, len(names)):
         say(f"warning: found {len(names):,} images, the training set of {dataset} has {official:,}")
@@ -441,29 +523,56 @@ def pack(src, size, out, split="train", dataset=None, mirror=False, encode=None,
     meta = dict(dataset=dataset, split=split, count=len(labels), size=size,
                 classes=classes, listing=digest.hexdigest(), mirror=mirror,
                 crop=CROPS.get(dataset, "box halving, bicubic, center (ADM)"), **more)
+    brightest = []                               # value of each chunk
 
     def make(chunk):
-        images = np.array([read(names[i // copies]) for i in chunk])
+        images = np.array([read(names[row // copies]) for row in chunk])
+        labels[[row for row in chunk if names[row // copies] in broken]] = -1        # these rows stay to be done
+        brightest.append(images.max())
         if mirror:
             images[1::2] = images[1::2, :, :, ::-1]  # a chunk begins with an even i
         return encode(images) if encode else images
 
     begin(out, meta, rank)
     fill(out, meta, labels, make, rank, world)
+    judge(out, broken, brightest)
     say(f"{out}: {len(labels):,} images of {size} x {size}, {len(classes)} classes")
+
+
+def judge(out, broken, brightest):
+    """Say what is wrong with the images that this run packed. Raises BadInput that names the broken ones."""
+    if brightest and max(brightest) <= DARK:
+        say(f"warning: no pixel of these images is brighter than {max(brightest)} of 255; if 16-bit files hold 12 "
+            "bits, multiply by 16, or convert to 8 bits first")
+    if broken:
+        line = (f"{out}: unfinished, as {len(broken):,} images cannot be read; mend them and repeat the command, or "
+                f"remove {out} and add --skip-broken: {'; '.join(sorted(broken.values())[:10])}")
+        if env("LOCAL_RANK"):                    # run() prints the first process's line alone
+            print(line)
+        raise BadInput(line)
+
+
+def in_threads(what, function, chunks):
+    """Call function(chunk) for each; the line of progress counts the items."""
+    done, total, since = 0, sum(map(len, chunks)), time.monotonic()
+    with ThreadPoolExecutor() as pool:
+        for chunk, _ in zip(chunks, pool.map(function, chunks)):
+            done += len(chunk)
+            if env("RANK") == 0:
+                progress(what, done, total, since)
 
 
 def fill(out, meta, labels, make, rank, world):
     """Write make(chunk), then the labels, for this process's chunks of the rows that are not there yet.
 
-    Each thread makes chunks of its own, so some images are read while others are encoded.
+    Each thread makes chunks of its own, so some images are read while others are encoded. make sets the label
+    of a row to -1 where it failed.
     """
     array = out / layout(meta)[0]
     written = np.load(out / "labels.npy", mmap_mode="r+")
     rows = np.arange(len(labels))
-    starts = range(rank * CHUNK, len(rows), world * CHUNK)
-    chunks = [rows[start:start + CHUNK] for start in starts]
-    todo = [chunk for chunk in chunks if written[chunk].min() < 0]
+    unfinished = np.unique(rows[written < 0] // CHUNK)
+    chunks = [rows[CHUNK * k:CHUNK * (k + 1)] for k in unfinished if k % world == rank]
 
     def write(chunk):
         images = make(chunk)
@@ -474,14 +583,8 @@ def fill(out, meta, labels, make, rank, world):
             file.flush()
             os.fsync(file.fileno())
         written[chunk] = labels[chunk]
-        return len(chunk)
 
-    done, total, since = 0, sum(map(len, todo)), time.monotonic()
-    with ThreadPoolExecutor() as pool:
-        for count in pool.map(write, todo):
-            done += count
-            if rank == 0:
-                progress("packed", done, total, since)
+    in_threads("packed", write, chunks)
 
 
 def tile(images, columns):
@@ -503,17 +606,24 @@ def contact_sheet(dir):
     replace(Path(dir) / "sheet.png", lambda file: sheet.save(file, "PNG"))
 
 
+def pack_flags(add):
+    """The flags that vae.py has as well."""
+    add("--split", default="train", help="val and test where they are published; recorded in meta.json")
+    add("--classes", type=int, choices=[0], help="pack without labels")
+    add("--skip-broken", action="store_true", help="leave out images that cannot be read; this reads all of them twice")
+
+
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--src", help="folder or .zip of images, whose sub-folders are the classes; of cifar10 its "
+    add("--src", help="folder or .zip of images, whose dataset.json or sub-folders give the classes; of cifar10 its "
                       "cifar-10-binary.tar.gz, of celeba64 img_align_celeba, of imagenet ILSVRC's train")
     add("--out", type=Path, help="packed folder to write, such as data/NAME (default: data/DATASET)")
     add("--dataset", choices=("cifar10", "celeba64", "imagenet64", "imagenet128"),
         help="one of the papers' (default: the last part of --out, if it is one)")
     add("--download", action="store_true", help="fetch cifar10 into data/; the others ask you to register")
     add("--size", type=at_least(1), help="side of the packed images in pixels (default: the data set's)")
-    add("--split", default="train", help="val and test where they are published; recorded in meta.json")
+    pack_flags(add)
     args = parser.parse_args()
     out = args.out or Path(f"data/{args.dataset}")
     dataset = args.dataset or out.name
@@ -526,7 +636,7 @@ def main():
     if not (args.src and size and (args.out or args.dataset)) or args.size not in (None, size):
         raise BadInput("expected --src DIR --size S --out data/NAME; or --dataset NAME --src DIR, as a data set of "
                        "the papers has its own size, or --dataset cifar10 --download")
-    pack(args.src, size, out, args.split, dataset)
+    pack(args.src, size, out, args.split, dataset, labelled=args.classes is None, skip_broken=args.skip_broken)
     contact_sheet(out)
 
 

@@ -236,16 +236,16 @@ def make_encode(vae, device, dtype):
 
 
 def main():
-    from data import IMAGENETS, pack
+    from data import IMAGENETS, pack, pack_flags
     from files import BadInput, Parser, at_least, hash_file, processes
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--src", required=True, help="folder or .zip of images; its sub-folders are the classes")
+    add("--src", required=True, help="folder or .zip of images; its dataset.json or sub-folders give the classes")
     add("--vae", required=True, help="the autoencoder's weights (.ckpt .pt .bin .safetensors)")
     add("--out", required=True, help="packed folder to write: data/imagenet256, or data/NAME for your images")
     add("--size", type=at_least(8), default=256, help="side of the cropped images, a multiple of 8")
     add("--mirror", action="store_true", help="every image twice, as it is and mirrored")
-    add("--split", default="train", help="recorded in meta.json")
+    pack_flags(add)
     add("--dataset", choices=IMAGENETS, help="read --src as ImageNet (default: if --out ends in that)")
     args = parser.parse_args()
     if args.size % 8:
@@ -255,6 +255,7 @@ def main():
     vae = load_vae(args.vae).to(device)
     pack(args.src, args.size, args.out, args.split, args.dataset, args.mirror,
          encode=make_encode(vae, device, dtype), rank=rank, world=world,
+         labelled=args.classes is None, skip_broken=args.skip_broken,
          vae=hash_file(args.vae), vae_file=os.path.abspath(args.vae), scale=SCALE, dtype=dtype,
          content="posterior mean, std of images in [-1, 1], unscaled")
 
