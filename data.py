@@ -18,6 +18,7 @@ import re
 import tarfile
 import time
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -230,7 +231,7 @@ class Packed(Images):
 # -------------------------------------------------------------------------------- image files and their crops
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")   # no others: Pillow runs Ghostscript for some
-DAMAGE = (OSError, ValueError, SyntaxError, EOFError, zipfile.BadZipFile,
+DAMAGE = (OSError, ValueError, SyntaxError, EOFError, zipfile.BadZipFile, zlib.error,
           Image.DecompressionBombError)          # what Pillow and zipfile raise for damaged files
 
 
@@ -365,10 +366,12 @@ def by_json(file, names):
         if table is None:
             return [0] * len(names), []
         table = dict(table)
-        allowed = range(10 ** 6)
-        labels = [allowed.index(table[name]) for name in names]
+        labels = [table[name] for name in names]
+        wrong = [label for label in labels if type(label) is not int or not 0 <= label < 10 ** 6]
+        if wrong:
+            raise ValueError(wrong[0])
     except (KeyError, TypeError, ValueError) as error:
-        raise BadInput(f'{file}: expected {{"labels": [[name, label], ...]}} with each image and labels from 0 on, '
+        raise BadInput(f'{file}: expected {{"labels": [[name, label], ...]}} with every image and labels from 0 on, '
                        f"found {error!r}; --classes 0 packs without labels") from None
     return labels, [str(k) for k in range(max(labels) + 1)]
 
@@ -512,7 +515,7 @@ def pack(src, size, out, split="train", dataset=None, mirror=False, encode=None,
     labels, classes = label() if labelled else ([0] * len(names), [])
     if broken:                                   # by now only with skip_broken
         more["broken"] = dict(count=len(broken), names=sorted(broken)[:10])
-        say(f"warning: {len(broken):,} broken images are left out: {', '.join(sorted(broken)[:10])}")
+        say(f"warning: broken images left out, {len(broken):,}: {', '.join(sorted(broken)[:10])}")
         broken.clear()
     official = DATASETS.get(dataset, (0, 0, 0))[2]
     if split == "train" and official not in (0, len(names)):
@@ -540,16 +543,16 @@ def pack(src, size, out, split="train", dataset=None, mirror=False, encode=None,
 
 
 def judge(out, broken, brightest):
-    """Say what is wrong with the images that this run packed. Raises BadInput that names the broken ones."""
-    if brightest and max(brightest) <= DARK:
-        say(f"warning: no pixel of these images is brighter than {max(brightest)} of 255; if 16-bit files hold 12 "
-            "bits, multiply by 16, or convert to 8 bits first")
+    """What this run found: raises BadInput that names the broken images, or warns where all are dark."""
     if broken:
-        line = (f"{out}: unfinished, as {len(broken):,} images cannot be read; mend them and repeat the command, or "
-                f"remove {out} and add --skip-broken: {'; '.join(sorted(broken.values())[:10])}")
-        if env("LOCAL_RANK"):                    # run() prints the first process's line alone
+        line = (f"{out}: unfinished; broken images, {len(broken):,}: {'; '.join(sorted(broken.values())[:10])}; mend them and "
+                f"repeat the command, or remove {out} and add --skip-broken")
+        if env("LOCAL_RANK"):                    # of a machine's processes run() lets the first speak
             print(line)
         raise BadInput(line)
+    if brightest and max(brightest) <= DARK:
+        say(f"warning: no pixel of the images packed now is above {max(brightest)} of 255; where 16-bit files hold 12 bits, "
+            "multiply by 16, or convert to 8 bits first")
 
 
 def in_threads(what, function, chunks):

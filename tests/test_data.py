@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import signal
 import sys
 import tarfile
@@ -96,6 +97,20 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path, name):
     values = np.array([[0, 128, 257, 1000, 30000, 40000, 65000, 65535]], dtype=np.uint16)
     found = saved(tmp_path / name, Image.fromarray(values))
     assert np.array_equal(found[..., 0], np.round(values / 257))
+
+
+@pytest.mark.parametrize("values", [[-1, 100], [0, 65536]])
+def test_values_beyond_sixteen_bits_are_refused(tmp_path, values):
+    Image.fromarray(np.array([values], dtype=np.int32)).save(tmp_path / "deep.tif")
+    with pytest.raises(BadInput, match=f"deep.tif: .*pixels from {values[0]} to {values[1]}"):
+        load_image(tmp_path / "deep.tif")
+
+
+@pytest.mark.parametrize("highest, warned", [(4095, True), (65535, False)])
+def test_twelve_bits_in_sixteen_are_warned_of(script, tmp_path, highest, warned):
+    Image.fromarray(np.eye(8).astype(np.uint16) * highest).save(tmp_path / "deep.png")
+    said = script("data.py", "--src", ".", "--size", 8, "--out", "out")
+    assert ("multiply by 16" in said) == warned
 
 
 def test_transparency_goes_on_white(tmp_path):
@@ -202,17 +217,121 @@ def test_mistakes_are_one_line(script, tmp_path, words, named):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("archive", [False, True])
-def test_a_damaged_image_is_named(script, tmp_path, archive):
-    pets(tmp_path / "src")
-    image = tmp_path / "src/dog/deep/1.png"
-    image.write_bytes(image.read_bytes()[:1000])
-    with zipfile.ZipFile(tmp_path / "src.zip", "w") as file:
-        file.write(image, "dog/deep/1.png")
-    src = "src.zip" if archive else "src"
-    assert "dog/deep/1.png" in script("data.py", "--src", src, "--size", 16, "--out", "out", code=2)
-    with pytest.raises(BadInput, match="unfinished"):
-        Packed(tmp_path / "out")
+PACK = ("data.py", "--src", "src", "--size", 16, "--out", "out")
+
+
+def edm(folder, table, *names):
+    """Images, and a dataset.json with this table of labels."""
+    pictures(folder, *names)
+    (folder / "dataset.json").write_text(json.dumps(dict(labels=table)))
+
+
+NAMES = "00000/a.png", "00000/b.png", "00001/c.png"
+
+
+@pytest.mark.parametrize("table, labels, classes", [
+    ([["00001/c.png", 0], ["00000/b.png", 1], ["00000/a.png", 3]], [3, 1, 0], ["0", "1", "2", "3"]),
+    (None, [0, 0, 0], []),
+])
+@pytest.mark.parametrize("src", ["src", "src.zip"])
+def test_dataset_json_gives_the_labels(script, tmp_path, table, labels, classes, src):
+    edm(tmp_path / "src", table, *NAMES)
+    shutil.make_archive(tmp_path / "src", "zip", tmp_path / "src")
+    script(*PACK, "--src", src)
+    pack = Packed(tmp_path / "out")
+    assert pack.labels.tolist() == labels
+    assert pack.classes == classes
+
+
+@pytest.mark.parametrize("table, named", [
+    ([["00000/a.png", 0], ["00000/b.png", 1]], "00001/c.png"),
+    ([[name, -1] for name in NAMES], "-1"),
+    ([[name, 0.5] for name in NAMES], "0.5"),
+    ("cat", "dataset.json"),
+])
+def test_a_dataset_json_without_right_labels_is_refused(script, tmp_path, table, named):
+    edm(tmp_path / "src", table, *NAMES)
+    assert named in script(*PACK, code=2)
+
+
+@pytest.mark.parametrize("names", [
+    ("00000/0.png", "01000/1000.png"),
+    ("train/cat/1.png", "Val/cat/1.png"),
+    ("notes/1.png", "train/cat/1.png"),
+    ("top/train/1.png", "top/test/1.png"),
+])
+def test_folders_that_are_no_classes_are_refused(script, tmp_path, names):
+    pictures(tmp_path / "src", *names)
+    assert "--classes 0" in script(*PACK, code=2)
+    script(*PACK, "--classes", 0)
+    assert Packed(tmp_path / "out").classes == []
+
+
+@pytest.mark.parametrize("classes", [
+    [f"{k}" for k in range(2000)],
+    [f"{k:05d}" for k in range(43)],
+    ["bus", "train"],
+])
+def test_true_classes_may_look_like_parts(classes):
+    names = [f"{name}/1.png" for name in classes]
+    assert data.by_folder(names)[1] == sorted(classes)
+
+
+def test_what_is_left_out_is_said(script, tmp_path):
+    pictures(tmp_path / "src", "cat/1.png", "dog/1.png")
+    (tmp_path / "src/zebra").mkdir()
+    for name in ("cat/1.heic", "cat/2.HEIC", "zebra/raw", "cat/1.cls", "labels.csv", ".hidden"):
+        (tmp_path / "src" / name).touch()
+    said = script(*PACK)
+    assert "left out: 2 .heic, 1 without suffix\n" in said
+    assert "warning: no labels are read from 1 .cls, 1 .csv\n" in said
+    assert "warning: class folders without images, 1: zebra\n" in said
+
+
+def test_one_folder_has_no_classes_and_jpegs_have_many_suffixes(script, tmp_path):
+    (tmp_path / "src/cat").mkdir(parents=True)
+    for name in ("1.jfif", "2.pjpeg"):
+        picture().save(tmp_path / "src/cat" / name, "JPEG")
+    said = script(*PACK)
+    assert "one folder, cat: no classes" in said
+    assert "2 images of 16 x 16, 0 classes" in said
+
+
+def broken(folder, *numbers):
+    """120 images of two classes in a folder; those of these numbers are cut."""
+    names = [f"{'ab'[k % 2]}/{k:03d}.png" for k in range(120)]
+    pictures(folder, *names)
+    for k in numbers:
+        os.truncate(folder / names[k], 1000)
+    return [names[k] for k in numbers]
+
+
+def test_broken_images_are_named_when_all_others_are_packed(script, tmp_path):
+    names = broken(tmp_path / "src", *range(0, 24, 2))
+    shutil.make_archive(tmp_path / "src", "zip", tmp_path / "src")
+    said = script(*PACK, "--src", "src.zip", code=2)
+    assert "broken images, 12: " in said
+    assert names[9] in said and names[10] not in said
+    assert np.sum(np.load(tmp_path / "out/labels.npy") < 0) == 12
+    broken(tmp_path / "src")                                                 # mended
+    script(*PACK)
+    script(*PACK, "--out", "whole/out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole/out")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kills")
+def test_skip_broken_leaves_them_out_to_the_same_bytes(script, tmp_path):
+    names = broken(tmp_path / "src", 8, 33)
+    words = (*PACK[:-1], "killed/out", "--skip-broken")
+    script(*words, code=9, change=functools.partial(dies, "fsync", 4))
+    assert "warning: broken images left out, 2: a/008.png, b/033.png" in script(*words)
+    assert json.loads((tmp_path / "killed/out/meta.json").read_text())["broken"] == dict(count=2, names=names)
+    for name in names:
+        (tmp_path / "src" / name).unlink()
+    script(*PACK)
+    found, expected = contents(tmp_path / "killed/out"), contents(tmp_path / "out")
+    assert found.pop("meta.json") != expected.pop("meta.json")
+    assert found == expected
 
 
 def test_a_folder_that_holds_another_pack_is_refused(script, tmp_path):

@@ -309,6 +309,19 @@ def test_latents_are_those_of_the_images_and_their_mirrors(folder, script):
     assert pack.meta["scale"] == SCALE
 
 
+def test_each_process_names_its_broken_images(folder, script):
+    (folder / "src/020.png").write_bytes(b"broken")                          # rows 40 and 41, of the second chunk
+    said = script(*WORDS, "pack", code=2, change=toy, processes=2)
+    assert "020.png: cannot be read" in said
+
+
+def test_skip_broken_and_classes_of_latents(folder, script):
+    (folder / "src/cat").mkdir()
+    (folder / "src/cat/1.png").write_bytes(b"broken")                        # beside images without a class
+    script(*WORDS, "pack", "--skip-broken", "--classes", 0, change=toy, processes=2)
+    assert Packed(folder / "pack").meta["broken"] == dict(count=1, names=["cat/1.png"])
+
+
 @pytest.mark.parametrize("words, named", [
     ("--size 20", "--size"),
     ("--vae text.ckpt", "text.ckpt"),
