@@ -1,7 +1,7 @@
 """Images in, batches out: the built-in shapes, the packed format, and `python data.py` that makes it.
 
-    python data.py --src DIR --size 64 --out data/NAME           # classes: dataset.json, or sub-folders, or none
-    python data.py --dataset imagenet64 --src ILSVRC/train       # as the papers prepare it, into data/imagenet64
+    python data.py --src DIR --size 64 --out data/NAME        # classes: dataset.json, or sub-folders, or none
+    python data.py --dataset imagenet64 --src ILSVRC/train    # as the papers prepare it, into data/imagenet64
 
 A packed folder holds images.npy, uint8 (N,3,S,S), or latents.npy, float16 (N,8,S/8,S/8), which vae.py writes,
 labels.npy, int64 (N,), and meta.json. An image's label is -1 until the image is there, so the labels say what
@@ -26,13 +26,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from files import BadInput, Parser, at_least, download, env, progress, read_json, replace, run, say, write_json
+from files import (BadInput, Parser, at_least, download, env, progress, read_json, replace, run, say,
+                   write_json)
 
 CHUNK = 32                                       # images that one thread reads, encodes and writes at once
 SUFFIXES = tuple(".png .jpg .jpeg .jpe .jfif .pjpeg .webp .bmp .gif .tif .tiff .ppm .pgm".split())
 LABELS = set(".cls .csv .json .jsonl .npy .parquet .tsv .txt .xml".split())  # of files that may hold labels
 SPLIT = "(?i:train|training|val|valid|validation|test)"                      # as folders are called
-DARK = 20                                        # of 255: 12 bits in 16-bit files give 16, the crop a little more
+DARK = 20                                        # of 255: 12 bits in 16-bit files give 16, crops a bit more
 IMAGENETS = ("imagenet64", "imagenet128", "imagenet256")                     # the last as latents, by vae.py
 DATASETS = {  # what these names promise: side, classes, images in the training set
     "shapes":      (16,  8,      100_000),
@@ -238,8 +239,8 @@ DAMAGE = (OSError, ValueError, SyntaxError, EOFError, zipfile.BadZipFile, zlib.e
 def load_image(path, plain=False):
     """Any image file -> 8-bit RGB as a person sees it; path is a Path, or a zipfile.Path for one in a .zip.
 
-    It is upright by EXIF, grey of 0 .. 65535 is scaled to 8 bits, see-through parts lie on white, CMYK and palettes are
-    converted. `plain` converts and no more, as the papers did. Raises BadInput that names the file.
+    It is upright by EXIF, grey of 0 .. 65535 is scaled to 8 bits, see-through parts lie on white, CMYK and
+    palettes are converted. `plain` converts and no more, as the papers did. Raises BadInput that names the file.
     """
     try:
         with path.open("rb") as file:
@@ -297,9 +298,9 @@ def read_image(path, size, dataset):
 # ------------------------------------------------------------------------ what is on disk -> names and labels
 
 def find_files(src):
-    """-> the folder or .zip as a path, names of the images below it in a fixed order, of the other files and folders.
+    """-> the folder or .zip as a path, the names of the images below it in a fixed order, and of all else.
 
-    Hidden ones are left out, and so is the folder that a Mac adds to a .zip.
+    Hidden files are left out, and so is the folder that a Mac adds to a .zip.
     """
     if src.is_dir():
         root, found = src, glob.glob("**", root_dir=src, recursive=True)
@@ -342,8 +343,8 @@ def by_folder(names, folders=()):
     parts = [name for name in classes if re.fullmatch(rf"\d*000|{SPLIT}", name)]
     deep = any(re.match(rf"/?{SPLIT}/.*/", name[len(shared):]) for name in names)
     if deep or parts == classes:
-        raise BadInput(f"--src: the folders {', '.join(classes[:3])} are parts of a data set, no classes; give one of "
-                       f"them, .../{parts[0]}, or add --classes 0 to pack all without labels")
+        raise BadInput(f"--src: the folders {', '.join(classes[:3])} are parts of a data set, no classes; give "
+                       f"one of them, .../{parts[0]}, or add --classes 0 to pack all without labels")
     if len(classes) > 1 and classes[0] == "":
         loose = names[tops.index("")]
         raise BadInput(f"--src: {loose} lies beside the class folders {classes[1]}, ..., so it has no class")
@@ -371,8 +372,8 @@ def by_json(file, names):
         if wrong:
             raise ValueError(wrong[0])
     except (KeyError, TypeError, ValueError) as error:
-        raise BadInput(f'{file}: expected {{"labels": [[name, label], ...]}} with every image and labels from 0 on, '
-                       f"found {error!r}; --classes 0 packs without labels") from None
+        raise BadInput(f'{file}: expected {{"labels": [[name, label], ...]}} with every image and '
+                       f"labels from 0 on, found {error!r}; --classes 0 packs without labels") from None
     return labels, [str(k) for k in range(max(labels) + 1)]
 
 
@@ -421,8 +422,9 @@ CELEBA = {  # first and last number of each split
 def listing(src, size, dataset, split, skip_broken=False):
     """-> read, names, label, broken: a data set of the papers, or any folder or .zip of images.
 
-    read(name) is the image uint8 (3,size,size). Of one that cannot be read it is black, and broken[name] is the
-    error; skip_broken reads every image at once and takes those names away. label() is the labels and class names.
+    read(name) is the image uint8 (3,size,size). Of one that cannot be read it is black, and broken[name] is
+    the error. skip_broken reads every image at once and takes those names away. label() is the labels and
+    class names.
     """
     broken = {}
     if dataset == "cifar10":
@@ -447,7 +449,8 @@ def listing(src, size, dataset, split, skip_broken=False):
         in_threads("checked", lambda part: list(map(read, part)), parts)
         names = [name for name in names if name not in broken]
     if not names:
-        raise BadInput(f"--src {src}: found no images ({' '.join(SUFFIXES)}) of --split {split} that can be read")
+        raise BadInput(f"--src {src}: found no images ({' '.join(SUFFIXES)}) of --split {split} "
+                       "that can be read")
 
     def label():
         table = root / "dataset.json"
@@ -499,15 +502,16 @@ def begin(out, meta, rank):
         time.sleep(0.1)
 
 
-def pack(src, size, out, split="train", dataset=None, mirror=False, encode=None, rank=0, world=1, labelled=True,
-         skip_broken=False, **more):
+def pack(src, size, out, split="train", dataset=None, mirror=False, encode=None, rank=0, world=1,
+         labelled=True, skip_broken=False, **more):
     """Pack the images below `src` into folder `out`; after a kill it goes on, to the same bytes.
 
-    dataset is the name of the folder unless given; the papers' data sets are read as the papers read them. With
-    mirror every image comes twice, as it is and mirrored. encode(images uint8 (n,3,S,S)) -> the array to
+    dataset is the name of the folder unless given; the papers' data sets are read as the papers read them.
+    With mirror every image comes twice, as it is and mirrored. encode(images uint8 (n,3,S,S)) -> the array to
     store in their place, as vae.py does; several threads call it. Of several processes the one of number
-    `rank` makes every `world`-th chunk. Without `labelled` there are no classes. Images that cannot be read are
-    left out with skip_broken; else a BadInput names them when the others are packed. `more` goes into meta.json.
+    `rank` makes every `world`-th chunk. Without `labelled` there are no classes. skip_broken leaves out the
+    images that cannot be read; else a BadInput names them when the others are packed. `more` goes into
+    meta.json.
     """
     src, out = Path(src), Path(out)
     dataset = dataset or out.name
@@ -530,7 +534,8 @@ def pack(src, size, out, split="train", dataset=None, mirror=False, encode=None,
 
     def make(chunk):
         images = np.array([read(names[row // copies]) for row in chunk])
-        labels[[row for row in chunk if names[row // copies] in broken]] = -1        # these rows stay to be done
+        failed = [row for row in chunk if names[row // copies] in broken]
+        labels[failed] = -1                      # they stay to be done
         brightest.append(images.max())
         if mirror:
             images[1::2] = images[1::2, :, :, ::-1]  # a chunk begins with an even i
@@ -545,14 +550,14 @@ def pack(src, size, out, split="train", dataset=None, mirror=False, encode=None,
 def judge(out, broken, brightest):
     """What this run found: raises BadInput that names the broken images, or warns where all are dark."""
     if broken:
-        line = (f"{out}: unfinished; broken images, {len(broken):,}: {'; '.join(sorted(broken.values())[:10])}; mend them and "
-                f"repeat the command, or remove {out} and add --skip-broken")
+        line = (f"{out}: unfinished; broken images, {len(broken):,}: {'; '.join(sorted(broken.values())[:10])}; "
+                f"mend them and repeat the command, or remove {out} and add --skip-broken")
         if env("LOCAL_RANK"):                    # of a machine's processes run() lets the first speak
             print(line)
         raise BadInput(line)
     if brightest and max(brightest) <= DARK:
-        say(f"warning: no pixel of the images packed now is above {max(brightest)} of 255; where 16-bit files hold 12 bits, "
-            "multiply by 16, or convert to 8 bits first")
+        say(f"warning: no pixel of the images packed now is above {max(brightest)} of 255; where 16-bit files "
+            "hold 12 bits, multiply by 16, or convert to 8 bits first")
 
 
 def in_threads(what, function, chunks):
@@ -613,14 +618,15 @@ def pack_flags(add):
     """The flags that vae.py has as well."""
     add("--split", default="train", help="val and test where they are published; recorded in meta.json")
     add("--classes", type=int, choices=[0], help="pack without labels")
-    add("--skip-broken", action="store_true", help="leave out images that cannot be read; this reads all of them twice")
+    add("--skip-broken", action="store_true",
+        help="leave out images that cannot be read; reads all of them once more, before packing")
 
 
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--src", help="folder or .zip of images, whose dataset.json or sub-folders give the classes; of cifar10 its "
-                      "cifar-10-binary.tar.gz, of celeba64 img_align_celeba, of imagenet ILSVRC's train")
+    add("--src", help="folder or .zip of images, whose dataset.json or sub-folders give the classes; of "
+                      "cifar10 its cifar-10-binary.tar.gz, of celeba64 img_align_celeba, of imagenet ILSVRC's train")
     add("--out", type=Path, help="packed folder to write, such as data/NAME (default: data/DATASET)")
     add("--dataset", choices=("cifar10", "celeba64", "imagenet64", "imagenet128"),
         help="one of the papers' (default: the last part of --out, if it is one)")
@@ -639,7 +645,8 @@ def main():
     if not (args.src and size and (args.out or args.dataset)) or args.size not in (None, size):
         raise BadInput("expected --src DIR --size S --out data/NAME; or --dataset NAME --src DIR, as a data set of "
                        "the papers has its own size, or --dataset cifar10 --download")
-    pack(args.src, size, out, args.split, dataset, labelled=args.classes is None, skip_broken=args.skip_broken)
+    pack(args.src, size, out, args.split, dataset,
+         labelled=args.classes is None, skip_broken=args.skip_broken)
     contact_sheet(out)
 
 
