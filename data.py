@@ -9,6 +9,7 @@ is left to do, and the same command goes on after a kill, or when broken images 
 """
 import collections
 import colorsys
+import functools
 import glob
 import hashlib
 import json
@@ -285,9 +286,16 @@ def celeba_crop(image, size):
     return np.asarray(centre.resize((size, size), Image.BILINEAR))
 
 
+@functools.cache
+def say_once(line):
+    say(line)
+
+
 def read_image(path, size, dataset):
     """uint8 (3,size,size) of an image file, of the papers' data as they read it."""
     image = load_image(path, plain=dataset in DATASETS)
+    if min(image.size) < size:
+        say_once(f"warning: images smaller than {size} x {size} are enlarged")
     if dataset != "celeba64":
         return center_crop(image, size).transpose(2, 0, 1)
     if image.size != (178, 218):
@@ -307,8 +315,10 @@ def find_files(src):
     elif zipfile.is_zipfile(src):
         root = zipfile.Path(src)
         found = root.root.namelist()
+        if "\\" in "".join(found):
+            raise BadInput(f"--src {src}: its names have \\ in place of /; unpack it and give the folder")
     else:
-        raise BadInput(f"--src {src}: no such folder or .zip")
+        raise BadInput(f"--src {src}: no folder or .zip")
     names = sorted(name.replace(os.sep, "/").rstrip("/") for name in found)
     names = [name for name in names if not re.search(r"(^|/)(\.|__MACOSX/)", f"{name}/")]
     images = [name for name in names if name.lower().endswith(SUFFIXES)]
@@ -348,8 +358,8 @@ def by_folder(names, folders=()):
     if len(classes) > 1 and classes[0] == "":
         loose = names[tops.index("")]
         raise BadInput(f"--src: {loose} lies beside the class folders {classes[1]}, ..., so it has no class")
-    if shared and len(classes) == 1:
-        say(f"one folder, {shared}: no classes")
+    if len(classes) == 1:
+        say(f"one folder, {shared or '.'}: no classes; sub-folders would be classes")
     beside = {Path(folder).name for folder in folders if os.path.dirname(folder) == shared}
     empty = sorted(beside.difference(classes))
     if empty:
@@ -490,7 +500,8 @@ def begin(out, meta, rank):
     if notes.exists():
         foreign = fingerprint(read_json(notes)) != fingerprint(meta)
     if foreign:
-        raise BadInput(f"--out {out}: holds other images, or a pack that was begun with others or other settings; remove it, or choose a new folder")
+        raise BadInput(f"--out {out}: holds other images, or a pack that was begun with others or other "
+                       "settings; remove it, or choose a new folder")
     if rank == 0 and not labels.exists():
         out.mkdir(parents=True, exist_ok=True)
         write_json(notes, meta)
@@ -514,6 +525,8 @@ def pack(src, size, out, split="train", dataset=None, mirror=False, encode=None,
     meta.json.
     """
     src, out = Path(src), Path(out)
+    if src.resolve() in out.resolve().parents:
+        raise BadInput(f"--out {out}: lies in --src {src}")
     dataset = dataset or out.name
     read, names, label, broken = listing(src, size, dataset, split, skip_broken)
     labels, classes = label() if labelled else ([0] * len(names), [])
@@ -543,11 +556,11 @@ def pack(src, size, out, split="train", dataset=None, mirror=False, encode=None,
 
     begin(out, meta, rank)
     fill(out, meta, labels, make, rank, world)
-    judge(out, broken, brightest)
+    report(out, broken, brightest)
     say(f"{out}: {len(labels):,} images of {size} x {size}, {len(classes)} classes")
 
 
-def judge(out, broken, brightest):
+def report(out, broken, brightest):
     """What this run found: raises BadInput that names the broken images, or warns where all are dark."""
     if broken:
         line = (f"{out}: unfinished; broken images, {len(broken):,}: {'; '.join(sorted(broken.values())[:10])}; "
@@ -631,7 +644,7 @@ def main():
     add("--dataset", choices=("cifar10", "celeba64", "imagenet64", "imagenet128"),
         help="one of the papers' (default: the last part of --out, if it is one)")
     add("--download", action="store_true", help="fetch cifar10 into data/; the others ask you to register")
-    add("--size", type=at_least(1), help="side of the packed images in pixels (default: the data set's)")
+    add("--size", type=at_least(1), help="side of the packed images in pixels, the centre square of each (default: the data set's)")
     pack_flags(add)
     args = parser.parse_args()
     out = args.out or Path(f"data/{args.dataset}")

@@ -108,8 +108,9 @@ def test_values_beyond_sixteen_bits_are_refused(tmp_path, values):
 
 @pytest.mark.parametrize("highest, warned", [(4095, True), (65535, False)])
 def test_twelve_bits_in_sixteen_are_warned_of(script, tmp_path, highest, warned):
-    Image.fromarray(np.eye(8).astype(np.uint16) * highest).save(tmp_path / "deep.png")
-    said = script("data.py", "--src", ".", "--size", 8, "--out", "out")
+    (tmp_path / "src").mkdir()
+    Image.fromarray(np.eye(8).astype(np.uint16) * highest).save(tmp_path / "src/deep.png")
+    said = script("data.py", "--src", "src", "--size", 8, "--out", "out")
     assert ("multiply by 16" in said) == warned
 
 
@@ -295,6 +296,27 @@ def test_one_folder_has_no_classes_and_jpegs_have_many_suffixes(script, tmp_path
     said = script(*PACK)
     assert "one folder, cat: no classes" in said
     assert "2 images of 16 x 16, 0 classes" in said
+
+
+def test_small_images_are_enlarged_and_said(script, tmp_path):
+    (tmp_path / "src").mkdir()
+    for k in range(2):
+        picture().resize((20, 15)).save(tmp_path / f"src/{k}.png")
+    said = script("data.py", "--src", "src", "--size", 16, "--out", "out")
+    assert said.count("images smaller than 16 x 16 are enlarged") == 1
+
+
+def test_a_pack_inside_its_source_is_refused(script, tmp_path):
+    (tmp_path / "src").mkdir()
+    picture().save(tmp_path / "src/0.png")
+    assert "--out src/pack: lies in --src src" in script(*PACK[:-1], "src/pack", code=2)
+
+
+def test_a_zip_with_backslashes_is_refused(script, tmp_path):
+    with zipfile.ZipFile(tmp_path / "src.zip", "w") as file:
+        file.writestr("cats\\0.png", b"")
+    words = ("data.py", "--src", "src.zip", "--size", 16, "--out", "out")
+    assert "in place of /" in script(*words, code=2)
 
 
 def broken(folder, *numbers):
