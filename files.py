@@ -31,8 +31,8 @@ class NotFinite(BadInput):
 
 
 def run(main):
-    """Call main(). A user's mistake, a full disk and the death of another process of the run become one line
-    and an exit code, not a traceback.
+    """Call main(). A user's mistake, a full disk or memory and the death of another process of the run become
+    one line and an exit code, not a traceback.
     """
     try:
         return main()
@@ -40,11 +40,15 @@ def run(main):
         code, line = getattr(error, "code", 2), str(error)
     except KeyboardInterrupt:
         code, line = 130, "stopped"
-    except RuntimeError as error:                                            # of gloo, NCCL or their store
+    except RuntimeError as error:
+        full = "out of memory|allocate memory"
         lost = r"connection (was likely )?(closed|reset|refused)|remote process exited|broken pipe|timed ?out"
-        if not dist.is_initialized() or not re.search(lost, str(error), re.I):
+        if re.search(full, str(error)):
+            code, line = 1, "out of memory; try a smaller --batch-size, in train.py --accum 2 or --grad-ckpt"
+        elif dist.is_initialized() and re.search(lost, str(error), re.I):    # of gloo, NCCL or their store
+            code, line = 1, "another process of this run has ended; start all again, train.py with --resume"
+        else:
             raise
-        code, line = 1, "another process of this run has ended; start all again, train.py with --resume"
     grouped = dist.is_initialized()
     if grouped or env("LOCAL_RANK") == 0:        # before there is a group, a machine's processes find the same
         print(Path(sys.argv[0]).name + ":", *line.split(), file=sys.stderr, flush=True)

@@ -14,6 +14,7 @@ from files import (BadInput, NotFinite, Parser, at_least, between, hash_file, po
                    replace, run, write_json)
 
 W = torch.arange(40.0)
+OUT_OF_MEMORY = "train.py: out of memory; try a smaller --batch-size, in train.py --accum 2 or --grad-ckpt\n"
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +35,8 @@ def raising(error):
     (NotFinite("nan in ckpt.pt"), 3, "train.py: nan in ckpt.pt\n"),
     (OSError("disk full"), 2, "train.py: disk full\n"),
     (KeyboardInterrupt(), 130, "train.py: stopped\n"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, OUT_OF_MEMORY),
+    (torch.OutOfMemoryError("CUDA out of memory."), 1, OUT_OF_MEMORY),
 ])
 def test_a_mistake_is_one_line_and_an_exit_code(monkeypatch, capsys, error, code, line):
     monkeypatch.setattr(sys, "argv", ["/home/train.py"])
