@@ -5,7 +5,8 @@
     python sample.py --ckpt ema_0.9999_large.pt               # released weights, known by their shapes
 
 Image k depends on the checkpoint, the seed and k. The batch size and the number of processes change it by
-rounding at most; with the same of both, a stop in between changes nothing. The same command finishes what a killed one began.
+rounding at most; with the same of both, a stop in between changes nothing. The same command finishes what a killed one began,
+and with a larger --count it adds images to a folder.
 """
 import shutil
 import time
@@ -218,8 +219,8 @@ def save_npz(path, folder, n, labels):
 
 
 def claim(folder, protocol, grows):
-    """Make `folder` the place of this protocol -> the n of the protocol there, another one where the folder grows.
-    Raises BadInput where it holds other samples.
+    """Make `folder` the place of this protocol -> n of the protocol.json there, which differs from this one's
+    only if the folder grows. Raises BadInput where it holds other samples.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "protocol.json"
@@ -253,7 +254,7 @@ def save_images(out, protocol, batch_size, model, config, how):
         write_json(out.with_suffix(".protocol.json"), protocol)
         save_npz(out, folder, n, labels)
         shutil.rmtree(folder, ignore_errors=True)
-    elif n > before:                             # not until all are there: a growth that is stopped changes no n
+    elif n > before:                             # all are there now: a growth that is stopped leaves the old n
         write_json(folder / "protocol.json", protocol)
     elif n < before:
         say(f"--count {n:,} is there already: {folder} remains a folder of {before:,} images")
@@ -348,7 +349,8 @@ def main():
     say(f"{ckpt}: {config['target']} prediction, weights: {config['weights']} @ step {config['step']}; "
         f"{how['solver']} {steps} steps, {actual} run, {evaluations} evaluations an image, cfg {how['cfg']}")
     if actual < steps:
-        say(f"warning: {steps} steps asked for, {actual} run: noise levels of one timestep are taken once")
+        say(f"warning: {steps} steps asked for, {actual} run: "
+            "noise levels that round to the same timestep are taken once")
     protocol = dict(how, steps_run=actual, evaluations=evaluations, step=config["step"],
                     weights=config["weights"], target=config["target"], dataset=config["dataset"],
                     n=args.n or 64, dtype="float32", vae=None, classifier=None,

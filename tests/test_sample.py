@@ -119,16 +119,13 @@ def test_the_label_follows_the_rule_and_the_noise_does_not(rule, expected):
     assert torch.equal(noise, same)
 
 
-def test_labels_are_drawn_as_often_as_the_data_have_them():
-    drawn = [start(3, k, "data", MODEL)[0] for k in range(2000)]
-    share = np.bincount(drawn, minlength=5) / 2000
-    assert share == pytest.approx([0.1, 0, 0.3, 0.2, 0.4], abs=0.03)
-
-
-def test_the_checkpoint_says_how_often_the_data_have_a_class(main):
-    save(class_counts=[0, 0, 0, 7, 0])
-    main("--labels data --n 3 --out a.npz")
-    assert np.load("a.npz")["arr_1"].tolist() == [3, 3, 3]
+def test_labels_are_drawn_as_often_as_the_data_have_them(main):
+    save(class_counts=[1, 0, 3, 2, 4])
+    main("--labels data --n 9 --out a.npz")
+    model, _ = load_checkpoint("ckpt.pt")
+    drawn = [start(0, k, "data", model)[0] for k in range(2000)]
+    assert np.load("a.npz")["arr_1"].tolist() == drawn[:9]
+    assert np.bincount(drawn) / 2000 == pytest.approx([0.1, 0, 0.3, 0.2, 0.4], abs=0.03)
 
 
 def test_image_k_depends_on_the_seed_and_k(main):
@@ -169,11 +166,10 @@ def test_only_the_checkpoint_is_needed_for_a_grid(main):
 
 def test_fewer_steps_than_asked_are_said_and_stored(main):
     text = main("--n 1 --steps 150 --out folder")
-    protocol = read_json("folder/protocol.json")
-    expected = steps_run(Diffusion("linear", 200), 150)
-    assert (protocol["steps_run"], protocol["evaluations"]) == expected
-    assert protocol["steps"] == 150
-    assert f"warning: 150 steps asked for, {expected[0]} run" in text
+    run, evaluations = steps_run(Diffusion("linear", 200), 150)
+    expected = dict(steps=150, steps_run=run, evaluations=evaluations)
+    assert read_json("folder/protocol.json").items() >= expected.items()
+    assert f"warning: 150 steps asked for, {run} run" in text
     assert "warning" not in main("--n 1 --steps 4 --out other")
 
 
@@ -251,29 +247,23 @@ def test_a_batch_that_is_not_whole_is_drawn_anew(tmp_path, monkeypatch):
     assert pictures(".")[:, 0, 0, 0].tolist() == [1, 1, 4, 2, 3]             # the call that drew 1, 3, 5, ...
 
 
-def test_two_processes_let_a_folder_grow_and_leave_what_is_there_alone(main):
+def test_a_folder_grows_and_never_shrinks_and_what_is_there_is_left_alone(main):
     main("--n 6 --out whole")
     main("--n 4 --out folder")
     Image.new("RGB", (8, 8), "white").save("folder/000000.png")
     main("--n 6 --out folder", processes=2)
     assert near(pictures("folder")[1:], pictures("whole")[1:])
     assert pictures("folder")[0].min() == 255
+    assert "folder remains a folder of 6 images" in main("--n 2 --out folder")
     assert read_json("folder/protocol.json") == read_json("whole/protocol.json")
 
 
-def test_a_smaller_count_than_is_there_changes_nothing(main):
-    main("--n 3 --out folder")
-    assert "folder remains a folder of 3 images" in main("--n 2 --out folder")
-    assert len(pictures("folder")) == read_json("folder/protocol.json")["n"] == 3
-
-
-@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is POSIX's")
-def test_a_growth_that_is_killed_leaves_a_whole_folder_of_the_old_n(main):
+def test_a_growth_that_is_stopped_leaves_a_whole_folder_of_the_old_n(main, monkeypatch):
     main("--n 4 --out folder")
-    main("--n 6 --out folder", code=9, change=partial(die_at, "replace", "000005.png"))
+    monkeypatch.delattr(sample, "draw")
+    with pytest.raises(NameError):
+        main("--n 6 --out folder")
     assert read_json("folder/protocol.json")["n"] == 4
-    main("--n 6 --out folder")
-    assert read_json("folder/protocol.json")["n"] == 6
 
 
 def test_an_npz_does_not_grow(main, refused):
@@ -319,22 +309,20 @@ def test_images_without_a_protocol_are_refused(refused):
 
 # --------------------------------------------------------------------------------------------- not finite
 
-@pytest.mark.parametrize("value", [math.nan, -math.inf])
-def test_weights_that_are_not_finite_are_refused_by_name(main, state, value):
-    state["ema"]["pos_embed"][0, 0, 0] = value
+def test_weights_that_are_not_finite_are_refused_by_name(main, state):
+    state["ema"]["pos_embed"][0, 0, 0] = math.nan
     torch.save(state, "ckpt.pt")
     with pytest.raises(NotFinite, match="ckpt.pt: pos_embed is not finite"):
         main("--n 1 --out folder")
     assert not Path("folder").exists()
 
 
-@pytest.mark.parametrize("out, kept", [("grid.png", 0), ("folder", 1), ("a.npz", 1)])
-def test_samples_that_are_not_finite_become_no_file_and_those_before_stay(main, monkeypatch, out, kept):
-    batches = iter([torch.zeros(1, 3, 8, 8), torch.full((1, 3, 8, 8), math.inf)])
+def test_samples_that_are_not_finite_become_no_file_and_those_before_stay(main, monkeypatch):
+    batches = (torch.full((1, 3, 8, 8), value) for value in (0.0, math.inf))
     monkeypatch.setattr(sample, "sampler", lambda *_, **how: next(batches))
     with pytest.raises(NotFinite, match="images 1 to 1 is not finite"):
-        main(f"--n 2 --batch-size 1 --out {out}")
-    assert len([*Path(".").rglob("*.png")]) == kept
+        main("--n 2 --batch-size 1 --out a.npz")
+    assert len(pictures("a.npz.parts")) == 1
     assert not Path("a.npz").exists()
 
 
@@ -343,32 +331,31 @@ def test_samples_that_are_not_finite_become_no_file_and_those_before_stay(main, 
 NAMES = ["tench, Tinca tinca", "Glass", "2", "crane", "crane, bird"]
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("tinca TINCA, glass,bird,3", [0, 1, 4, 3]),
+NUMBERS = ["01", "02", "10"]
+
+
+@pytest.mark.parametrize("text, names, expected", [
+    ("tinca TINCA, glass,bird,3", NAMES, [0, 1, 4, 3]),
+    ("1,02,010", NUMBERS, [0, 1, 2]),                                        # numbers are names
 ])
-def test_classes_by_name_and_number(text, expected):
-    assert parse_classes(text, NAMES, 5) == expected
-
-
-def test_where_class_names_are_numbers_a_number_is_a_name():
-    assert parse_classes("1,02,010", ["01", "02", "10"], 3) == [0, 1, 2]
-    with pytest.raises(BadInput, match="classes 0: "):
-        parse_classes("0", ["01", "02", "10"], 3)
+def test_classes_by_name_and_number(text, names, expected):
+    assert parse_classes(text, names, len(names)) == expected
 
 
 def test_chosen_classes_are_said_by_name(main):
     assert "classes: ['b', 'e']\n" in main("--n 1 --classes B,4 --out folder")
 
 
-@pytest.mark.parametrize("text, found", [
-    ("tenc", []),
-    ("5", []),
-    ("9" * 30, []),
-    ("crane", [3, 4]),
+@pytest.mark.parametrize("text, names, found", [
+    ("tenc", NAMES, []),
+    ("5", NAMES, []),
+    ("9" * 30, NAMES, []),
+    ("crane", NAMES, [3, 4]),
+    ("0", NUMBERS, []),
 ])
-def test_unknown_and_ambiguous_classes_are_refused(text, found):
+def test_unknown_and_ambiguous_classes_are_refused(text, names, found):
     with pytest.raises(BadInput) as error:
-        parse_classes(text, NAMES, 5)
+        parse_classes(text, names, len(names))
     assert f"fits classes {found}" in str(error.value)
 
 
@@ -415,13 +402,11 @@ def test_a_checkpoint_without_a_part_is_refused(state, refused, part):
     assert "ckpt.pt: " in refused("")
 
 
-def test_a_snapshot_samples_like_its_checkpoint_but_has_no_raw_weights(main, refused, state):
+def test_a_snapshot_samples_and_has_no_raw_weights(main, refused, state):
     del state["model"]
-    torch.save(state, "snapshot.pt")
-    main("--n 2 --out a.npz")
-    main("--n 2 --out b.npz", ckpt="snapshot.pt")
-    assert np.array_equal(pictures("a.npz"), pictures("b.npz"))
-    assert "snapshot.pt is a snapshot, which holds the EMA alone" in refused("--raw", ckpt="snapshot.pt")
+    torch.save(state, "ckpt.pt")
+    main("--n 1")
+    assert "ckpt.pt is a snapshot, which holds the EMA alone" in refused("--raw")
 
 
 # ------------------------------------------------------------------------------- latents, public weights
