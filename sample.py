@@ -5,8 +5,8 @@
     python sample.py --ckpt ema_0.9999_large.pt               # released weights, known by their shapes
 
 Image k depends on the checkpoint, the seed and k. The batch size and the number of processes change it by
-rounding at most; with the same of both, a stop in between changes nothing. The same command finishes what a killed one began,
-and with a larger --count it adds images to a folder.
+rounding at most; with the same of both, a stop in between changes nothing. The same command finishes what a
+killed one began, and with a larger --count it adds images to a folder.
 """
 import shutil
 import time
@@ -294,10 +294,10 @@ def parse():
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--classes", help="comma-separated class names or numbers, gone through in turn; "
         "a number is a name where all names are numbers")
-    either.add_argument("--labels", choices=("random", "balanced", "data"), help="random: drawn for each image; "
-        "balanced: k modulo the number of classes; data: drawn as often as the training data have them (default: "
-        "balanced in a grid, else random)")
-    add("--clip", action="store_true", help="clamp the x0 estimate of every step to [-1, 1]; for pixels, not latents")
+    either.add_argument("--labels", choices=("random", "balanced", "data"), help="random: drawn for each "
+        "image; balanced: k modulo the number of classes; data: drawn as often as the training data have them "
+        "(default: balanced in a grid, else random)")
+    add("--clip", action="store_true", help="clamp x0 estimates to [-1, 1] at every step; for pixels alone")
     add("--seed", type=at_least(0), default=0, help="of labels and noise")
     add("--raw", action="store_true", help="the weights themselves instead of their EMA")
     add("--batch-size", type=at_least(1), default=64, help="images at a time in each process")
