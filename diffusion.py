@@ -270,6 +270,18 @@ def sampling_timesteps(diffusion, steps, rho=7):
     return torch.unique_consecutive((levels[:, None] - sigmas).abs().argmin(0))
 
 
+def steps_run(diffusion, steps, solver="heun"):
+    """-> how many of `steps` sampling steps are run, and how many evaluations of the network they take.
+
+    Repeats are dropped (`sampling_timesteps`). Heun evaluates twice in every step but the last, the other solvers
+    once. Under guidance one evaluation is one call, with both halves in its batch. A classifier is not counted.
+    """
+    run = len(sampling_timesteps(diffusion, steps))
+    if solver == "heun":
+        return run, 2 * run - 1
+    return run, run
+
+
 def guided_x0(model, diffusion, x_t, t, y, cfg, dtype):
     """x0 estimate (B,C,H,W) at one t: uncond + cfg (cond - uncond), both halves in one call of the network. At
     cfg 1 the unconditional half is not run.

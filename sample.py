@@ -5,7 +5,8 @@
     python sample.py --ckpt ema_0.9999_large.pt               # released weights, known by their shapes
 
 Image k depends on the checkpoint, the seed and k. The batch size and the number of processes change it by
-rounding at most; with the same of both, a stop in between changes nothing. The same command finishes what a killed one began.
+rounding at most; with the same of both, a stop in between changes nothing. The same command finishes what a
+killed one began, and with a larger --count it adds images to a folder.
 """
 import shutil
 import time
@@ -18,9 +19,9 @@ from PIL import Image
 import model_unet
 import model_vit
 from data import class_names, generator, load_image, tile
-from diffusion import SOLVERS, TARGETS, Diffusion, sampler
-from files import (BadInput, Parser, at_least, between, hash_file, processes, progress, read, read_json,
-                   replace, run, say, write_json)
+from diffusion import SOLVERS, TARGETS, Diffusion, sampler, steps_run
+from files import (BadInput, NotFinite, Parser, at_least, between, hash_file, processes, progress, read,
+                   read_json, replace, run, say, write_json)
 from vae import load_vae
 
 
@@ -51,20 +52,25 @@ def load_checkpoint(path, raw=False, target=None):
 
     Of a checkpoint the EMA weights are taken, unless raw. Released weights are the paper's,
     guided-diffusion's or latent-diffusion's; `target` says what they predict where their shapes do not.
-    Raises BadInput.
+    Raises BadInput, and NotFinite where a weight is inf or nan.
     """
     state = read(path)
     if "config" not in state:
-        return load_released(path, state, target)
-    try:
-        weights = "raw" if raw else f"EMA {state['config'].get('ema')}"
-        config = {**state["config"], "step": state["step"], "weights": weights}
-        model = build_model(config)
-        model.load_state_dict(state["model" if raw else "ema"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise BadInput(f"{path}: weights and config disagree ({error!r:.200})") from None
+        model, config = load_released(path, state, target)
+    elif raw and "model" not in state:
+        raise BadInput(f"--raw: {path} is a snapshot, which holds the EMA alone")
+    else:
+        try:
+            weights = "raw" if raw else f"EMA {state['config'].get('ema')}"
+            config = {**state["config"], "step": state["step"], "weights": weights}
+            model = build_model(config)
+            model.load_state_dict(state["model" if raw else "ema"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise BadInput(f"{path}: weights and config disagree ({error!r:.200})") from None
     if target not in (None, config["target"]):
         raise BadInput(f"--target {target}: {path} was trained with {config['target']}")
+    check_finite(path, model.state_dict())
+    model.class_counts = config.get("class_counts")                          # for the label rule "data"
     return model.eval(), config
 
 
@@ -80,7 +86,14 @@ def load_released(path, state, target=None):
         raise BadInput(f"{path}: weights do not say what they predict; give --target")
     config["network"] = dict(in_channels=model.in_channels)
     config["class_names"] = class_names("imagenet64") if model.num_classes == 1000 else []
-    return model.eval(), config
+    return model, config
+
+
+def check_finite(where, tensors):
+    """Raise NotFinite with the name of the first of the named tensors that holds inf or nan."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise NotFinite(f"{where}: {name} is not finite")
 
 
 def find_vae(config, device, path=None):
@@ -123,7 +136,8 @@ def to_uint8(x):
 def start(seed, k, labels, model):
     """Label and unit normal noise (C,S,S) that image k of a network begins with.
 
-    labels: "random" draws one, "balanced" is k modulo the number of classes, a list is gone through in turn.
+    labels: "random" draws one, "data" too, as often as model.class_counts has it, "balanced" is k modulo the
+    number of classes, a list is gone through in turn.
     """
     g = generator("image", seed, k)
     count = max(model.num_classes, 1)
@@ -133,11 +147,16 @@ def start(seed, k, labels, model):
         return drawn, noise
     if labels == "balanced":
         return k % count, noise
+    if labels == "data":
+        counts = torch.tensor(model.class_counts).double()
+        return int(counts.multinomial(1, generator=g)), noise
     return labels[k % len(labels)], noise
 
 
 def draw(model, config, ks, seed=0, labels="balanced", vae=None, **how):
-    """The images of numbers ks, uint8 (N,3,S,S); `how` is what `sampler` takes: steps, cfg, solver, ..."""
+    """The images of numbers ks, uint8 (N,3,S,S); `how` is what `sampler` takes: steps, cfg, solver, ...
+    Raises NotFinite.
+    """
     y, z = zip(*[start(seed, k, labels, model) for k in ks])
     weight = next(model.parameters())                                        # its device and dtype are used
     z = torch.stack(z).to(weight)
@@ -146,6 +165,7 @@ def draw(model, config, ks, seed=0, labels="balanced", vae=None, **how):
     x = sampler(model, diffusion, z, y, **how)
     if vae:
         x = vae.decode_latent(x.float())
+    check_finite("samples", {f"the batch of images {ks[0]} to {ks[-1]}": x})
     return to_uint8(x).cpu()
 
 
@@ -198,19 +218,21 @@ def save_npz(path, folder, n, labels):
     replace(path, lambda file: np.savez(file, arr_0=images, arr_1=np.array(labels)))
 
 
-def claim(folder, protocol):
-    """Make `folder` the place of this protocol. Raises BadInput where it holds other samples."""
+def claim(folder, protocol, grows):
+    """Make `folder` the place of this protocol -> n of the protocol.json there, which differs from this one's
+    only if the folder grows. Raises BadInput where it holds other samples.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "protocol.json"
     if any(folder.glob("*.png")) and not file.exists():  # in this order, as other processes may begin meanwhile
         raise BadInput(f"--out {folder}: holds images without protocol.json; choose a new folder")
     if not file.exists():
         write_json(file, protocol)
-    before = read_json(file)
+    before = {**protocol, "clip": False, **read_json(file)}                  # an older one has fewer keys
     for key, value in protocol.items():
-        found = before.get(key)
-        if found != value:
-            raise BadInput(f"--out {folder}: holds samples with {key} {found!r}, not {value!r}")
+        if before[key] != value and not (grows and key == "n"):
+            raise BadInput(f"--out {folder}: holds samples with {key} {before[key]!r}, not {value!r}")
+    return before["n"]
 
 
 def save_images(out, protocol, batch_size, model, config, how):
@@ -221,7 +243,7 @@ def save_images(out, protocol, batch_size, model, config, how):
     rank, *_ = processes()
     if npz and out.exists() and rank == 0:
         raise BadInput(f"--out {out}: exists already")
-    claim(folder, protocol)
+    before = claim(folder, protocol, grows=not npz)
     save_folder(folder, n, batch_size, lambda ks: draw(model, config, ks, **how))
     if rank > 0:
         return
@@ -232,17 +254,26 @@ def save_images(out, protocol, batch_size, model, config, how):
         write_json(out.with_suffix(".protocol.json"), protocol)
         save_npz(out, folder, n, labels)
         shutil.rmtree(folder, ignore_errors=True)
+    elif n > before:                             # all are there now: a growth that is stopped leaves the old n
+        write_json(folder / "protocol.json", protocol)
+    elif n < before:
+        say(f"--count {n:,} is there already: {folder} remains a folder of {before:,} images")
 
 
 # ------------------------------------------------------------------------------------------- command line
 
 def parse_classes(text, names, count):
-    """"3,glass" -> [3, 5]: class names, one of several in a name, or numbers. Raises BadInput."""
+    """"3,glass" -> [3, 5]: class names, one of several in a name, or numbers. Where all names are numbers, a
+    number is a name: 1 is the class 01. Raises BadInput.
+    """
+    numbers = range(count)
+    if names and all(map(str.isdecimal, names)):
+        numbers = [int(name) for name in names]
     labels = []
     for part in text.lower().split(","):
         part = part.strip()
         named = [k for k, name in enumerate(names) if part in name.lower().split(", ")]
-        found = named or [k for k in range(count) if part == str(k)]
+        found = named or [k for k, number in enumerate(numbers) if part.isdecimal() and int(part) == number]
         if len(found) != 1:
             raise BadInput(f"--classes {part}: fits classes {found}, expected one of {count}, a number or {names[:10]}")
         labels += found
@@ -261,9 +292,12 @@ def parse():
     add("--solver", choices=SOLVERS, default="heun", help="heun evaluates the network 2 STEPS - 1 times, the others STEPS times")
     add("--interval", type=at_least(0), nargs=2, metavar=("LO", "HI"), help="guide only for LO <= t <= HI")
     either = parser.add_mutually_exclusive_group()
-    either.add_argument("--classes", help="comma-separated class names or numbers, gone through in turn")
-    either.add_argument("--labels", choices=("random", "balanced"), help="random: drawn for each image; balanced: k modulo the number of classes (default: balanced in a grid, "
-        "else random)")
+    either.add_argument("--classes", help="comma-separated class names or numbers, gone through in turn; "
+        "a number is a name where all names are numbers")
+    either.add_argument("--labels", choices=("random", "balanced", "data"), help="random: drawn for each "
+        "image; balanced: k modulo the number of classes; data: drawn as often as the training data have them "
+        "(default: balanced in a grid, else random)")
+    add("--clip", action="store_true", help="clamp x0 estimates to [-1, 1] at every step; for pixels alone")
     add("--seed", type=at_least(0), default=0, help="of labels and noise")
     add("--raw", action="store_true", help="the weights themselves instead of their EMA")
     add("--batch-size", type=at_least(1), default=64, help="images at a time in each process")
@@ -284,11 +318,19 @@ def settle(args, model, config):
         raise BadInput(f"--interval {interval}: there is no guidance at --cfg 1")
     if interval and not interval[0] <= interval[1] < config["T"]:
         raise BadInput(f"--interval {interval}: expected LO <= HI < {config['T']}")
+    if args.clip and model.in_channels != 3:
+        raise BadInput("--clip: the network draws latents, expected pixels")
     labels = args.labels or ("balanced" if args.out.suffix == ".png" else "random")
     if args.classes is not None:
-        labels = parse_classes(args.classes, config["class_names"], model.num_classes)
+        names = config["class_names"]
+        labels = parse_classes(args.classes, names, model.num_classes)
+        drawn = [names[k] for k in labels if names] or labels
+        say(f"classes: {drawn!s:.100}")
+    if labels == "data" and not model.class_counts:
+        raise BadInput(f"--labels data: {args.ckpt} does not say how often the training data have each class")
     steps = args.steps or config["sample_steps"]
-    return dict(steps=steps, cfg=cfg, interval=interval, solver=args.solver, seed=args.seed, labels=labels)
+    return dict(steps=steps, cfg=cfg, interval=interval, solver=args.solver, clip=args.clip, seed=args.seed,
+                labels=labels)
 
 
 def main():
@@ -302,10 +344,16 @@ def main():
         raise BadInput(f"--out {args.out}: expected a .png grid, an .npz, or a folder for PNGs")
     model, config = load_checkpoint(ckpt, args.raw, args.target)
     how = settle(args, model, config)
+    steps, levels = how["steps"], Diffusion(config["schedule"], config["T"])
+    actual, evaluations = steps_run(levels, steps, how["solver"])
     say(f"{ckpt}: {config['target']} prediction, weights: {config['weights']} @ step {config['step']}; "
-        f"{how['solver']} {how['steps']} steps, cfg {how['cfg']}")
-    protocol = dict(how, step=config["step"], weights=config["weights"], target=config["target"],
-                    dataset=config["dataset"], n=args.n or 64, dtype="float32", vae=None, classifier=None,
+        f"{how['solver']} {steps} steps, {actual} run, {evaluations} evaluations an image, cfg {how['cfg']}")
+    if actual < steps:
+        say(f"warning: {steps} steps asked for, {actual} run: "
+            "noise levels that round to the same timestep are taken once")
+    protocol = dict(how, steps_run=actual, evaluations=evaluations, step=config["step"],
+                    weights=config["weights"], target=config["target"], dataset=config["dataset"],
+                    n=args.n or 64, dtype="float32", vae=None, classifier=None,
                     classifier_scale=args.classifier_scale)
 
     torch.backends.cudnn.allow_tf32 = False                                  # float32 means float32

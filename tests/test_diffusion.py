@@ -7,7 +7,7 @@ from conftest import relative
 from scipy import stats
 
 from diffusion import (SOLVERS, TARGETS, WEIGHTINGS, Diffusion, alphas_cumprod, loss_weight, sampler,
-                       sampling_timesteps, trajectory)
+                       sampling_timesteps, steps_run, trajectory)
 from model_vit import from_official
 
 B, C, H, W = 5, 2, 4, 3                                # no two are equal: a wrong broadcast shows
@@ -518,6 +518,15 @@ def test_the_unconditional_half_runs_only_where_it_is_needed(how, rows):
     network = Recorder()
     sample(network, **how)
     assert sum(count for _, count in network) == rows * B
+
+
+@each("steps", [1, 18, 250])
+@each("d", [D, Diffusion("linear", 4000), Diffusion(T=100)])
+@each_solver
+def test_steps_and_evaluations_are_those_that_are_run(d, steps, solver):
+    network = Recorder()
+    estimates = list(trajectory(network, d, Z, LABELS, steps=steps, cfg=2.0, solver=solver))
+    assert steps_run(d, steps, solver) == (len(estimates), len(network))
 
 
 def test_the_ends_of_an_interval_are_inside_it():

@@ -1,4 +1,5 @@
 """Sampling: image k depends on the checkpoint, the seed and k; what lies on disk; what is refused."""
+import math
 import os
 import signal
 import sys
@@ -15,8 +16,8 @@ import model_unet
 import model_vit
 import sample
 from data import tile
-from diffusion import Diffusion, sampler
-from files import BadInput, read_json
+from diffusion import Diffusion, sampler, steps_run
+from files import BadInput, NotFinite, read_json
 from model_vit import SIZES, ViT
 from sample import load_checkpoint, parse_classes, start, to_uint8
 
@@ -36,6 +37,7 @@ CONFIG = dict(
 )
 SETTINGS = dict(steps=4, cfg=1.5)
 MODEL = ViT(**NETWORK)
+MODEL.class_counts = [1, 0, 3, 2, 4]
 
 
 def save(**change):
@@ -109,12 +111,21 @@ def test_noise_is_unit_normal_and_labels_are_uniform():
     assert np.bincount(y).min() > 340
 
 
-@pytest.mark.parametrize("rule, expected", [("balanced", 2), ([4, 1, 0], 1)])
+@pytest.mark.parametrize("rule, expected", [("balanced", 2), ([4, 1, 0], 1), ("data", 2)])
 def test_the_label_follows_the_rule_and_the_noise_does_not(rule, expected):
     label, noise = start(3, 7, rule, MODEL)
     _, same = start(3, 7, "random", MODEL)
     assert label == expected
     assert torch.equal(noise, same)
+
+
+def test_labels_are_drawn_as_often_as_the_data_have_them(main):
+    save(class_counts=[1, 0, 3, 2, 4])
+    main("--labels data --n 9 --out a.npz")
+    model, _ = load_checkpoint("ckpt.pt")
+    drawn = [start(0, k, "data", model)[0] for k in range(2000)]
+    assert np.load("a.npz")["arr_1"].tolist() == drawn[:9]
+    assert np.bincount(drawn) / 2000 == pytest.approx([0.1, 0, 0.3, 0.2, 0.4], abs=0.03)
 
 
 def test_image_k_depends_on_the_seed_and_k(main):
@@ -135,6 +146,7 @@ CHOSEN = dict(steps=3, cfg=3, interval=(20, 90), solver="dpm++2m")
 
 @pytest.mark.parametrize("flags, part, labels, how", [
     ("", "ema", "random", SETTINGS),
+    ("--clip", "ema", "random", dict(SETTINGS, clip=True)),
     (FLAGS, "model", [4, 1], CHOSEN),
 ])
 def test_the_checkpoint_and_the_flags_say_how_images_are_drawn(main, state, flags, part, labels, how):
@@ -150,6 +162,15 @@ def test_only_the_checkpoint_is_needed_for_a_grid(main):
     images = by_hand(model, 40, "balanced", **SETTINGS)
     expected = tile(images.transpose(0, 3, 1, 2), 5)                         # a class to a column
     assert near(Image.open("samples.png").reduce(8), expected)               # small images are shown larger
+
+
+def test_fewer_steps_than_asked_are_said_and_stored(main):
+    text = main("--n 1 --steps 150 --out folder")
+    run, evaluations = steps_run(Diffusion("linear", 200), 150)
+    expected = dict(steps=150, steps_run=run, evaluations=evaluations)
+    assert read_json("folder/protocol.json").items() >= expected.items()
+    assert f"warning: 150 steps asked for, {run} run" in text
+    assert "warning" not in main("--n 1 --steps 4 --out other")
 
 
 # ------------------------------------------------------------------------------------------------ on disk
@@ -226,8 +247,42 @@ def test_a_batch_that_is_not_whole_is_drawn_anew(tmp_path, monkeypatch):
     assert pictures(".")[:, 0, 0, 0].tolist() == [1, 1, 4, 2, 3]             # the call that drew 1, 3, 5, ...
 
 
+def test_a_folder_grows_and_never_shrinks_and_what_is_there_is_left_alone(main):
+    main("--n 6 --out whole")
+    main("--n 4 --out folder")
+    Image.new("RGB", (8, 8), "white").save("folder/000000.png")
+    main("--n 6 --out folder", processes=2)
+    assert near(pictures("folder")[1:], pictures("whole")[1:])
+    assert pictures("folder")[0].min() == 255
+    assert "folder remains a folder of 6 images" in main("--n 2 --out folder")
+    assert read_json("folder/protocol.json") == read_json("whole/protocol.json")
+
+
+def test_a_growth_that_is_stopped_leaves_a_whole_folder_of_the_old_n(main, monkeypatch):
+    main("--n 4 --out folder")
+    monkeypatch.delattr(sample, "draw")
+    with pytest.raises(NameError):
+        main("--n 6 --out folder")
+    assert read_json("folder/protocol.json")["n"] == 4
+
+
+def test_an_npz_does_not_grow(main, refused):
+    Path("a.npz.parts").mkdir()
+    main("--n 1 --out a.npz.parts")
+    assert "holds samples with n 1, not 3" in refused("--n 3 --out a.npz")
+
+
+def test_a_folder_of_an_older_protocol_goes_on_without_clip(main, refused):
+    main("--n 1 --out folder")
+    protocol = read_json("folder/protocol.json")
+    del protocol["clip"], protocol["evaluations"]
+    sample.write_json("folder/protocol.json", protocol)
+    main("--n 1 --out folder")
+    assert "holds samples with clip False, not True" in refused("--n 1 --out folder --clip")
+
+
 @pytest.mark.parametrize("key, flags", [
-    ("n", "--n 3"),
+    ("clip", "--clip"),
     ("seed", "--seed 1"),
     ("steps", "--steps 2"),
     ("cfg", "--cfg 2"),
@@ -252,27 +307,55 @@ def test_images_without_a_protocol_are_refused(refused):
     assert "protocol.json" in refused("--out .")
 
 
+# --------------------------------------------------------------------------------------------- not finite
+
+def test_weights_that_are_not_finite_are_refused_by_name(main, state):
+    state["ema"]["pos_embed"][0, 0, 0] = math.nan
+    torch.save(state, "ckpt.pt")
+    with pytest.raises(NotFinite, match="ckpt.pt: pos_embed is not finite"):
+        main("--n 1 --out folder")
+    assert not Path("folder").exists()
+
+
+def test_samples_that_are_not_finite_become_no_file_and_those_before_stay(main, monkeypatch):
+    batches = (torch.full((1, 3, 8, 8), value) for value in (0.0, math.inf))
+    monkeypatch.setattr(sample, "sampler", lambda *_, **how: next(batches))
+    with pytest.raises(NotFinite, match="images 1 to 1 is not finite"):
+        main("--n 2 --batch-size 1 --out a.npz")
+    assert len(pictures("a.npz.parts")) == 1
+    assert not Path("a.npz").exists()
+
+
 # ------------------------------------------------------------------------------------- flags and refusals
 
 NAMES = ["tench, Tinca tinca", "Glass", "2", "crane", "crane, bird"]
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("tinca TINCA, glass,bird,3", [0, 1, 4, 3]),
-])
-def test_classes_by_name_and_number(text, expected):
-    assert parse_classes(text, NAMES, 5) == expected
+NUMBERS = ["01", "02", "10"]
 
 
-@pytest.mark.parametrize("text, found", [
-    ("tenc", []),
-    ("5", []),
-    ("9" * 30, []),
-    ("crane", [3, 4]),
+@pytest.mark.parametrize("text, names, expected", [
+    ("tinca TINCA, glass,bird,3", NAMES, [0, 1, 4, 3]),
+    ("1,02,010", NUMBERS, [0, 1, 2]),                                        # numbers are names
 ])
-def test_unknown_and_ambiguous_classes_are_refused(text, found):
+def test_classes_by_name_and_number(text, names, expected):
+    assert parse_classes(text, names, len(names)) == expected
+
+
+def test_chosen_classes_are_said_by_name(main):
+    assert "classes: ['b', 'e']\n" in main("--n 1 --classes B,4 --out folder")
+
+
+@pytest.mark.parametrize("text, names, found", [
+    ("tenc", NAMES, []),
+    ("5", NAMES, []),
+    ("9" * 30, NAMES, []),
+    ("crane", NAMES, [3, 4]),
+    ("0", NUMBERS, []),
+])
+def test_unknown_and_ambiguous_classes_are_refused(text, names, found):
     with pytest.raises(BadInput) as error:
-        parse_classes(text, NAMES, 5)
+        parse_classes(text, names, len(names))
     assert f"fits classes {found}" in str(error.value)
 
 
@@ -286,6 +369,7 @@ def test_unknown_and_ambiguous_classes_are_refused(text, found):
     "--classifier-scale nan",
     "--target eps",
     "--classes z",
+    "--labels data",
     "--vae none.pt",
     "--interval 90 0",
     "--interval 0 200",
@@ -318,6 +402,13 @@ def test_a_checkpoint_without_a_part_is_refused(state, refused, part):
     assert "ckpt.pt: " in refused("")
 
 
+def test_a_snapshot_samples_and_has_no_raw_weights(main, refused, state):
+    del state["model"]
+    torch.save(state, "ckpt.pt")
+    main("--n 1")
+    assert "ckpt.pt is a snapshot, which holds the EMA alone" in refused("--raw")
+
+
 # ------------------------------------------------------------------------------- latents, public weights
 
 class Decoder(torch.nn.Module):
@@ -339,6 +430,7 @@ def test_a_latent_model_asks_for_its_vae(refused):
     save(network={**NETWORK, "in_channels": 4})
     assert "--vae FILE" in refused("")
     assert "ckpt.pt: not Stable" in refused("--vae ckpt.pt")
+    assert "--clip: the network draws latents" in refused("--clip")
 
 
 @pytest.fixture
