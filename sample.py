@@ -176,7 +176,9 @@ def batches_of(ks, size):
 def grid(model, config, path, n=None, batch_size=64, **how):
     """Draw n images (8 a class by default) into one PNG, one class to a column where they fit."""
     columns = model.num_classes if 2 <= model.num_classes <= 16 else 8
-    batches = batches_of(range(n or 8 * columns), batch_size)
+    n = n or 8 * columns
+    columns = min(columns, n)
+    batches = batches_of(range(n), batch_size)
     images = torch.cat([draw(model, config, ks, **how) for ks in batches])
     sheet = tile(images.numpy(), columns)
     scale = max(1, 64 // images.shape[-1])                                   # small images are shown larger
@@ -228,10 +230,11 @@ def claim(folder, protocol, grows):
         raise BadInput(f"--out {folder}: holds images without protocol.json; choose a new folder")
     if not file.exists():
         write_json(file, protocol)
-    before = {**protocol, "clip": False, **read_json(file)}                  # an older one has fewer keys
+    before = read_json(file)
     for key, value in protocol.items():
-        if before[key] != value and not (grows and key == "n"):
-            raise BadInput(f"--out {folder}: holds samples with {key} {before[key]!r}, not {value!r}")
+        found = before.get(key)
+        if found != value and not (grows and key == "n"):
+            raise BadInput(f"--out {folder}: holds samples with {key} {found!r}, not {value!r}")
     return before["n"]
 
 
@@ -249,15 +252,17 @@ def save_images(out, protocol, batch_size, model, config, how):
         return
     while not all(png(folder, k).exists() for k in range(n)):                # those of the other processes
         time.sleep(1)
+    labels = [start(how["seed"], k, how["labels"], model)[0] for k in range(n)]
     if npz:
-        labels = [start(how["seed"], k, how["labels"], model)[0] for k in range(n)]
         write_json(out.with_suffix(".protocol.json"), protocol)
         save_npz(out, folder, n, labels)
         shutil.rmtree(folder, ignore_errors=True)
-    elif n > before:                             # all are there now: a growth that is stopped leaves the old n
-        write_json(folder / "protocol.json", protocol)
     elif n < before:
         say(f"--count {n:,} is there already: {folder} remains a folder of {before:,} images")
+    else:                                        # all are there now: a growth that is stopped leaves the old n
+        table = [[png(folder, k).name, labels[k]] for k in range(n)] if model.num_classes else None
+        write_json(folder / "dataset.json", dict(labels=table))              # EDM's form, which data.py reads
+        write_json(folder / "protocol.json", protocol)
 
 
 # ------------------------------------------------------------------------------------------- command line
@@ -269,13 +274,16 @@ def parse_classes(text, names, count):
     numbers = range(count)
     if names and all(map(str.isdecimal, names)):
         numbers = [int(name) for name in names]
+    if not count:
+        raise BadInput(f"--classes {text}: the network was trained without classes")
     labels = []
     for part in text.lower().split(","):
         part = part.strip()
         named = [k for k, name in enumerate(names) if part in name.lower().split(", ")]
         found = named or [k for k, number in enumerate(numbers) if part.isdecimal() and int(part) == number]
         if len(found) != 1:
-            raise BadInput(f"--classes {part}: fits classes {found}, expected one of {count}, a number or {names[:10]}")
+            raise BadInput(f"--classes {part}: fits classes {found}, expected one of {count}, a number or "
+                           f"{names[:10]}")
         labels += found
     return labels
 
@@ -289,7 +297,8 @@ def parse():
         "--count under torchrun, whose own parser stumbles over --n")
     add("--cfg", type=between(0, 1000), help="guidance scale, 1 = none (default: the preset's)")
     add("--steps", type=at_least(1, 10_000), help="sampling steps (default: the preset's)")
-    add("--solver", choices=SOLVERS, default="heun", help="heun evaluates the network 2 STEPS - 1 times, the others STEPS times")
+    add("--solver", choices=SOLVERS, default="heun",
+        help="heun evaluates the network 2 STEPS - 1 times, the others STEPS times")
     add("--interval", type=at_least(0), nargs=2, metavar=("LO", "HI"), help="guide only for LO <= t <= HI")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--classes", help="comma-separated class names or numbers, gone through in turn; "
@@ -348,6 +357,9 @@ def main():
     actual, evaluations = steps_run(levels, steps, how["solver"])
     say(f"{ckpt}: {config['target']} prediction, weights: {config['weights']} @ step {config['step']}; "
         f"{how['solver']} {steps} steps, {actual} run, {evaluations} evaluations an image, cfg {how['cfg']}")
+    share = 0 if args.raw else config.get("ema", 0) ** (config["step"] or 0)
+    if 0.01 < share < 1:
+        say(f"warning: the EMA still holds {share:.0%} of the weights before training; --raw is without it")
     if actual < steps:
         say(f"warning: {steps} steps asked for, {actual} run: "
             "noise levels that round to the same timestep are taken once")

@@ -170,7 +170,20 @@ def test_fewer_steps_than_asked_are_said_and_stored(main):
     expected = dict(steps=150, steps_run=run, evaluations=evaluations)
     assert read_json("folder/protocol.json").items() >= expected.items()
     assert f"warning: 150 steps asked for, {run} run" in text
-    assert "warning" not in main("--n 1 --steps 4 --out other")
+    assert "asked for" not in main("--n 1 --steps 4 --out other")
+
+
+@pytest.mark.parametrize("ema, share", [(.99, "97%"), (.1, None)])
+def test_an_average_that_holds_its_start_is_warned_of(main, ema, share):
+    save(ema=ema)
+    text = main("--n 1")
+    assert ("warning: the EMA" in text) == bool(share)
+    assert share is None or f"still holds {share}" in text
+
+
+def test_a_grid_of_few_images_has_no_empty_places(main):
+    main("--n 2 --out few.png")
+    assert Image.open("few.png").size == (2 * 64, 64)
 
 
 # ------------------------------------------------------------------------------------------------ on disk
@@ -185,6 +198,13 @@ def test_folder_and_npz_hold_the_same_images_and_protocol(main, refused):
     assert read_json("folder/protocol.json") == read_json("a.protocol.json")
     assert not Path("a.npz.parts").exists()
     assert "exists already" in refused("--n 7 --out a.npz")
+
+
+def test_a_folder_says_the_label_of_each_image(main):
+    main("--n 2 --out folder")
+    main("--n 3 --out folder")
+    expected = [[f"{k:06d}.png", start(0, k, "random", MODEL)[0]] for k in range(3)]
+    assert read_json("folder/dataset.json") == {"labels": expected}
 
 
 def test_the_first_process_waits_for_the_others(main, monkeypatch):
@@ -272,15 +292,6 @@ def test_an_npz_does_not_grow(main, refused):
     assert "holds samples with n 1, not 3" in refused("--n 3 --out a.npz")
 
 
-def test_a_folder_of_an_older_protocol_goes_on_without_clip(main, refused):
-    main("--n 1 --out folder")
-    protocol = read_json("folder/protocol.json")
-    del protocol["clip"], protocol["evaluations"]
-    sample.write_json("folder/protocol.json", protocol)
-    main("--n 1 --out folder")
-    assert "holds samples with clip False, not True" in refused("--n 1 --out folder --clip")
-
-
 @pytest.mark.parametrize("key, flags", [
     ("clip", "--clip"),
     ("seed", "--seed 1"),
@@ -357,6 +368,11 @@ def test_unknown_and_ambiguous_classes_are_refused(text, names, found):
     with pytest.raises(BadInput) as error:
         parse_classes(text, names, len(names))
     assert f"fits classes {found}" in str(error.value)
+
+
+def test_classes_of_a_network_without_any_are_refused():
+    with pytest.raises(BadInput, match="without classes"):
+        parse_classes("dog", [], 0)
 
 
 @pytest.mark.parametrize("flags", [
