@@ -1,16 +1,18 @@
 """FID as the paper measured it: `python fid.py SAMPLES REFERENCE`, and the networks and formulas behind it.
 
-    python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz   # samples: folder of PNGs, npz, packed data
+    python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz   # samples: folder or .zip of PNGs, npz, packed data
     python fid.py stats --data data/NAME --out ref.npz          # reference statistics of your own
 
 The features are those of the Inception network of December 2015, after TensorFlow 1's resize, as in
 NVlabs/edm and in ADM's evaluator. A reference that has statistics is compared by them. What it lacks for
---metrics all is measured on the images beside them.
+--metrics all is measured on the images beside them. Samples are always measured on their images.
 """
 import contextlib
+import io
 import json
 import math
 import sys
+import threading
 import time
 import zipfile
 import zlib
@@ -253,6 +255,31 @@ def precision_recall(reference, samples, k=3):
     return covered(samples, reference), covered(reference, samples)
 
 
+def kid(reference, samples, subset=1000, seed=0):
+    """Kernel Inception distance of feature rows, (N,D) and (M,D), float64 -> mean and standard deviation over 100
+    random subsets of both (Binkowski et al. 2018).
+
+    A subset has `subset` rows, or all rows of the smaller set. Its distance is the unbiased MMD^2 with the kernel
+    k(x, y) = (x.y / D + 1)^3: the mean k of two different rows of one set, for both sets, minus 2 the mean k of
+    two rows of two sets. It may be negative.
+    """
+    def kernel(x, y):
+        return (x @ y.T / x.shape[1] + 1) ** 3                               # (n,n)
+
+    n = min(subset, len(reference), len(samples))
+    draw = torch.Generator().manual_seed(seed)
+    distances = []
+    for _ in range(100):
+        chosen = [rows[torch.randperm(len(rows), generator=draw)[:n]].double() for rows in (reference, samples)]
+        distance = -2 * kernel(*chosen).mean()
+        for x in chosen:
+            similar = kernel(x, x)
+            distance += (similar.sum() - similar.trace()) / (n * (n - 1))
+        distances.append(distance)
+    distances = torch.stack(distances)
+    return float(distances.mean()), float(distances.std(correction=0))
+
+
 def pixels(images):
     """uint8 (N,3,H,W) -> (N,192): 8 x 8 average-pooled pixels in [0,1], for FD-pixels, which is no FID."""
     return F.adaptive_avg_pool2d(images.float() / 255, 8).flatten(1)
@@ -270,9 +297,9 @@ def fd_pixels(a, b):
 # ------------------------------------------------------------------------------- the weights of Inception
 # The networks and metrics above need PyTorch and numpy alone. What follows uses other files of the project.
 
-from data import SUFFIXES, Packed, load_image  # noqa: E402
-from files import (BadInput, Parser, at_least, download, hash_file, processes, progress, read,  # noqa: E402
-                   read_json, replace, run)
+from data import Packed, find_images, generator, load_image  # noqa: E402
+from files import (BadInput, NotFinite, Parser, at_least, download, hash_file, processes, progress,  # noqa: E402
+                   read, replace, run, say)
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
@@ -306,103 +333,160 @@ def find_inception(file, sha256):
 
 
 # ----------------------------------------------------------------------------------------- what is on disk
-# Images are opened as their number and take(i, j), which returns some of them as uint8 (j-i,3,S,S).
+# Images are opened as their number and take(rows), which returns those of some rows as uint8 (len(rows),3,S,S).
+# The rows are an array of ascending numbers.
 
 def open_pack(path):
     packed = Packed(path)
     if packed.latents:
         raise BadInput(f"{path}: holds latents, expected images")
-    return len(packed), lambda i, j: packed.images[np.arange(i, j)]
+    return len(packed), packed.images.__getitem__
+
+
+class Members(zipfile.Path):
+    """Files in a .zip. One thread at a time reads, as zipfile does not promise more; all may decode."""
+    lock = threading.Lock()
+
+    def open(self, mode):
+        with self.lock, super().open(mode) as file:
+            return io.BytesIO(file.read())
 
 
 def open_folder(path):
-    """The PNGs of a folder and its sub-folders, in the order of their paths."""
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-    kinds = {file.suffix.lower() for file in files}
+    """The PNGs below a folder or in a .zip, in the order of their paths -> also the root of these paths."""
+    root, names = find_images(path)
+    if path.is_file():
+        root = Members(root.root)
+    names = sorted(map(Path, names))
+    kinds = {name.suffix.lower() for name in names}
     if kinds != {".png"}:
         raise BadInput(f"{path}: found {sorted(kinds)}, expected .png; JPEG changes the FID")
-    size = load_image(files[0]).size
+    size = load_image(root / names[0].as_posix()).size
     pool = ThreadPoolExecutor()                          # decoding leaves Python's lock
 
-    def load(file):
+    def load(row):
+        file = root / names[row].as_posix()
         image = load_image(file)
         if image.size != size:
             raise BadInput(f"{file}: its size is {image.size}, that of the first image {size}")
         return np.asarray(image).transpose(2, 0, 1)
 
-    def take(i, j):
-        images = pool.map(load, files[i:j])
+    def take(rows):
+        images = pool.map(load, rows)
         return np.stack(list(images))
 
-    return len(files), take
+    return len(names), take, root
 
 
-def open_npz(path, D):
-    """ADM's layout: statistics mu (D,), sigma (D,D), perhaps mu_s and sigma_s; images arr_0, uint8 (N,S,S,3);
-    or both. The images are read forwards and never as a whole.
+def is_npz(path):
+    """Whether this is a .zip of arrays."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with readable(path), zipfile.ZipFile(path) as archive:
+        return any(name.endswith(".npy") for name in archive.namelist())
+
+
+def open_npz(path):
+    """ADM's layout: statistics mu (D,), sigma (D,D), perhaps mu_s and sigma_s; images arr_0, uint8 (N,S,S,3), or
+    grey without the 3; or both. The images are read forwards and never as a whole.
     """
     with readable(path), np.load(path) as file:
         names = ("mu", "sigma", "mu_s", "sigma_s")
         found = {name: file[name] for name in names if name in file}
-        if found and found["sigma"].shape != (D, D):
-            raise ValueError(f"sigma is {found['sigma'].shape}, expected {D} features")
         meta = json.loads(str(file["meta"])) if "meta" in file else {}
         if found and "arr_0" not in file:
             return found, meta, 0, None
         stream = zipfile.ZipFile(path).open("arr_0.npy")
         np.lib.format.read_magic(stream)
         shape, columns_first, dtype = np.lib.format.read_array_header_1_0(stream)
-        if dtype != np.uint8 or shape[2:] != (shape[1], 3) or columns_first:
-            raise ValueError(f"arr_0 is {dtype} {shape}, expected uint8 (N,S,S,3) by rows")
+        N, S, *_ = *shape, 0, 0
+        grey = shape in [(N, S, S), (N, S, S, 1)]
+        if dtype != np.uint8 or columns_first or not (grey or shape == (N, S, S, 3)):
+            raise ValueError(f"arr_0 is {dtype} {shape}, expected uint8 (N,S,S,3) by rows, or grey (N,S,S)")
+    if grey:
+        say(f"{path}: grey images, read as RGB")
     begin, each = stream.tell(), math.prod(shape[1:])
 
-    def take(i, j):
-        with readable(path):
-            stream.seek(begin + i * each)
-            block = np.frombuffer(stream.read((j - i) * each), np.uint8)
-            images = block.reshape(j - i, *shape[1:])
-        return images.transpose(0, 3, 1, 2)
+    def load(row):
+        stream.seek(begin + row * each)
+        image = np.frombuffer(stream.read(each), np.uint8)
+        return np.broadcast_to(image.reshape(S, S, -1), (S, S, 3)).transpose(2, 0, 1)
 
-    return found, meta, shape[0], take
+    def take(rows):
+        with readable(path):
+            return np.stack([load(int(row)) for row in rows])
+
+    return found, meta, N, take
 
 
 @contextlib.contextmanager
 def readable(path):
-    """What numpy, zipfile and zlib raise for a damaged npz becomes one line that names the file."""
+    """What numpy, json, zipfile and zlib raise for a damaged file becomes one line that names it."""
     try:
         yield
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise BadInput(f"{path}: {error}") from None
 
 
-def open_side(path, limit, extractor, D):
-    """One side of the comparison -> the statistics that it has; its metadata; how many images it has to
-    measure; how to read them, take(i, j). Raises BadInput.
+def check_finite(path, found):
+    """Raises NotFinite for statistics or features of this file."""
+    for name, values in found.items():
+        if not torch.as_tensor(values).isfinite().all():
+            raise NotFinite(f"{path}: {name} holds inf or nan, expected features that are finite")
+
+
+def spread(count, total, seed):
+    """-> `count` of the numbers below total, ascending: a random one of each of `count` equal portions, whose sizes
+    differ by 1 where they must.
+    """
+    edges = torch.arange(count + 1) * total // count
+    places = torch.rand(count, generator=generator("count", seed, 0))
+    return (edges[:-1] + (places.double() * edges.diff()).long()).numpy()
+
+
+def open_side(path, D, extractor, count=None, seed=0, measured=False):
+    """One side of the comparison -> the statistics that it has; its metadata; the rows of the images to measure;
+    how to read them, take(rows). If it is to be `measured`, it needs images, and its statistics are left aside.
+    Raises BadInput, for statistics that are not finite NotFinite.
     """
     path = Path(path)
     found, meta, notes = {}, {}, path / "meta.json"      # notes by data.py, or by sample.py
     if notes.exists():
-        count, take = open_pack(path)
-    elif path.is_dir():
-        count, take = open_folder(path)
-        notes = path / "protocol.json"
-    elif zipfile.is_zipfile(path):
-        found, meta, count, take = open_npz(path, D)
+        total, take = open_pack(path)
+    elif is_npz(path):
+        found, meta, total, take = open_npz(path)
         notes = path.with_suffix(".protocol.json")
+    elif path.is_dir() or zipfile.is_zipfile(path):
+        total, take, root = open_folder(path)
+        notes = root / "protocol.json"
     else:
-        raise BadInput(f"{path}: expected a folder of PNGs, packed data or an npz")
-    if not found:
+        raise BadInput(f"{path}: expected a folder or .zip of PNGs, packed data or an npz")
+    if measured and take is None:
+        raise BadInput(f"{path}: holds statistics and no images; the order is python fid.py SAMPLES REFERENCE")
+    rows = np.arange(total)
+    if found and not measured:
+        with readable(path):
+            if found["sigma"].shape != (D, D):
+                raise ValueError(f"sigma is {found['sigma'].shape}, expected {D} features")
+        check_finite(path, found)
+    else:
+        found, meta = {}, {}
         if notes.exists():
-            meta = read_json(notes)
-        n = limit or meta.get("n", count)
-        if not 4 <= n <= count:
-            raise BadInput(f"{path}: found {count:,} images, expected at least {max(n, 4):,}")
-        count = n
+            with readable(notes):
+                meta = json.loads(notes.read_bytes())
+        promised = meta.get("n", total)
+        n = count or promised
+        rows = rows[:promised]
+        if not 4 <= n <= len(rows):
+            raise BadInput(f"{path}: found {len(rows):,} images, expected at least {max(n, 4):,}")
         meta.update(n=n, extractor=extractor)
         meta.pop("classes", None)                        # a thousand names
-    if count:
-        meta["size"] = take(0, 1).shape[2]
-    return found, {**meta, "file": str(path)}, count, take
+        if count:
+            meta["drawn"] = dict(count=count, of=len(rows), seed=seed)
+            rows = spread(count, len(rows), seed)
+    if len(rows):
+        meta["size"] = take(rows[:1]).shape[2]
+    return found, {**meta, "file": str(path)}, rows, take
 
 
 # ------------------------------------------------------------------------------------------ command line
@@ -415,31 +499,33 @@ def flags():
         add("--data", required=True, help="images to measure")
         add("--out", required=True, help="npz to write")
     else:
-        add("samples", help="folder of PNGs, npz or packed data")
+        add("samples", help="folder or .zip of PNGs, npz or packed data")
         add("reference", help="the same, or an npz of statistics")
-    add("--count", type=at_least(4), help="measure the first COUNT images of a side that holds no statistics (default: all)")
+    add("--count", type=at_least(4), help="measure COUNT images of each side, drawn evenly over its order; statistics "
+                                          "stay as they are (default: all)")
+    add("--seed", type=at_least(0), default=0, help="of the draw of --count")
     add("--features", choices=("inception", "pixels"), default="inception", help="pixels: FD-pixels, no FID")
-    add("--metrics", choices=("fid", "all"), default="fid", help="all: also IS, sFID, precision and recall")
+    add("--metrics", choices=("fid", "all"), default="fid", help="all: also IS, sFID, precision, recall and KID")
     add("--inception", help=f"weights (default: {FILE} in torch.hub's cache, else downloaded)")
     add("--batch-size", type=at_least(1), default=64, help="images at a time")
     return parser.parse_args()
 
 
-def measure(take, n, extract, widths, batch, keep):
-    """Statistics of the first n images: mu, sigma of extract's first features, mu_s, sigma_s of the second.
-    With `keep` also the first ones: features (n,D), in file order.
+def measure(take, rows, extract, widths, batch, keep):
+    """Statistics of the images of these rows: mu, sigma of extract's first features, mu_s, sigma_s of the second.
+    With `keep` also the first ones: features (n,D), in the order of the rows.
     """
     _, _, device = processes()
     streams = [Statistics(D, device) for D in widths]
     kept, since = [], time.monotonic()
-    for i in range(0, n, batch):
-        j = min(i + batch, n)
-        parts = extract(torch.tensor(take(i, j), device=device))
+    for i in range(0, len(rows), batch):
+        some = rows[i:i + batch]
+        parts = extract(torch.tensor(take(some), device=device))
         for stream, features in zip(streams, parts):
             stream.add(features)
         if keep:
             kept.append(parts[0].cpu())
-        progress("images", j, n, since)
+        progress("images", i + len(some), len(rows), since)
     found = {}
     for stream, suffix in zip(streams, ("", "_s")):
         found["mu" + suffix], found["sigma" + suffix] = stream.result()
@@ -463,7 +549,7 @@ def main():
     paths = [args.data] if making else [args.samples, args.reference]
     if making and args.out == args.data:
         raise BadInput(f"--out {args.out}: is --data itself")
-    sides = [open_side(path, args.count, extractor, widths[0]) for path in paths]
+    sides = [open_side(path, widths[0], extractor, args.count, args.seed, measured=path == paths[0]) for path in paths]
     for key in ("size", "extractor"):
         values = [meta[key] for _, meta, *_ in sides if key in meta]
         if len(set(values)) > 1:
@@ -480,9 +566,10 @@ def main():
         return [pixels(images)]
 
     keep = model and args.metrics == "all" and not making
-    for found, meta, count, take in sides:
-        if count and (keep or not found):
-            measured = measure(take, count, extract, widths, args.batch_size, keep)
+    for found, meta, rows, take in sides:
+        if len(rows) and (keep or not found):
+            measured = measure(take, rows, extract, widths, args.batch_size, keep)
+            check_finite(meta["file"], measured)
             found.update({**measured, **found})          # a file's own statistics stay: ADM's are of more images
     if making:
         found, meta, *_ = sides[0]
@@ -496,11 +583,10 @@ def main():
 def report(sides, extractor, model):
     """Print the metrics, what speaks against them, and one JSON line with both sides' metadata."""
     (a, samples, *_), (b, reference, *_) = sides
-    n = samples.get("n")
+    known = [side["n"] for side in (samples, reference) if "n" in side]     # not of published statistics
     name = "FID" if model else "FD-pixels"
-    if n:
-        name += f"-{n}"
-    result = {name: frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"])}
+    distance = frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"])
+    result = {f"{name}-{min(known)}": distance}
     if "features" in a:
         features = a["features"].to(model.fc.weight)
         result["IS"] = inception_score(model.probs(features))
@@ -510,14 +596,17 @@ def report(sides, extractor, model):
         if "features" in b:
             real = b["features"].to(features)
             result["precision"], result["recall"] = precision_recall(real, features)
-    if not all(map(math.isfinite, result.values())):
-        raise BadInput(f"found {result}, expected features that are finite")
     for key, value in result.items():
         print(f"{key} {value:.2f}")
-    if n and n < 50_000:
-        least = len(a["mu"])
-        print(f"warning: {n:,} images bias the distance upwards; published FIDs are of 50,000, and it has {least:,} "
-              "features")
+    if "features" in a and "features" in b:
+        result["KID"], result["KID_std"] = kid(real, features)
+        print(f"KID {result['KID']:.6f} +- {result['KID_std']:.6f}")
+    for side in (samples, reference):
+        n, D = side.get("n", 50_000), len(a["mu"])
+        if n < 50_000:
+            print(f"warning: {side['file']}: {n:,} images bias the distance upwards; published FIDs are of 50,000")
+        if n <= D:
+            print(f"warning: {side['file']}: {n:,} images are fewer than the {D + 1:,} that {D:,} features need")
     if model and extractor != SHA256:
         print("warning: not the published weights, so not the literature's FID")
     found = dict(result=result, samples=samples, reference=reference, extractor=extractor)
