@@ -8,11 +8,9 @@ NVlabs/edm and in ADM's evaluator. A reference that has statistics is compared b
 --metrics all is measured on the images beside them. Samples are always measured on their images.
 """
 import contextlib
-import io
 import json
 import math
 import sys
-import threading
 import time
 import zipfile
 import zlib
@@ -256,28 +254,26 @@ def precision_recall(reference, samples, k=3):
 
 
 def kid(reference, samples, subset=1000, seed=0):
-    """Kernel Inception distance of feature rows, (N,D) and (M,D), float64 -> mean and standard deviation over 100
-    random subsets of both (Binkowski et al. 2018).
+    """Kernel Inception distance of feature rows, (N,D) and (M,D) -> mean and standard deviation over 100 random
+    subsets of each (Binkowski et al. 2018), in float64.
 
     A subset has `subset` rows, or all rows of the smaller set. Its distance is the unbiased MMD^2 with the kernel
     k(x, y) = (x.y / D + 1)^3: the mean k of two different rows of one set, for both sets, minus 2 the mean k of
-    two rows of two sets. It may be negative.
+    rows of two sets. It may be negative.
     """
-    def kernel(x, y):
-        return (x @ y.T / x.shape[1] + 1) ** 3                               # (n,n)
-
     n = min(subset, len(reference), len(samples))
-    draw = torch.Generator().manual_seed(seed)
+    rng = np.random.default_rng(seed)
     distances = []
     for _ in range(100):
-        chosen = [rows[torch.randperm(len(rows), generator=draw)[:n]].double() for rows in (reference, samples)]
-        distance = -2 * kernel(*chosen).mean()
-        for x in chosen:
-            similar = kernel(x, x)
-            distance += (similar.sum() - similar.trace()) / (n * (n - 1))
-        distances.append(distance)
-    distances = torch.stack(distances)
-    return float(distances.mean()), float(distances.std(correction=0))
+        subsets = [rows[rng.permutation(len(rows))[:n]] for rows in (reference, samples)]
+        x = torch.cat(subsets).double()                                      # (2n,D)
+        kernel = (x @ x.T / x.shape[1] + 1) ** 3
+        kernel.fill_diagonal_(0)                                             # only two different rows count
+        across = kernel[:n, n:].sum()
+        within = kernel.sum() - 2 * across
+        distance = within / (n * (n - 1)) - 2 * across / n ** 2
+        distances.append(float(distance))
+    return np.mean(distances), np.std(distances)
 
 
 def pixels(images):
@@ -334,7 +330,7 @@ def find_inception(file, sha256):
 
 # ----------------------------------------------------------------------------------------- what is on disk
 # Images are opened as their number and take(rows), which returns those of some rows as uint8 (len(rows),3,S,S).
-# The rows are an array of ascending numbers.
+# The rows are a list of ascending numbers.
 
 def open_pack(path):
     packed = Packed(path)
@@ -343,29 +339,18 @@ def open_pack(path):
     return len(packed), packed.images.__getitem__
 
 
-class Members(zipfile.Path):
-    """Files in a .zip. One thread at a time reads, as zipfile does not promise more; all may decode."""
-    lock = threading.Lock()
-
-    def open(self, mode):
-        with self.lock, super().open(mode) as file:
-            return io.BytesIO(file.read())
-
-
 def open_folder(path):
     """The PNGs below a folder or in a .zip, in the order of their paths -> also the root of these paths."""
     root, names = find_images(path)
-    if path.is_file():
-        root = Members(root.root)
-    names = sorted(map(Path, names))
-    kinds = {name.suffix.lower() for name in names}
+    names.sort(key=Path)
+    kinds = {Path(name).suffix.lower() for name in names}
     if kinds != {".png"}:
         raise BadInput(f"{path}: found {sorted(kinds)}, expected .png; JPEG changes the FID")
-    size = load_image(root / names[0].as_posix()).size
-    pool = ThreadPoolExecutor()                          # decoding leaves Python's lock
+    size = load_image(root / names[0]).size
+    pool = ThreadPoolExecutor()                          # decoding leaves Python's lock; zipfile locks each read
 
     def load(row):
-        file = root / names[row].as_posix()
+        file = root / names[row]
         image = load_image(file)
         if image.size != size:
             raise BadInput(f"{file}: its size is {image.size}, that of the first image {size}")
@@ -376,14 +361,6 @@ def open_folder(path):
         return np.stack(list(images))
 
     return len(names), take, root
-
-
-def is_npz(path):
-    """Whether this is a .zip of arrays."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with readable(path), zipfile.ZipFile(path) as archive:
-        return any(name.endswith(".npy") for name in archive.namelist())
 
 
 def open_npz(path):
@@ -399,7 +376,7 @@ def open_npz(path):
         stream = zipfile.ZipFile(path).open("arr_0.npy")
         np.lib.format.read_magic(stream)
         shape, columns_first, dtype = np.lib.format.read_array_header_1_0(stream)
-        N, S, *_ = *shape, 0, 0
+        N, S, *_ = shape
         grey = shape in [(N, S, S), (N, S, S, 1)]
         if dtype != np.uint8 or columns_first or not (grey or shape == (N, S, S, 3)):
             raise ValueError(f"arr_0 is {dtype} {shape}, expected uint8 (N,S,S,3) by rows, or grey (N,S,S)")
@@ -407,14 +384,14 @@ def open_npz(path):
         say(f"{path}: grey images, read as RGB")
     begin, each = stream.tell(), math.prod(shape[1:])
 
-    def load(row):
-        stream.seek(begin + row * each)
-        image = np.frombuffer(stream.read(each), np.uint8)
-        return np.broadcast_to(image.reshape(S, S, -1), (S, S, 3)).transpose(2, 0, 1)
-
     def take(rows):
+        images = np.empty((len(rows), S, S, 3), np.uint8)
         with readable(path):
-            return np.stack([load(int(row)) for row in rows])
+            for image, row in zip(images, rows):
+                stream.seek(begin + row * each)
+                values = np.frombuffer(stream.read(each), np.uint8)
+                image[:] = values.reshape(S, S, -1)      # a grey value goes into three channels
+        return images.transpose(0, 3, 1, 2)
 
     return found, meta, N, take
 
@@ -429,10 +406,10 @@ def readable(path):
 
 
 def check_finite(path, found):
-    """Raises NotFinite for statistics or features of this file."""
+    """Raises NotFinite for statistics, or features, that hold inf or nan."""
     for name, values in found.items():
         if not torch.as_tensor(values).isfinite().all():
-            raise NotFinite(f"{path}: {name} holds inf or nan, expected features that are finite")
+            raise NotFinite(f"{path}: {name} holds inf or nan, expected statistics and features that are finite")
 
 
 def spread(count, total, seed):
@@ -441,52 +418,55 @@ def spread(count, total, seed):
     """
     edges = torch.arange(count + 1) * total // count
     places = torch.rand(count, generator=generator("count", seed, 0))
-    return (edges[:-1] + (places.double() * edges.diff()).long()).numpy()
+    return (edges[:-1] + places.double() * edges.diff()).long().tolist()
 
 
-def open_side(path, D, extractor, count=None, seed=0, measured=False):
+def open_side(path, D, extractor, count, seed, measured):
     """One side of the comparison -> the statistics that it has; its metadata; the rows of the images to measure;
-    how to read them, take(rows). If it is to be `measured`, it needs images, and its statistics are left aside.
+    how to read them, take(rows). A side that is to be `measured` needs images, and its statistics are left aside.
     Raises BadInput, for statistics that are not finite NotFinite.
     """
     path = Path(path)
-    found, meta, notes = {}, {}, path / "meta.json"      # notes by data.py, or by sample.py
+    found, suffixes, notes = {}, set(), path / "meta.json"                   # notes by data.py, or by sample.py
+    if zipfile.is_zipfile(path):
+        with readable(path):
+            suffixes = {Path(name).suffix for name in zipfile.ZipFile(path).namelist()}
     if notes.exists():
         total, take = open_pack(path)
-    elif is_npz(path):
+    elif ".npy" in suffixes:
         found, meta, total, take = open_npz(path)
         notes = path.with_suffix(".protocol.json")
-    elif path.is_dir() or zipfile.is_zipfile(path):
+    elif path.is_dir() or suffixes:
         total, take, root = open_folder(path)
         notes = root / "protocol.json"
     else:
         raise BadInput(f"{path}: expected a folder or .zip of PNGs, packed data or an npz")
-    if measured and take is None:
-        raise BadInput(f"{path}: holds statistics and no images; the order is python fid.py SAMPLES REFERENCE")
-    rows = np.arange(total)
-    if found and not measured:
-        with readable(path):
-            if found["sigma"].shape != (D, D):
-                raise ValueError(f"sigma is {found['sigma'].shape}, expected {D} features")
+    if measured:
+        if found and not total:
+            raise BadInput(f"{path}: holds statistics and no images; the order is python fid.py SAMPLES REFERENCE")
+        found = {}
+    rows = range(total)
+    if found:
+        if np.shape(found.get("sigma")) != (D, D):
+            raise BadInput(f"{path}: sigma is {np.shape(found.get('sigma'))}, expected {D} features")
         check_finite(path, found)
     else:
-        found, meta = {}, {}
-        if notes.exists():
-            with readable(notes):
-                meta = json.loads(notes.read_bytes())
+        with readable(notes):
+            meta = json.loads(notes.read_bytes()) if notes.exists() else {}
         promised = meta.get("n", total)
+        total = min(promised, total)
         n = count or promised
-        rows = rows[:promised]
-        if not 4 <= n <= len(rows):
-            raise BadInput(f"{path}: found {len(rows):,} images, expected at least {max(n, 4):,}")
+        if not 4 <= n <= total:
+            raise BadInput(f"{path}: found {total:,} images, expected at least {max(n, 4):,}")
         meta.update(n=n, extractor=extractor)
         meta.pop("classes", None)                        # a thousand names
         if count:
-            meta["drawn"] = dict(count=count, of=len(rows), seed=seed)
-            rows = spread(count, len(rows), seed)
-    if len(rows):
+            meta["drawn"] = {"count": count, "seed": seed}
+        rows = spread(n, total, seed)
+    if total:
         meta["size"] = take(rows[:1]).shape[2]
-    return found, {**meta, "file": str(path)}, rows, take
+    meta["file"] = str(path)
+    return found, meta, rows, take
 
 
 # ------------------------------------------------------------------------------------------ command line
@@ -549,7 +529,9 @@ def main():
     paths = [args.data] if making else [args.samples, args.reference]
     if making and args.out == args.data:
         raise BadInput(f"--out {args.out}: is --data itself")
-    sides = [open_side(path, widths[0], extractor, args.count, args.seed, measured=path == paths[0]) for path in paths]
+    sides = []
+    for path in paths:
+        sides.append(open_side(path, widths[0], extractor, args.count, args.seed, not sides))
     for key in ("size", "extractor"):
         values = [meta[key] for _, meta, *_ in sides if key in meta]
         if len(set(values)) > 1:
@@ -583,10 +565,11 @@ def main():
 def report(sides, extractor, model):
     """Print the metrics, what speaks against them, and one JSON line with both sides' metadata."""
     (a, samples, *_), (b, reference, *_) = sides
-    known = [side["n"] for side in (samples, reference) if "n" in side]     # not of published statistics
+    counted = [side for side in (samples, reference) if "n" in side]         # published statistics do not say
+    n = min(side["n"] for side in counted)
     name = "FID" if model else "FD-pixels"
     distance = frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"])
-    result = {f"{name}-{min(known)}": distance}
+    result = {f"{name}-{n}": distance}
     if "features" in a:
         features = a["features"].to(model.fc.weight)
         result["IS"] = inception_score(model.probs(features))
@@ -598,17 +581,15 @@ def report(sides, extractor, model):
             result["precision"], result["recall"] = precision_recall(real, features)
     for key, value in result.items():
         print(f"{key} {value:.2f}")
-    if "features" in a and "features" in b:
+    if "features" in b:
         result["KID"], result["KID_std"] = kid(real, features)
         print(f"KID {result['KID']:.6f} +- {result['KID_std']:.6f}")
-    for side in (samples, reference):
-        n, D = side.get("n", 50_000), len(a["mu"])
-        if n < 50_000:
-            print(f"warning: {side['file']}: {n:,} images bias the distance upwards; published FIDs are of 50,000")
-        if n <= D:
-            print(f"warning: {side['file']}: {n:,} images are fewer than the {D + 1:,} that {D:,} features need")
+    for side in counted:
+        if side["n"] < 50_000:
+            say(f"warning: {side['file']}: {side['n']:,} images bias the distance upwards; published FIDs are of "
+                  f"50,000, and {len(a['mu']):,} features need at least {len(a['mu']) + 1:,}")
     if model and extractor != SHA256:
-        print("warning: not the published weights, so not the literature's FID")
+        say("warning: not the published weights, so not the literature's FID")
     found = dict(result=result, samples=samples, reference=reference, extractor=extractor)
     print(json.dumps(found))
 
