@@ -1,6 +1,6 @@
 """FID as the paper measured it: `python fid.py SAMPLES REFERENCE`, and the networks and formulas behind it.
 
-    python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz   # samples: folder or .zip of PNGs, npz, packed data
+    python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz   # samples: folder or .zip of PNGs, npz, pack
     python fid.py stats --data data/NAME --out ref.npz          # reference statistics of your own
 
 The features are those of the Inception network of December 2015, after TensorFlow 1's resize, as in
@@ -9,7 +9,6 @@ NVlabs/edm and in ADM's evaluator. A reference that has statistics is compared b
 """
 import contextlib
 import json
-import math
 import sys
 import time
 import zipfile
@@ -254,12 +253,12 @@ def precision_recall(reference, samples, k=3):
 
 
 def kid(reference, samples, subset=1000, seed=0):
-    """Kernel Inception distance of feature rows, (N,D) and (M,D) -> mean and standard deviation over 100 random
-    subsets of each (Binkowski et al. 2018), in float64.
+    """Kernel Inception distance of feature rows, (N,D) and (M,D) (Binkowski et al. 2018) -> mean and standard
+    deviation over 100 random subsets of each, in float64.
 
-    A subset has `subset` rows, or all rows of the smaller set. Its distance is the unbiased MMD^2 with the kernel
-    k(x, y) = (x.y / D + 1)^3: the mean k of two different rows of one set, for both sets, minus 2 the mean k of
-    rows of two sets. It may be negative.
+    A subset has `subset` rows, or as many as the smaller set. The distance of two subsets is the unbiased MMD^2
+    with the kernel k(x, y) = (x.y / D + 1)^3. It is the mean of k over two different rows of one subset, plus
+    the same for the other, minus twice the mean over a row of each. It may be negative.
     """
     n = min(subset, len(reference), len(samples))
     rng = np.random.default_rng(seed)
@@ -268,7 +267,7 @@ def kid(reference, samples, subset=1000, seed=0):
         subsets = [rows[rng.permutation(len(rows))[:n]] for rows in (reference, samples)]
         x = torch.cat(subsets).double()                                      # (2n,D)
         kernel = (x @ x.T / x.shape[1] + 1) ** 3
-        kernel.fill_diagonal_(0)                                             # only two different rows count
+        kernel.fill_diagonal_(0)                                             # a row and itself do not count
         across = kernel[:n, n:].sum()
         within = kernel.sum() - 2 * across
         distance = within / (n * (n - 1)) - 2 * across / n ** 2
@@ -329,8 +328,8 @@ def find_inception(file, sha256):
 
 
 # ----------------------------------------------------------------------------------------- what is on disk
-# Images are opened as their number and take(rows), which returns those of some rows as uint8 (len(rows),3,S,S).
-# The rows are a list of ascending numbers.
+# Images are opened as their number and take(rows). It returns those of a list of ascending numbers as uint8
+# (len(rows),3,S,S).
 
 def open_pack(path):
     packed = Packed(path)
@@ -347,7 +346,7 @@ def open_folder(path):
     if kinds != {".png"}:
         raise BadInput(f"{path}: found {sorted(kinds)}, expected .png; JPEG changes the FID")
     size = load_image(root / names[0]).size
-    pool = ThreadPoolExecutor()                          # decoding leaves Python's lock; zipfile locks each read
+    pool = ThreadPoolExecutor()                          # decoding leaves Python's lock, zipfile locks reads
 
     def load(row):
         file = root / names[row]
@@ -364,8 +363,8 @@ def open_folder(path):
 
 
 def open_npz(path):
-    """ADM's layout: statistics mu (D,), sigma (D,D), perhaps mu_s and sigma_s; images arr_0, uint8 (N,S,S,3), or
-    grey without the 3; or both. The images are read forwards and never as a whole.
+    """ADM's layout: statistics mu (D,), sigma (D,D), perhaps mu_s and sigma_s; images arr_0, uint8 (N,S,S,3) or
+    grey (N,S,S) or (N,S,S,1); or both. The images are read forwards and never as a whole.
     """
     with readable(path), np.load(path) as file:
         names = ("mu", "sigma", "mu_s", "sigma_s")
@@ -380,9 +379,11 @@ def open_npz(path):
         grey = shape in [(N, S, S), (N, S, S, 1)]
         if dtype != np.uint8 or columns_first or not (grey or shape == (N, S, S, 3)):
             raise ValueError(f"arr_0 is {dtype} {shape}, expected uint8 (N,S,S,3) by rows, or grey (N,S,S)")
+    channels = 3
     if grey:
+        channels = 1
         say(f"{path}: grey images, read as RGB")
-    begin, each = stream.tell(), math.prod(shape[1:])
+    begin, each = stream.tell(), S * S * channels
 
     def take(rows):
         images = np.empty((len(rows), S, S, 3), np.uint8)
@@ -390,7 +391,7 @@ def open_npz(path):
             for image, row in zip(images, rows):
                 stream.seek(begin + row * each)
                 values = np.frombuffer(stream.read(each), np.uint8)
-                image[:] = values.reshape(S, S, -1)      # a grey value goes into three channels
+                image[:] = values.reshape(S, S, channels)    # a grey value goes into three channels
         return images.transpose(0, 3, 1, 2)
 
     return found, meta, N, take
@@ -409,12 +410,12 @@ def check_finite(path, found):
     """Raises NotFinite for statistics, or features, that hold inf or nan."""
     for name, values in found.items():
         if not torch.as_tensor(values).isfinite().all():
-            raise NotFinite(f"{path}: {name} holds inf or nan, expected statistics and features that are finite")
+            raise NotFinite(f"{path}: {name} holds inf or nan, expected features that are finite")
 
 
 def spread(count, total, seed):
-    """-> `count` of the numbers below total, ascending: a random one of each of `count` equal portions, whose sizes
-    differ by 1 where they must.
+    """-> `count` of the numbers below total, in order: one at random from each of `count` portions. The portions
+    have equal sizes, or sizes that differ by 1. So no number comes twice, and all come where count is total.
     """
     edges = torch.arange(count + 1) * total // count
     places = torch.rand(count, generator=generator("count", seed, 0))
@@ -422,12 +423,14 @@ def spread(count, total, seed):
 
 
 def open_side(path, D, extractor, count, seed, measured):
-    """One side of the comparison -> the statistics that it has; its metadata; the rows of the images to measure;
-    how to read them, take(rows). A side that is to be `measured` needs images, and its statistics are left aside.
-    Raises BadInput, for statistics that are not finite NotFinite.
+    """One side of the comparison -> the statistics that it has; its metadata; the rows of the images to
+    measure; how to read them, take(rows).
+
+    A side that is to be `measured` needs images, and its statistics are left aside. Raises BadInput, and
+    NotFinite for statistics that are not finite.
     """
     path = Path(path)
-    found, suffixes, notes = {}, set(), path / "meta.json"                   # notes by data.py, or by sample.py
+    found, suffixes, notes = {}, set(), path / "meta.json"   # notes by data.py, or by sample.py
     if zipfile.is_zipfile(path):
         with readable(path):
             suffixes = {Path(name).suffix for name in zipfile.ZipFile(path).namelist()}
@@ -443,7 +446,8 @@ def open_side(path, D, extractor, count, seed, measured):
         raise BadInput(f"{path}: expected a folder or .zip of PNGs, packed data or an npz")
     if measured:
         if found and not total:
-            raise BadInput(f"{path}: holds statistics and no images; the order is python fid.py SAMPLES REFERENCE")
+            raise BadInput(f"{path}: holds statistics without images, so it is no SAMPLES; the order is "
+                           "python fid.py SAMPLES REFERENCE")
         found = {}
     rows = range(total)
     if found:
@@ -481,8 +485,8 @@ def flags():
     else:
         add("samples", help="folder or .zip of PNGs, npz or packed data")
         add("reference", help="the same, or an npz of statistics")
-    add("--count", type=at_least(4), help="measure COUNT images of each side, drawn evenly over its order; statistics "
-                                          "stay as they are (default: all)")
+    add("--count", type=at_least(4), help="draw COUNT images of each side, evenly over its order; a reference's "
+                                          "statistics stay as they are (default: all)")
     add("--seed", type=at_least(0), default=0, help="of the draw of --count")
     add("--features", choices=("inception", "pixels"), default="inception", help="pixels: FD-pixels, no FID")
     add("--metrics", choices=("fid", "all"), default="fid", help="all: also IS, sFID, precision, recall and KID")
@@ -492,8 +496,8 @@ def flags():
 
 
 def measure(take, rows, extract, widths, batch, keep):
-    """Statistics of the images of these rows: mu, sigma of extract's first features, mu_s, sigma_s of the second.
-    With `keep` also the first ones: features (n,D), in the order of the rows.
+    """Statistics of the images of these rows: mu, sigma of extract's first features, mu_s, sigma_s of the
+    second. With `keep` also the first ones: features (n,D), in the order of the rows.
     """
     _, _, device = processes()
     streams = [Statistics(D, device) for D in widths]
@@ -586,8 +590,8 @@ def report(sides, extractor, model):
         print(f"KID {result['KID']:.6f} +- {result['KID_std']:.6f}")
     for side in counted:
         if side["n"] < 50_000:
-            say(f"warning: {side['file']}: {side['n']:,} images bias the distance upwards; published FIDs are of "
-                  f"50,000, and {len(a['mu']):,} features need at least {len(a['mu']) + 1:,}")
+            say(f"warning: {side['file']}: {side['n']:,} images bias the distance upwards; published FIDs are "
+                f"of 50,000, and {len(a['mu']):,} features need at least {len(a['mu']) + 1:,}")
     if model and extractor != SHA256:
         say("warning: not the published weights, so not the literature's FID")
     found = dict(result=result, samples=samples, reference=reference, extractor=extractor)
