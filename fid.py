@@ -1,15 +1,14 @@
 """FID as the paper measured it: `python fid.py SAMPLES REFERENCE`, and the networks and formulas behind it.
 
-    python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz   # samples: folder of PNGs, npz, packed data
+    python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz   # samples: folder or .zip of PNGs, npz, pack
     python fid.py stats --data data/NAME --out ref.npz          # reference statistics of your own
 
 The features are those of the Inception network of December 2015, after TensorFlow 1's resize, as in
 NVlabs/edm and in ADM's evaluator. A reference that has statistics is compared by them. What it lacks for
---metrics all is measured on the images beside them.
+--metrics all is measured on the images beside them. Samples are always measured on their images.
 """
 import contextlib
 import json
-import math
 import sys
 import time
 import zipfile
@@ -253,6 +252,29 @@ def precision_recall(reference, samples, k=3):
     return covered(samples, reference), covered(reference, samples)
 
 
+def kid(reference, samples, subset=1000, seed=0):
+    """Kernel Inception distance of feature rows, (N,D) and (M,D) (Binkowski et al. 2018) -> mean and standard
+    deviation over 100 random subsets of each, in float64.
+
+    A subset has `subset` rows, or as many as the smaller set. The distance of two subsets is the unbiased MMD^2
+    with the kernel k(x, y) = (x.y / D + 1)^3. It is the mean of k over two different rows of one subset, plus
+    the same for the other, minus twice the mean over a row of each. It may be negative.
+    """
+    n = min(subset, len(reference), len(samples))
+    rng = np.random.default_rng(seed)
+    distances = []
+    for _ in range(100):
+        subsets = [rows[rng.permutation(len(rows))[:n]] for rows in (reference, samples)]
+        x = torch.cat(subsets).double()                                      # (2n,D)
+        kernel = (x @ x.T / x.shape[1] + 1) ** 3
+        kernel.fill_diagonal_(0)                                             # a row and itself do not count
+        across = kernel[:n, n:].sum()
+        within = kernel.sum() - 2 * across
+        distance = within / (n * (n - 1)) - 2 * across / n ** 2
+        distances.append(float(distance))
+    return np.mean(distances), np.std(distances)
+
+
 def pixels(images):
     """uint8 (N,3,H,W) -> (N,192): 8 x 8 average-pooled pixels in [0,1], for FD-pixels, which is no FID."""
     return F.adaptive_avg_pool2d(images.float() / 255, 8).flatten(1)
@@ -270,9 +292,9 @@ def fd_pixels(a, b):
 # ------------------------------------------------------------------------------- the weights of Inception
 # The networks and metrics above need PyTorch and numpy alone. What follows uses other files of the project.
 
-from data import SUFFIXES, Packed, load_image  # noqa: E402
-from files import (BadInput, Parser, at_least, download, hash_file, processes, progress, read,  # noqa: E402
-                   read_json, replace, run)
+from data import Packed, find_images, generator, load_image  # noqa: E402
+from files import (BadInput, NotFinite, Parser, at_least, download, hash_file, processes, progress,  # noqa: E402
+                   read, replace, run, say)
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
@@ -306,103 +328,149 @@ def find_inception(file, sha256):
 
 
 # ----------------------------------------------------------------------------------------- what is on disk
-# Images are opened as their number and take(i, j), which returns some of them as uint8 (j-i,3,S,S).
+# Images are opened as their number and take(rows). It returns those of a list of ascending numbers as uint8
+# (len(rows),3,S,S).
 
 def open_pack(path):
     packed = Packed(path)
     if packed.latents:
         raise BadInput(f"{path}: holds latents, expected images")
-    return len(packed), lambda i, j: packed.images[np.arange(i, j)]
+    return len(packed), packed.images.__getitem__
 
 
 def open_folder(path):
-    """The PNGs of a folder and its sub-folders, in the order of their paths."""
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-    kinds = {file.suffix.lower() for file in files}
+    """The PNGs below a folder or in a .zip, in the order of their paths -> also the root of these paths."""
+    root, names = find_images(path)
+    names.sort(key=Path)
+    kinds = {Path(name).suffix.lower() for name in names}
     if kinds != {".png"}:
         raise BadInput(f"{path}: found {sorted(kinds)}, expected .png; JPEG changes the FID")
-    size = load_image(files[0]).size
-    pool = ThreadPoolExecutor()                          # decoding leaves Python's lock
+    size = load_image(root / names[0]).size
+    pool = ThreadPoolExecutor()                          # decoding leaves Python's lock, zipfile locks reads
 
-    def load(file):
+    def load(row):
+        file = root / names[row]
         image = load_image(file)
         if image.size != size:
             raise BadInput(f"{file}: its size is {image.size}, that of the first image {size}")
         return np.asarray(image).transpose(2, 0, 1)
 
-    def take(i, j):
-        images = pool.map(load, files[i:j])
+    def take(rows):
+        images = pool.map(load, rows)
         return np.stack(list(images))
 
-    return len(files), take
+    return len(names), take, root
 
 
-def open_npz(path, D):
-    """ADM's layout: statistics mu (D,), sigma (D,D), perhaps mu_s and sigma_s; images arr_0, uint8 (N,S,S,3);
-    or both. The images are read forwards and never as a whole.
+def open_npz(path):
+    """ADM's layout: statistics mu (D,), sigma (D,D), perhaps mu_s and sigma_s; images arr_0, uint8 (N,S,S,3) or
+    grey (N,S,S) or (N,S,S,1); or both. The images are read forwards and never as a whole.
     """
     with readable(path), np.load(path) as file:
         names = ("mu", "sigma", "mu_s", "sigma_s")
         found = {name: file[name] for name in names if name in file}
-        if found and found["sigma"].shape != (D, D):
-            raise ValueError(f"sigma is {found['sigma'].shape}, expected {D} features")
         meta = json.loads(str(file["meta"])) if "meta" in file else {}
         if found and "arr_0" not in file:
             return found, meta, 0, None
         stream = zipfile.ZipFile(path).open("arr_0.npy")
         np.lib.format.read_magic(stream)
         shape, columns_first, dtype = np.lib.format.read_array_header_1_0(stream)
-        if dtype != np.uint8 or shape[2:] != (shape[1], 3) or columns_first:
-            raise ValueError(f"arr_0 is {dtype} {shape}, expected uint8 (N,S,S,3) by rows")
-    begin, each = stream.tell(), math.prod(shape[1:])
+        N, S, *_ = shape
+        grey = shape in [(N, S, S), (N, S, S, 1)]
+        if dtype != np.uint8 or columns_first or not (grey or shape == (N, S, S, 3)):
+            raise ValueError(f"arr_0 is {dtype} {shape}, expected uint8 (N,S,S,3) by rows, or grey (N,S,S)")
+    channels = 3
+    if grey:
+        channels = 1
+        say(f"{path}: grey images, read as RGB")
+    begin, each = stream.tell(), S * S * channels
 
-    def take(i, j):
+    def take(rows):
+        images = np.empty((len(rows), S, S, 3), np.uint8)
         with readable(path):
-            stream.seek(begin + i * each)
-            block = np.frombuffer(stream.read((j - i) * each), np.uint8)
-            images = block.reshape(j - i, *shape[1:])
+            for image, row in zip(images, rows):
+                stream.seek(begin + row * each)
+                values = np.frombuffer(stream.read(each), np.uint8)
+                image[:] = values.reshape(S, S, channels)    # a grey value goes into three channels
         return images.transpose(0, 3, 1, 2)
 
-    return found, meta, shape[0], take
+    return found, meta, N, take
 
 
 @contextlib.contextmanager
 def readable(path):
-    """What numpy, zipfile and zlib raise for a damaged npz becomes one line that names the file."""
+    """What numpy, json, zipfile and zlib raise for a damaged file becomes one line that names it."""
     try:
         yield
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise BadInput(f"{path}: {error}") from None
 
 
-def open_side(path, limit, extractor, D):
-    """One side of the comparison -> the statistics that it has; its metadata; how many images it has to
-    measure; how to read them, take(i, j). Raises BadInput.
+def check_finite(path, found):
+    """Raises NotFinite for statistics, or features, that hold inf or nan."""
+    for name, values in found.items():
+        if not torch.as_tensor(values).isfinite().all():
+            raise NotFinite(f"{path}: {name} holds inf or nan, expected features that are finite")
+
+
+def spread(count, total, seed):
+    """-> `count` of the numbers below total, in order: one at random from each of `count` portions. The portions
+    have equal sizes, or sizes that differ by 1. So no number comes twice, and all come where count is total.
+    """
+    edges = torch.arange(count + 1) * total // count
+    places = torch.rand(count, generator=generator("count", seed, 0))
+    return (edges[:-1] + places.double() * edges.diff()).long().tolist()
+
+
+def open_side(path, D, extractor, count, seed, measured):
+    """One side of the comparison -> the statistics that it has; its metadata; the rows of the images to
+    measure; how to read them, take(rows).
+
+    A side that is to be `measured` needs images, and its statistics are left aside. Raises BadInput, and
+    NotFinite for statistics that are not finite.
     """
     path = Path(path)
-    found, meta, notes = {}, {}, path / "meta.json"      # notes by data.py, or by sample.py
+    found, suffixes, notes = {}, set(), path / "meta.json"   # notes by data.py, or by sample.py
+    if zipfile.is_zipfile(path):
+        with readable(path):
+            suffixes = {Path(name).suffix for name in zipfile.ZipFile(path).namelist()}
     if notes.exists():
-        count, take = open_pack(path)
-    elif path.is_dir():
-        count, take = open_folder(path)
-        notes = path / "protocol.json"
-    elif zipfile.is_zipfile(path):
-        found, meta, count, take = open_npz(path, D)
+        total, take = open_pack(path)
+    elif ".npy" in suffixes:
+        found, meta, total, take = open_npz(path)
         notes = path.with_suffix(".protocol.json")
+    elif path.is_dir() or suffixes:
+        total, take, root = open_folder(path)
+        notes = root / "protocol.json"
     else:
-        raise BadInput(f"{path}: expected a folder of PNGs, packed data or an npz")
-    if not found:
-        if notes.exists():
-            meta = read_json(notes)
-        n = limit or meta.get("n", count)
-        if not 4 <= n <= count:
-            raise BadInput(f"{path}: found {count:,} images, expected at least {max(n, 4):,}")
-        count = n
+        raise BadInput(f"{path}: expected a folder or .zip of PNGs, packed data or an npz")
+    if measured:
+        if found and not total:
+            raise BadInput(f"{path}: holds statistics without images, so it is no SAMPLES; the order is "
+                           "python fid.py SAMPLES REFERENCE")
+        found = {}
+    rows = range(total)
+    if found:
+        if np.shape(found.get("sigma")) != (D, D):
+            raise BadInput(f"{path}: sigma is {np.shape(found.get('sigma'))}, expected {D} features")
+        check_finite(path, found)
+    else:
+        with readable(notes):
+            meta = json.loads(notes.read_bytes()) if notes.exists() else {}
+        promised = meta.get("n", total)
+        total = min(promised, total)
+        n = count or promised
+        if not 4 <= n <= total:
+            raise BadInput(f"{path}: found {total:,} images, expected at least {max(n, 4):,}")
         meta.update(n=n, extractor=extractor)
         meta.pop("classes", None)                        # a thousand names
-    if count:
-        meta["size"] = take(0, 1).shape[2]
-    return found, {**meta, "file": str(path)}, count, take
+        if count:
+            meta["drawn"] = {"count": count, "seed": seed}
+        rows = spread(n, total, seed)
+    if total:
+        meta["size"] = take(rows[:1]).shape[2]
+    meta["file"] = str(path)
+    return found, meta, rows, take
 
 
 # ------------------------------------------------------------------------------------------ command line
@@ -415,31 +483,33 @@ def flags():
         add("--data", required=True, help="images to measure")
         add("--out", required=True, help="npz to write")
     else:
-        add("samples", help="folder of PNGs, npz or packed data")
+        add("samples", help="folder or .zip of PNGs, npz or packed data")
         add("reference", help="the same, or an npz of statistics")
-    add("--count", type=at_least(4), help="measure the first COUNT images of a side that holds no statistics (default: all)")
+    add("--count", type=at_least(4), help="draw COUNT images of each side, evenly over its order; a reference's "
+                                          "statistics stay as they are (default: all)")
+    add("--seed", type=at_least(0), default=0, help="of the draw of --count")
     add("--features", choices=("inception", "pixels"), default="inception", help="pixels: FD-pixels, no FID")
-    add("--metrics", choices=("fid", "all"), default="fid", help="all: also IS, sFID, precision and recall")
+    add("--metrics", choices=("fid", "all"), default="fid", help="all: also IS, sFID, precision, recall and KID")
     add("--inception", help=f"weights (default: {FILE} in torch.hub's cache, else downloaded)")
     add("--batch-size", type=at_least(1), default=64, help="images at a time")
     return parser.parse_args()
 
 
-def measure(take, n, extract, widths, batch, keep):
-    """Statistics of the first n images: mu, sigma of extract's first features, mu_s, sigma_s of the second.
-    With `keep` also the first ones: features (n,D), in file order.
+def measure(take, rows, extract, widths, batch, keep):
+    """Statistics of the images of these rows: mu, sigma of extract's first features, mu_s, sigma_s of the
+    second. With `keep` also the first ones: features (n,D), in the order of the rows.
     """
     _, _, device = processes()
     streams = [Statistics(D, device) for D in widths]
     kept, since = [], time.monotonic()
-    for i in range(0, n, batch):
-        j = min(i + batch, n)
-        parts = extract(torch.tensor(take(i, j), device=device))
+    for i in range(0, len(rows), batch):
+        some = rows[i:i + batch]
+        parts = extract(torch.tensor(take(some), device=device))
         for stream, features in zip(streams, parts):
             stream.add(features)
         if keep:
             kept.append(parts[0].cpu())
-        progress("images", j, n, since)
+        progress("images", i + len(some), len(rows), since)
     found = {}
     for stream, suffix in zip(streams, ("", "_s")):
         found["mu" + suffix], found["sigma" + suffix] = stream.result()
@@ -463,7 +533,9 @@ def main():
     paths = [args.data] if making else [args.samples, args.reference]
     if making and args.out == args.data:
         raise BadInput(f"--out {args.out}: is --data itself")
-    sides = [open_side(path, args.count, extractor, widths[0]) for path in paths]
+    sides = []
+    for path in paths:
+        sides.append(open_side(path, widths[0], extractor, args.count, args.seed, not sides))
     for key in ("size", "extractor"):
         values = [meta[key] for _, meta, *_ in sides if key in meta]
         if len(set(values)) > 1:
@@ -480,9 +552,10 @@ def main():
         return [pixels(images)]
 
     keep = model and args.metrics == "all" and not making
-    for found, meta, count, take in sides:
-        if count and (keep or not found):
-            measured = measure(take, count, extract, widths, args.batch_size, keep)
+    for found, meta, rows, take in sides:
+        if len(rows) and (keep or not found):
+            measured = measure(take, rows, extract, widths, args.batch_size, keep)
+            check_finite(meta["file"], measured)
             found.update({**measured, **found})          # a file's own statistics stay: ADM's are of more images
     if making:
         found, meta, *_ = sides[0]
@@ -496,11 +569,11 @@ def main():
 def report(sides, extractor, model):
     """Print the metrics, what speaks against them, and one JSON line with both sides' metadata."""
     (a, samples, *_), (b, reference, *_) = sides
-    n = samples.get("n")
+    counted = [side for side in (samples, reference) if "n" in side]         # published statistics do not say
+    n = min(side["n"] for side in counted)
     name = "FID" if model else "FD-pixels"
-    if n:
-        name += f"-{n}"
-    result = {name: frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"])}
+    distance = frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"])
+    result = {f"{name}-{n}": distance}
     if "features" in a:
         features = a["features"].to(model.fc.weight)
         result["IS"] = inception_score(model.probs(features))
@@ -510,16 +583,17 @@ def report(sides, extractor, model):
         if "features" in b:
             real = b["features"].to(features)
             result["precision"], result["recall"] = precision_recall(real, features)
-    if not all(map(math.isfinite, result.values())):
-        raise BadInput(f"found {result}, expected features that are finite")
     for key, value in result.items():
         print(f"{key} {value:.2f}")
-    if n and n < 50_000:
-        least = len(a["mu"])
-        print(f"warning: {n:,} images bias the distance upwards; published FIDs are of 50,000, and it has {least:,} "
-              "features")
+    if "features" in b:
+        result["KID"], result["KID_std"] = kid(real, features)
+        print(f"KID {result['KID']:.6f} +- {result['KID_std']:.6f}")
+    for side in counted:
+        if side["n"] < 50_000:
+            say(f"warning: {side['file']}: {side['n']:,} images bias the distance upwards; published FIDs are "
+                f"of 50,000, and {len(a['mu']):,} features need at least {len(a['mu']) + 1:,}")
     if model and extractor != SHA256:
-        print("warning: not the published weights, so not the literature's FID")
+        say("warning: not the published weights, so not the literature's FID")
     found = dict(result=result, samples=samples, reference=reference, extractor=extractor)
     print(json.dumps(found))
 

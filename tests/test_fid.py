@@ -1,5 +1,7 @@
 """The FID Inception against golden features, Frechet distances in closed form, the command line."""
 import json
+import shutil
+from itertools import permutations, product
 
 import numpy as np
 import pytest
@@ -164,11 +166,37 @@ def test_precision_is_the_share_in_a_ball():
     assert fid.precision_recall(x, y)[0] == pytest.approx(float(expected))
 
 
+def mmd(x, y):
+    """MMD^2 of KID's kernel, a pair of rows at a time: two different rows in a set, any two across."""
+    def mean(pairs):
+        return np.mean([(one @ two / len(one) + 1) ** 3 for one, two in pairs])
+
+    return mean(permutations(x, 2)) + mean(permutations(y, 2)) - 2 * mean(product(x, y))
+
+
+def test_kid_is_a_mean_over_pairs():
+    x = torch.rand(7, 4).double()
+    y = torch.rand(4).double().expand(12, 4)             # its subsets of 7 are alike
+    mean, _ = fid.kid(x, y)
+    assert mean == pytest.approx(mmd(x.numpy(), y.numpy()), rel=1e-9)
+    assert fid.kid(x, y, subset=5)[1] > 1e-9             # drawn at random
+
+
 def test_fd_pixels():
     real, _ = shapes(range(400), 16)
     other, _ = shapes(range(400, 800), 16)
     assert abs(fid.fd_pixels(real, real)) < 1e-6
     assert 1e-6 < fid.fd_pixels(real, other) < fid.fd_pixels(real, 255 - other)
+
+
+# -------------------------------------------------------------------------------------------- drawing images
+
+def test_one_image_of_each_portion_is_drawn():
+    edges = np.arange(400) * 600 // 399
+    rows = fid.spread(399, 600, seed=0)
+    assert np.all(edges[:-1] <= rows)
+    assert np.all(rows < edges[1:])
+    assert rows != fid.spread(399, 600, seed=1)
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -186,11 +214,14 @@ def write_pngs(folder, images):
 
 @pytest.fixture
 def sets(tmp_path):
-    """The same 20 images as a folder and as an npz, and 30 others."""
+    """The same 20 images as a folder, a .zip, an npz and with statistics of others, as ADM has; and 30 others."""
     images, _ = shapes(range(50), 24)
     images = images.transpose(0, 2, 3, 1)
     write_pngs(tmp_path / "a", images[:20])
+    write_pngs(tmp_path / "a/.ipynb_checkpoints", images[:4])
+    shutil.make_archive(tmp_path / "a", "zip", tmp_path / "a")
     np.savez(tmp_path / "a.npz", arr_0=images[:20])
+    np.savez(tmp_path / "batch.npz", arr_0=images[:20], mu=np.zeros(192), sigma=np.eye(192))
     np.savez_compressed(tmp_path / "b.npz", arr_0=images[20:])
     return tmp_path
 
@@ -212,22 +243,66 @@ def test_one_score_whatever_the_form_and_batch(script, sets, features):
     first = script("fid.py", "a.npz", "b.npz", *features)
     [(name, value)] = parsed(first)["result"].items()
     assert f"{name} {value:.2f}" in first
-    assert "warning: 20 images" in first
+    assert "warning: a.npz: 20 images" in first
+    assert "warning: b.npz: 30 images" in first
     script("fid.py", "stats", "--data", "b.npz", "--out", "ref.npz", *features)
     second = script("fid.py", "a", "b.npz", "--batch-size", 7, *features)
-    third = script("fid.py", "a", "ref.npz", *features)
+    third = script("fid.py", "a.zip", "ref.npz", *features)
     for text in (second, third):
         found = parsed(text)
         assert found["result"] == pytest.approx({name: value}, rel=1e-4)
         assert found["reference"]["n"] == 30
 
 
-@pytest.mark.parametrize("name", ["a", "a.npz", "b.npz"])
+@pytest.mark.parametrize("name", ["a", "a.zip", "a.npz", "b.npz"])
 def test_images_are_read_from_any_place(name, sets):
-    _, meta, count, take = fid.open_side(sets / name, None, "x", 192)
-    images = take(0, count)
+    _, meta, rows, take = fid.open_side(sets / name, 192, "x", None, 0, False)
+    images = take(rows)
     assert images.shape == (meta["n"], 3, 24, 24)
-    assert np.array_equal(take(3, 17), images[3:17])
+    assert np.array_equal(take(rows[3:17]), images[3:17])
+
+
+@pytest.mark.parametrize("reference, name", [
+    ("a", "FD-pixels-20"),
+    ("batch.npz", "FD-pixels-30")])                      # published statistics do not say of how many images
+def test_the_smaller_side_names_a_score(reference, name, script, sets):
+    text = script("fid.py", "b.npz", reference, *PIXELS)
+    assert f"{name} " in text
+
+
+def test_samples_with_statistics_are_scored_on_their_images(script, sets):
+    found = parsed(script("fid.py", "batch.npz", "a", *PIXELS))
+    assert found["result"]["FD-pixels-20"] == pytest.approx(0, abs=1e-6)
+
+
+def test_count_measures_the_drawn_images(script, sets):
+    images = np.load(sets / "b.npz")["arr_0"]
+    np.savez(sets / "drawn.npz", arr_0=images[fid.spread(10, 30, 5)])
+    found = parsed(script("fid.py", "b.npz", "drawn.npz", "--count", 10, "--seed", 5, *PIXELS))
+    assert found["result"]["FD-pixels-10"] == pytest.approx(0, abs=1e-6)
+    assert found["samples"]["drawn"] == {"count": 10, "seed": 5}
+
+
+@pytest.mark.parametrize("channel", [0, slice(1)])       # (N,S,S) and (N,S,S,1)
+def test_grey_images_are_read_as_rgb(channel, script, sets):
+    images = np.load(sets / "a.npz")["arr_0"]
+    np.savez(sets / "grey.npz", arr_0=images[..., channel])
+    np.savez(sets / "rgb.npz", arr_0=images[..., :1].repeat(3, 3))
+    text = script("fid.py", "grey.npz", "rgb.npz", *PIXELS)
+    assert "grey.npz: grey images, read as RGB" in text
+    assert parsed(text)["result"]["FD-pixels-20"] == pytest.approx(0, abs=1e-6)
+
+
+def diverge():
+    fid.pixels = lambda images: torch.ones(len(images), 192) / 0
+
+
+def test_statistics_that_are_not_finite(script, mistakes):
+    assert "nan.npz: mu holds inf or nan" in script("fid.py", "a", "nan.npz", *PIXELS, code=3)
+
+
+def test_features_that_are_not_finite(script, sets):
+    assert "a: mu holds inf or nan" in script("fid.py", "a", "b.npz", *PIXELS, code=3, change=diverge)
 
 
 def test_a_pack_has_the_score_of_its_images(script, sets):
@@ -250,13 +325,18 @@ def test_all_metrics_are_those_of_their_formulas(script, sets, inception, incept
     np.savez(sets / "adm.npz", arr_0=b, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
     words = ("--inception", inception_file, "--metrics", "all", "--batch-size", 9)
     text = script("fid.py", "a.npz", "adm.npz", *words)
-    precision, recall = fid.precision_recall(inception(nchw(b)), features)
+    real = inception(nchw(b))
+    precision, recall = fid.precision_recall(real, features)
+    mean, std = fid.kid(real, features)
+    assert f"KID {mean:.4f}" in text
     assert parsed(text)["result"] == pytest.approx({
         "FID-20": fid.frechet_distance(*moments(features.numpy()), mu, sigma),
         "IS": fid.inception_score(inception.probs(features)),
         "sFID": fid.frechet_distance(*moments(spatial.numpy()), mu_s, sigma_s),
         "precision": precision,
-        "recall": recall}, rel=1e-3)
+        "recall": recall,
+        "KID": mean,
+        "KID_std": std}, rel=1e-3)
 
 
 @pytest.fixture
@@ -284,6 +364,8 @@ def mistakes(sets):
     Image.new("RGB", (16, 16)).save(sets / "jpeg/9.JPG")
     (sets / "broken/9.png").write_bytes((sets / "broken/001.png").read_bytes()[:99])
     (sets / "short/protocol.json").write_text(json.dumps(dict(n=30)))
+    for name in ("jpeg", "short"):
+        shutil.make_archive(sets / name, "zip", sets / name)
 
 
 @pytest.mark.parametrize("words, named", [
@@ -291,8 +373,9 @@ def mistakes(sets):
     ("a extractor.npz", "another"),
     ("float.npz b.npz", "float64"),
     ("columns.npz b.npz", "arr_0"),
-    ("wide.npz b.npz", "arr_0"),
-    ("a nan.npz", "finite"),
+    ("wide.npz b.npz", "(9, 12, 16, 3), expected uint8 (N,S,S,3)"),
+    ("extractor.npz a", "SAMPLES REFERENCE"),
+    ("stats --data extractor.npz --out ref.npz", "SAMPLES REFERENCE"),
     ("keys.npz b.npz", "arr_0"),
     ("a odd.npz", "192 features"),
     ("cut.npz b.npz", "cut.npz"),
@@ -301,7 +384,10 @@ def mistakes(sets):
     ("mixed small.npz", "9.png"),
     ("broken small.npz", "9.png"),
     ("jpeg small.npz", "JPEG"),
+    ("jpeg.zip small.npz", "JPEG"),
     ("short small.npz", "at least 30"),
+    ("short.zip small.npz", "at least 30"),
+    ("a b.npz --count 21", "at least 21"),
     ("none b.npz", "none"),
     ("a", "reference"),
     ("stats --data a", "--out"),
