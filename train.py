@@ -270,7 +270,7 @@ def compare(config, saved, out):
         if key in ("class_names", "network", "fingerprint", "vae"):
             raise BadInput(f"--data: not the data, or not the network, of the run in {out} ({key} differs)")
         raise BadInput(f"--{key.replace('_', '-')}: found {value!s:.80}, the run in {out} has "
-                       f"{saved.get(key)!s:.80}; to fine-tune its weights otherwise, begin a new run with --init {out}")
+                       f"{saved.get(key)!s:.80}; to fine-tune it otherwise, begin another with --init {out}")
     if config["weighting"] != saved["weighting"]:
         say("the weighting is another one from here on")
     if config["steps"] != saved["steps"] and config["decay"]:
@@ -348,7 +348,7 @@ def update(model, ema, optimizer, config, step):
         group["lr"] = learning_rate(config, step)
     averages, weights = list(ema.parameters()), list(model.parameters())
     grads = [p.grad for p in weights if p.grad is not None]
-    norm = torch.stack(torch._foreach_norm(grads)).norm()
+    norm = torch.nn.utils.get_total_norm(grads)
     bad = ~norm.isfinite()
     if config["grad_clip"]:
         torch.nn.utils.clip_grads_with_norm_(weights, config["grad_clip"], norm)
@@ -389,8 +389,7 @@ def log(metrics, out):
 def sanity(model, config):
     """FD-pixels between 256 samples and 2,048 of the built-in images."""
     drawn = draw(model, config, range(256), steps=config["sample_steps"], cfg=config["cfg"])
-    real, _ = shapes(range(2048), config["size"])
-    return fd_pixels(drawn, real)
+    return fd_pixels(drawn, shapes(range(2048), config["size"])[0])
 
 
 # ------------------------------------------------------------------------------------------------- dry run
@@ -488,10 +487,10 @@ def make_networks(args, config, device, state=None):
 
 def picture(ema, config, out, step, device):
     """Draw a grid of samples of the moving average -> its path, or why there is none."""
-    path = out / f"samples_{step:06d}.png"
     try:
         vae = find_vae(config, device)
-        return grid(ema, config, path, steps=config["sample_steps"], cfg=config["cfg"], vae=vae)
+        return grid(ema, config, out / f"samples_{step:06d}.png", steps=config["sample_steps"], cfg=config["cfg"],
+                    vae=vae)
     except BadInput as error:
         return f"no grid: {error}"
 
@@ -631,8 +630,8 @@ def train(args, config, data, diffusion, model, ema, optimizer, tally, first):
         if count > 1 and images < count * B / 2:
             trouble = trouble or f"most losses of steps {mark + 1:,} to {done:,} are not finite"
             break
-        # 8 images more: the mean square of a few may be far from that of all
-        if mse > 2 * zero * (images + 8) and not trouble:
+        # 32 images more: a few, or a first step without warm-up, may be far from the mean
+        if mse > 2 * zero * (images + 32) and not trouble:
             trouble = (f"diverged since step {mark + 1:,}: {config['target']} mse {mse / images:.4g}, output 0 "
                        f"would get {zero:.4g}")
             say(f"warning: {trouble}; nothing is saved from here on")

@@ -79,12 +79,12 @@ def kill():
     signal.raise_signal(signal.SIGKILL)
 
 
-def noise_is_nan(first, last):
+def noise_is(value, first, last):
     """A draw_step() of train that spoils one number of the noise, from one step to another."""
     def wrapped(data, config, diffusion, step, rows):
         parts = draw_step(data, config, diffusion, step, rows)
         if first <= step <= last:
-            parts[2][0, 0, 0, 0] = float("nan")
+            parts[2][0, 0, 0, 0] = value
         return parts
     return wrapped
 
@@ -267,7 +267,7 @@ def test_two_nodes_do_not_change_a_run(start_script, script, tmp_path):
 
 HAND = """--steps 4 --batch-size 8 --size 8 --patch 2 --seed 3 --dtype float64 --target v --gamma 2
 --schedule linear --T 100 --timesteps clts --curriculum 2 --importance --drop 0.4 --ema 0.7 --lr 2e-3
---warmup 2 --decay 0.5 --betas 0.8 0.95 --weight-decay 0.5 --sample-steps 1 --log-every 2"""
+--warmup 2 --decay 0.5 --betas 0.8 0.95 --weight-decay 0.5 --grad-clip 0.1 --sample-steps 1 --log-every 2"""
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +276,7 @@ def by_hand(tmp_path_factory):
     stock AdamW. A number of step 1 is nan: that step has no part in either.
     """
     folder = tmp_path_factory.mktemp("hand")
-    draw = noise_is_nan(1, 1)
+    draw = noise_is(float("nan"), 1, 1)
     text = launch(folder, f"{HAND} --out run", draw_step=draw)
     torch.manual_seed(3)
     network, arguments = SMALL
@@ -297,6 +297,7 @@ def by_hand(tmp_path_factory):
         optimizer.param_groups[0]["lr"] = rate * 2e-3
         optimizer.zero_grad()
         loss.mean().backward()
+        print(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1))
         optimizer.step()
         for name, value in model.state_dict().items():
             ema[name] = 0.7 * ema[name] + 0.3 * value
@@ -347,7 +348,7 @@ def test_grids_come_as_often_as_asked(tmp_path):
 
 def test_a_run_whose_losses_are_all_nan_ends_and_leaves_its_last_checkpoint(tmp_path):
     command = f"{TINY} --batch-size 1 --steps 9 --log-every 2 --save-every 2 --out run"
-    text = launch(tmp_path, command, code=3, draw_step=noise_is_nan(4, 9))
+    text = launch(tmp_path, command, code=3, draw_step=noise_is(float("nan"), 4, 9))
     assert "no loss since the last log line is finite" in text
     assert read(tmp_path / "run")["step"] == 4
 
