@@ -347,175 +347,109 @@ def test_grids_come_as_often_as_asked(tmp_path):
     assert names == ["samples_000002.png", "samples_000004.png", "samples_000006.png"]
 
 
-# ------------------------------------------------------------------------------------------- lost and diverged
+# ------------------------------------------------------------------------------------------ lost and diverged
 
 NAN = float("nan")
-ALONE = f"{TINY} --batch-size 1 --steps 9 --log-every 2 --save-every 2 --out run"
+ALONE = f"{TINY} --batch-size 1 --steps 9 --save-every 2 --out run"
 
 
-def test_a_run_whose_losses_are_all_nan_ends_and_leaves_its_last_checkpoint(tmp_path):
-    text = launch(tmp_path, ALONE, code=3, draw_step=noise_is(NAN, 4, 9))
-    assert "most losses of steps 5 to 6 are not finite; the last good checkpoint" in text
+@pytest.mark.parametrize("every, first", [(2, 4), (9, 2)])                   # the second: half of the losses are
+def test_a_run_whose_losses_are_nan_ends_and_leaves_its_last_checkpoint(every, first, tmp_path):
+    text = launch(tmp_path, f"{ALONE} --log-every {every}", code=3, draw_step=noise_is(NAN, first, 9))
+    assert "to 6 are not finite; the last good checkpoint" in text
     assert read(tmp_path / "run")["step"] == 4
 
 
 @pytest.mark.parametrize("every", ["--log-every 3 --save-every 4", "--log-every 1"])
-def test_one_loss_that_is_nan_ends_no_run_where_it_is_alone_in_what_is_judged(every, tmp_path):
-    text = launch(tmp_path, f"{ALONE} {every}", draw_step=noise_is(NAN, 3, 3))
-    assert "1 steps skipped" in text
+def test_one_nan_ends_no_run_where_no_other_step_is_judged_with_it(every, tmp_path):
+    launch(tmp_path, f"{ALONE} {every}", draw_step=noise_is(NAN, 3, 3))
+    assert read(tmp_path / "run")["step"] == 9
 
 
-def test_a_run_whose_losses_become_nan_within_a_log_line_is_not_saved(tmp_path):
-    launch(tmp_path, f"{ALONE} --log-every 9", code=3, draw_step=noise_is(NAN, 2, 9))
-    assert read(tmp_path / "run")["step"] == 4                               # half of the losses are finite
-
-
-DIVERGES = f"{TINY} --target eps --steps 8 --log-every 2 --save-every 2 --keep-every 2 --out run"
-
-
-@pytest.fixture(scope="module")
-def diverged(tmp_path_factory):
-    """The folder of a run whose step 5 has a huge error, and what it printed."""
-    folder = tmp_path_factory.mktemp("diverged")
-    text = launch(folder, DIVERGES, code=3, draw_step=noise_is(1e6, 4, 4))
-    return folder / "run", text
-
-
-def test_a_diverged_run_says_so_once_at_once_and_again_at_its_end(diverged):
-    folder, text = diverged
-    said = [line for line in text.splitlines() if "diverged since step 5" in line]
-    assert said[0].startswith("warning: ") and said[1:] == text.splitlines()[-1:]
-    assert said[1].endswith(f"the last good checkpoint: {folder / 'ckpt.pt'}")
-
-
-def test_a_diverged_run_goes_on_but_saves_nothing_more(diverged):
-    folder, _ = diverged
-    names = {path.name for path in folder.iterdir()}
-    assert names == {"ckpt.pt", "config.json", "log.csv", "snapshot_000002.pt", "snapshot_000004.pt"}
-    assert read(folder)["step"] == 4 and log_of(folder)[-1][0] == "8"
+@pytest.mark.parametrize("every, since, stop", [(2, 5, 9), (8, 1, 6)])       # the second: between two log lines
+def test_a_diverged_run_says_so_at_once_and_at_its_end_and_saves_no_more(every, since, stop, tmp_path):
+    text = launch(tmp_path, f"{TINY} --target eps --steps 8 --save-every 2 --keep-every 2 --out run --log-every {every}",
+                  code=3, draw_step=noise_is(1e6, 4, 4), update=in_step(stop, terminate))
+    first, last = re.findall(f".*diverged since step {since}:.*", text)
+    assert first.startswith("warning: ")
+    assert text.endswith(f"{last}\n") and last.endswith(f"the last good checkpoint: {tmp_path}/run/ckpt.pt")
+    assert ("step 8 / 8" in text) == (stop > 8)                              # it goes on
+    assert read(tmp_path / "run")["step"] == 4
+    assert not (tmp_path / "run/snapshot_000006.pt").exists()
 
 
 def test_a_run_that_diverges_at_once_has_no_good_checkpoint(tmp_path):
     text = launch(tmp_path, f"{TINY} --lr 1 --steps 30 --log-every 10 --out run", code=3)
     assert text.endswith("there is no good checkpoint\n")
-    assert not (tmp_path / "run/ckpt.pt").exists()
-
-
-def test_a_diverged_run_that_is_stopped_saves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "draw_step", noise_is(1e6, 4, 4))
-    text = launch(tmp_path, DIVERGES, code=3, update=in_step(6, terminate))
-    assert "step 8 / 8" not in text and read(tmp_path / "run")["step"] == 4
-
-
-def test_a_checkpoint_between_two_log_lines_is_judged_too(tmp_path):
-    launch(tmp_path, f"{DIVERGES} --log-every 8", code=3, draw_step=noise_is(1e6, 4, 4))
-    assert read(tmp_path / "run")["step"] == 4
 
 
 @pytest.mark.parametrize("how", ["--batch-size 1", "--batch-size 64 --warmup 0 --lr 4e-3"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_healthy_run_does_not_diverge_in_any_single_step(target, how, tmp_path):
+def test_a_healthy_run_does_not_diverge_in_a_single_step(target, how, tmp_path):
     launch(tmp_path, f"{TINY} --target {target} {how} --steps 20 --log-every 1 --out run")
-    assert read(tmp_path / "run")["step"] == 20
 
 
-@pytest.mark.parametrize("target, expected", [("x0", 0.5), ("eps", 1), ("v", 0.75)])
-def test_mean_square_in_closed_form(target, expected):
-    half = Diffusion(torch.tensor([0.9, 0.5, 0.1]), target=target)           # the mean of alpha^2 is 1 / 2
-    assert train.mean_square(half, 0.5) == pytest.approx(expected)
+def test_mean_square_of_the_targets():
+    table = torch.tensor([0.9, 0.5, 0.1])                                    # the mean of alpha^2 is 1 / 2
+    found = [train.mean_square(Diffusion(table, target=target), 0.6) for target in TARGETS]
+    assert found == pytest.approx([0.6, 1, 0.8])
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_mean_square_is_the_mse_of_output_0(target):
-    data, diffusion = built_in(8), Diffusion(target=target)
-    x0, t, noise, y, _ = draw_step(data, {**DRAWN, "batch_size": 2000}, diffusion, 0, slice(0, 2000))
-    _, mse = diffusion.loss(lambda x, t, y: torch.zeros_like(x), x0, t, noise, y)
-    found = train.mean_square(diffusion, train.probe(data).square().mean())
-    assert found == pytest.approx(mse.mean().item(), rel=0.05)
+# ------------------------------------------------------------------------------------ snapshots and fine-tuning
 
-
-# ------------------------------------------------------------------------------------- snapshots and fine-tuning
-
-KEPT = f"{TINY} --steps 3 --keep-every 2"
 STILL = f"{TINY} --steps 1 --lr 1e-30 --out new"                             # one step that changes no weight
 
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
-    """A folder with "run", a run of 3 steps with a snapshot of step 2, and released.pt, weights alone."""
+    """A folder with "run", a run with a snapshot of its end, and released.pt, weights that are known as vit-tiny's."""
     folder = tmp_path_factory.mktemp("kept")
-    launch(folder, f"{KEPT} --out run")
-    launch(folder, f"{TINY} --steps 2 --out two")
+    launch(folder, f"{TINY} --steps 2 --keep-every 2 --out run")
     network, arguments = SMALL
-    released = network(img_size=8, patch_size=4, in_channels=3, num_classes=8, T=4000, **arguments)
-    torch.save(released.state_dict(), folder / "released.pt")
-    return folder
+    torch.save(network(8, 4, 3, 8, T=4000, **arguments).state_dict(), folder / "released.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model_vit.SIZES, "vit-tiny", arguments)
+        patch.setitem(model_vit.RELEASED, (32, 3), dict(target="x0"))
+        yield folder
 
 
-def test_a_snapshot_is_the_moving_average_alone(kept):
-    found = read(kept / "run/snapshot_000002.pt")
-    assert found.keys() == {"ema", "step", "config"}
-    same(found["ema"], read(kept / "two")["ema"])
-
-
-def test_a_snapshot_samples(kept, tmp_path):
-    launch(tmp_path, f"--ckpt {kept}/run/snapshot_000002.pt --n 2 --steps 1 --out {tmp_path}/grid.png", main=sample.main)
-    assert (tmp_path / "grid.png").exists()
-
-
-def test_the_weights_of_a_snapshot_that_are_not_averaged_are_refused(kept):
-    launch(kept, "--ckpt run/snapshot_000002.pt --raw", code=2, main=sample.main)
+def test_a_snapshot_is_the_moving_average_alone_and_samples(kept):
+    assert read(kept / "run/snapshot_000002.pt").keys() == {"ema", "step", "config"}
+    launch(kept, "--ckpt run/snapshot_000002.pt --n 2 --steps 1 --out grid.png", main=sample.main)
 
 
 @pytest.mark.parametrize("name", ["run", "run/ckpt.pt", "run/snapshot_000002.pt", "released.pt"])
-def test_a_run_starts_from_the_weights_of(name, kept, tmp_path, monkeypatch):
-    _, arguments = SMALL
-    monkeypatch.setitem(model_vit.SIZES, "vit-tiny", arguments)              # which the released file is known by
-    text = launch(tmp_path, f"{STILL} --init {kept / name}")
-    source, _ = load_checkpoint(kept / name, target="x0")
-    expected = source.state_dict()
+def test_a_run_starts_from_the_weights_of(name, kept, tmp_path):
+    launch(tmp_path, f"{STILL} --init {kept / name}")
+    expected = load_checkpoint(kept / name)[0].state_dict()
     expected["time_embedding.weight"] = expected["time_embedding.weight"][:1000]
-    found = read(tmp_path / "new")
-    same(found["model"], expected, atol=1e-20)
-    same(found["ema"], expected, atol=1e-20)
-    assert f"starts from {kept / name}" in text
+    for part in ("model", "ema"):
+        same(read(tmp_path / "new")[part], expected, atol=1e-20)
 
 
-OTHERWISE = [("--target v", "--target v: run was trained with x0"), ("--T 500", "--T 500: run was trained with 1000"),
-             ("--schedule linear", "--schedule linear: run was trained with cosine"),
-             ("--patch 2", r"pos_embed.*\[1, 6, 32\].*\[1, 18, 32\]"), ("--init none", "none: no such file"),
-             ("--model unet-tiny", "Missing key")]
+OTHERWISE = [("--target v --init run", "--target v: run was trained with x0"),
+             ("--target v --init released.pt", "--target v: released.pt was trained with x0"),
+             ("--T 500 --init run", "--T 500: run was trained with 1000"),
+             ("--schedule linear --init run", "--schedule linear: run was trained with cosine"),
+             ("--patch 2 --init run", r"pos_embed.*\[1, 6, 32\].*\[1, 18, 32\]"),
+             ("--init none", "none: no such file")]
 
 
 @pytest.mark.parametrize("words, named", OTHERWISE)
 def test_weights_that_do_not_fit_are_refused(words, named, kept):
-    assert re.search(named, launch(kept, f"{STILL} --init run {words}", code=2))
-    assert not (kept / "new").exists()
+    assert re.search(named, launch(kept, f"{STILL} {words}", code=2))
 
 
-def test_another_target_than_a_released_files_is_refused(kept, monkeypatch):
-    _, arguments = SMALL
-    monkeypatch.setitem(model_vit.SIZES, "vit-tiny", arguments)
-    monkeypatch.setitem(model_vit.RELEASED, (32, 3), dict(target="eps"))
-    assert "released.pt was trained with eps" in launch(kept, f"{STILL} --init released.pt", code=2)
-
-
-def test_a_tuned_run_goes_on_without_the_file_and_with_the_same_command_alone(kept, tmp_path):
-    (tmp_path / "given.pt").write_bytes((kept / "run/ckpt.pt").read_bytes())
-    command = f"{TINY} --steps 2 --init given.pt --out"
-    launch(tmp_path, f"{command} whole")
-    launch(tmp_path, f"{command} run --steps 1")
-    assert read(tmp_path / "run")["config"]["init_sha256"] == hash_file(tmp_path / "given.pt")
-    (tmp_path / "given.pt").unlink()
-    assert "--init: found other.pt" in launch(tmp_path, f"{command} run --init other.pt --resume", code=2)
-    launch(tmp_path, f"{command} run --resume")
-    same(read(tmp_path / "whole")["model"], read(tmp_path / "run")["model"])
-
-
-def test_two_processes_start_from_the_same_weights(kept, script, tmp_path):
-    command = f"{FIVE} --steps 2 --init {kept / 'run'}"
-    launch(tmp_path, f"{command} --out one")
-    script("train.py", *command.split(), "--out", "two", processes=2)
+def test_a_tuned_run_of_two_processes_goes_on_without_the_file_and_from_no_other(kept, script, tmp_path):
+    given = tmp_path / "given.pt"
+    given.write_bytes((kept / "run/ckpt.pt").read_bytes())
+    command = f"{FIVE} --init given.pt --out"
+    launch(tmp_path, f"{command} one")
+    script("train.py", *f"{command} two --steps 2".split(), processes=2)
+    assert read(tmp_path / "two")["config"]["init_sha256"] == hash_file(given)
+    given.unlink()
+    assert "--init: found other.pt" in launch(tmp_path, "--out two --init other.pt --resume", code=2)
+    launch(tmp_path, f"{command} two --resume")
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
@@ -625,16 +559,12 @@ def test_the_original_command_may_be_repeated_to_go_on(words, tmp_path):
     assert read(tmp_path / "run")["step"] == 2
 
 
-NEW = "init grad_clip keep_every class_counts".split()
-
-
-def test_a_run_that_was_saved_before_these_flags_goes_on(tmp_path):
-    launch(tmp_path, f"{TINY} --steps 1 --out run")
-    state = read(tmp_path / "run")
-    state["config"] = {key: value for key, value in state["config"].items() if key not in NEW}
-    torch.save(state, tmp_path / "run/ckpt.pt")
-    launch(tmp_path, "--steps 2 --out run --resume")
-    assert read(tmp_path / "run")["config"].keys() >= set(NEW)
+def test_a_run_that_was_saved_before_these_flags_goes_on(runs):
+    config = read(runs / "whole")["config"]
+    saved = dict(config)
+    for key in ("init", "grad_clip", "keep_every", "class_counts"):
+        del saved[key]
+    train.compare(config, saved, runs)
 
 
 OTHER = ["--batch-size 4", "--size 16", "--classes 0", "--target v", "--gamma 2", "--timesteps clts",
@@ -664,7 +594,7 @@ BAD = ["--steps 0", "--batch-size 0", "--batch-size 9 --accum 2", "--lr 0", "--l
        "--T 0", "--T 1e12", "--patch 0", "--patch 2 --model unet-tiny", "--size -16", "--size 1000000",
        f"--seed {10 ** 30}", "--seed -1", "--cfg nan", "--cfg -1", "--cfg 2 --drop 0",
        "--sample-steps 0", "--accum 0", "--log-every 0", "--save-every 0",
-       "--sample-every -1", "--keep-every -1", "--grad-clip 0", "--model vit-x", "--classes -1", "--classes 7",
+       "--sample-every -1", "--grad-clip 0", "--model vit-x", "--classes -1", "--classes 7",
        "--curriculum 0", "--schedule sine", "--dtype half", "--data x", "--step 3"]
 
 
@@ -705,9 +635,9 @@ def test_help_shows_the_defaults_of_the_preset_that_the_command_names():
 
 @pytest.mark.parametrize("native, dtype", [(True, "bfloat16"), (False, "float32")])
 def test_bfloat16_is_the_default_of_cards_that_have_it(native, dtype, monkeypatch):
-    monkeypatch.setattr(train, "processes", lambda: (0, 1, torch.device("cuda")))
+    monkeypatch.setattr(train, "processes", lambda: (0, 1, "cuda"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or native)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
     assert f"(default: {dtype})" in help_of("")["dtype"]
 
 
