@@ -88,7 +88,7 @@ def preset(dataset, model=None, target=None):
 # checkpoint, and on --resume it becomes the flags' defaults.
 
 # MACHINE is not in the config: where and how the run is computed, free at every start. FREE is in the config, so
-# that --resume remembers it, but a resumed run may change it; class_counts, as the data's fingerprint is compared.
+# that --resume remembers it, but a resumed run may change it. What class_counts counts, the fingerprint compares.
 MACHINE = "out resume accum compile grad_ckpt data_on_gpu dry_run".split()
 FREE = "steps cfg sample_steps data vae_file log_every save_every sample_every keep_every class_counts".split()
 
@@ -123,7 +123,7 @@ def parse():
         "table FILE.csv whose column `weight` has T rows, which the run then remembers")
     add("--out", type=Path, help="folder of the run (default: out/DATASET)")
     add("--resume", action="store_true", help="go on with the run in --out")
-    add("--init", help="fine-tune: start from the weights of a run folder, checkpoint, snapshot or released file")
+    add("--init", help="fine-tune: the weights of a run, checkpoint, snapshot or released file to start from")
     # the data
     add("--data", help="packed folder (default: data/DATASET)")
     add("--size", type=at_least(1, 1024), help="image side, free for the built-in shapes alone (default: 16)")
@@ -148,7 +148,7 @@ def parse():
     add("--decay", type=between(0, 1), help="share of the run, its end, in which the rate falls to 0")
     add("--betas", type=share, nargs=2, help="of AdamW")
     add("--weight-decay", type=between(0, 1000), help="of AdamW")
-    add("--grad-clip", type=positive, help="shorten a longer gradient to this norm, that of all weights together")
+    add("--grad-clip", type=positive, help="norm of the whole gradient to which a longer one is shortened")
     add("--drop", type=share, help="how often a label becomes the null label, for guidance")
     add("--ema", type=share, help="rate of the exponential moving average of the weights")
     add("--dtype", choices=("float32", "bfloat16", "float64"), help="bfloat16 is autocast",
@@ -166,7 +166,7 @@ def parse():
     add("--log-every", type=count, default=100, help="steps between log lines")
     add("--save-every", type=count, default=1000, help="steps between checkpoints; the last is always saved")
     add("--sample-every", type=at_least(0), default=0, help="steps between sample grids; 0: only at the end")
-    add("--keep-every", type=at_least(0), default=0, help="steps between snapshots of the EMA, which stay; 0: none")
+    add("--keep-every", type=at_least(0), default=0, help="steps between snapshots of the EMA; 0: none")
     add("--dry-run", action="store_true", help="print configuration, FLOPs, speed and days, no more")
 
     words = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
@@ -451,11 +451,11 @@ def initialise(model, config):
         if known[key] not in (None, config[key]):
             raise BadInput(f"--{key} {config[key]}: {path} was trained with {known[key]}")
     weights, drawn = source.state_dict(), model.state_dict()
-    if "time_embedding.weight" in weights:                                   # released: T of its 4,000 rows are used
+    if "time_embedding.weight" in weights:                                   # released: 4,000 rows
         weights["time_embedding.weight"] = weights["time_embedding.weight"][:config["T"]]
     if source.num_classes != model.num_classes:
-        say(f"warning: {path} knows {source.num_classes} classes, the data have {model.num_classes}: the table of "
-            "classes is drawn anew")
+        say(f"warning: {path} knows {source.num_classes} classes, the data have {model.num_classes}: their table "
+            "is drawn anew")
         for name in ("class_embedding.weight", "label_emb.weight"):          # of a ViT, of a UNet
             if name in drawn:
                 weights[name] = drawn[name]
@@ -468,7 +468,7 @@ def initialise(model, config):
 
 
 def make_networks(args, config, device, state=None):
-    """-> model, its moving average, optimizer: fresh, from the weights of --init, or as in a checkpoint's state."""
+    """-> model, its moving average, optimizer: fresh, from --init, or as in a checkpoint's state."""
     torch.manual_seed(config["seed"])
     dtype = torch.float64 if config["dtype"] == "float64" else torch.float32
     model = to_device(build_model(config), device, dtype)
@@ -489,8 +489,8 @@ def picture(ema, config, out, step, device):
     """Draw a grid of samples of the moving average -> its path, or why there is none."""
     try:
         vae = find_vae(config, device)
-        return grid(ema, config, out / f"samples_{step:06d}.png", steps=config["sample_steps"], cfg=config["cfg"],
-                    vae=vae)
+        return grid(ema, config, out / f"samples_{step:06d}.png", steps=config["sample_steps"],
+                    cfg=config["cfg"], vae=vae)
     except BadInput as error:
         return f"no grid: {error}"
 
@@ -621,7 +621,7 @@ def train(args, config, data, diffusion, model, ema, optimizer, tally, first):
         if not (logs or saves or due("keep_every")):
             continue
 
-        # has the run been lost, as most losses are not finite (one step alone may be chance), or has it diverged?
+        # lost, as most losses are not finite (one step alone may be chance)? diverged?
         total = tally.clone()
         if world > 1:
             dist.all_reduce(total)
@@ -632,8 +632,8 @@ def train(args, config, data, diffusion, model, ema, optimizer, tally, first):
             break
         # 32 images more: a few, or a first step without warm-up, may be far from the mean
         if mse > 2 * zero * (images + 32) and not trouble:
-            trouble = (f"diverged since step {mark + 1:,}: {config['target']} mse {mse / images:.4g}, output 0 "
-                       f"would get {zero:.4g}")
+            trouble = (f"diverged since step {mark + 1:,}: {config['target']} mse {mse / images:.4g}, "
+                       f"output 0 would get {zero:.4g}")
             say(f"warning: {trouble}; nothing is saved from here on")
 
         # log, sample, save
@@ -648,7 +648,7 @@ def train(args, config, data, diffusion, model, ema, optimizer, tally, first):
                 f"{metrics['data_share']:.1%}   {metrics['skipped']} steps skipped   {left:.1f} min left")
             if rank == 0:
                 log(metrics, args.out)
-            if images:                                                       # else the next line has this step too
+            if images:                                                       # else the next line is of this too
                 since, waited, mark = time.monotonic(), 0.0, done
                 tally.zero_()
                 total.zero_()
