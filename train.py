@@ -3,6 +3,7 @@
     python train.py                                             # built-in images, CPU, minutes; then a grid
     torchrun --nproc-per-node 8 train.py --dataset imagenet64   # a preset of the paper, on data/imagenet64
     python train.py --resume                                    # go on where out/shapes was stopped
+    python train.py --init out/shapes --out out/tuned           # a new run that starts from another's weights
 
 A run depends on its flags and --seed: not on the number of processes, on --accum, or on having been stopped.
 """
@@ -28,9 +29,9 @@ import model_unet
 from data import DATASETS, Images, Packed, built_in, class_names, fingerprint, generator, shapes
 from diffusion import TARGETS, WEIGHTINGS, Diffusion
 from fid import fd_pixels
-from files import (BadInput, Parser, at_least, between, leave_group, positive, processes, read, replace, run,
-                   say, write_json)
-from sample import MODELS, build_model, draw, find_vae, grid, to_device
+from files import (BadInput, Parser, at_least, between, hash_file, leave_group, positive, processes, read,
+                   replace, run, say, write_json)
+from sample import MODELS, build_model, draw, find_vae, grid, load_checkpoint, to_device
 
 # ------------------------------------------------------------------------------------------------ presets
 # One row per result of the papers, the default of a data set first. From the paper (section 4.1, appendix C):
@@ -87,9 +88,9 @@ def preset(dataset, model=None, target=None):
 # checkpoint, and on --resume it becomes the flags' defaults.
 
 # MACHINE is not in the config: where and how the run is computed, free at every start. FREE is in the config, so
-# that --resume remembers it, but a resumed run may change it.
+# that --resume remembers it, but a resumed run may change it. What class_counts counts, the fingerprint compares.
 MACHINE = "out resume accum compile grad_ckpt data_on_gpu dry_run".split()
-FREE = "steps cfg sample_steps data vae_file log_every save_every sample_every".split()
+FREE = "steps cfg sample_steps data vae_file log_every save_every sample_every keep_every class_counts".split()
 
 
 def weights(text):
@@ -113,6 +114,7 @@ def parse():
     add = parser.add_argument
     count, switch = at_least(1), argparse.BooleanOptionalAction
     share = between(0, 1 - 1e-9, expected="a number from 0 to below 1")
+    bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     # the run
     add("--dataset", default="shapes", help=f"{', '.join(DATASETS)}, or any packed data/NAME")
     add("--model", choices=MODELS, help="network")
@@ -121,6 +123,7 @@ def parse():
         "table FILE.csv whose column `weight` has T rows, which the run then remembers")
     add("--out", type=Path, help="folder of the run (default: out/DATASET)")
     add("--resume", action="store_true", help="go on with the run in --out")
+    add("--init", help="fine-tune: the weights of a run, checkpoint, snapshot or released file to start from")
     # the data
     add("--data", help="packed folder (default: data/DATASET)")
     add("--size", type=at_least(1, 1024), help="image side, free for the built-in shapes alone (default: 16)")
@@ -145,10 +148,11 @@ def parse():
     add("--decay", type=between(0, 1), help="share of the run, its end, in which the rate falls to 0")
     add("--betas", type=share, nargs=2, help="of AdamW")
     add("--weight-decay", type=between(0, 1000), help="of AdamW")
+    add("--grad-clip", type=positive, help="norm of the whole gradient to which a longer one is shortened")
     add("--drop", type=share, help="how often a label becomes the null label, for guidance")
     add("--ema", type=share, help="rate of the exponential moving average of the weights")
     add("--dtype", choices=("float32", "bfloat16", "float64"), help="bfloat16 is autocast",
-        default="bfloat16" if torch.cuda.is_available() else "float32")
+        default="bfloat16" if bfloat16 else "float32")
     add("--seed", type=at_least(0), default=0, help="of everything random")
     # sample grids
     add("--cfg", type=between(0, 1000), help="guidance scale, 1 = none")
@@ -162,6 +166,7 @@ def parse():
     add("--log-every", type=count, default=100, help="steps between log lines")
     add("--save-every", type=count, default=1000, help="steps between checkpoints; the last is always saved")
     add("--sample-every", type=at_least(0), default=0, help="steps between sample grids; 0: only at the end")
+    add("--keep-every", type=at_least(0), default=0, help="steps between snapshots of the EMA; 0: none")
     add("--dry-run", action="store_true", help="print configuration, FLOPs, speed and days, no more")
 
     words = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
@@ -190,6 +195,12 @@ def stand_in(dataset):
     return Images(np.zeros(shape, np.uint8), np.zeros(1, np.int64), meta)
 
 
+def probe(data):
+    """256 images spread over the data set, a batch (256,C,S,S)."""
+    some = np.linspace(0, len(data) - 1, 256).astype(int)
+    return data.batch(some, generator("probe", 0, 0))[0]
+
+
 def open_data(args):
     """The data set that the flags name. Raises BadInput where it is not what they promise, and says what is
     unusual about it.
@@ -216,8 +227,7 @@ def open_data(args):
         if data.classes != expected.classes:
             say(f"warning: the {len(data.classes)} classes of {folder} are not those of {args.dataset}")
     if data.latents and len(data) > 1:
-        some = np.linspace(0, len(data) - 1, 256).astype(int)
-        std = data.batch(some, generator("probe", 0, 0))[0].std()
+        std = probe(data).std()
         if not 0.7 <= std <= 1.3:
             say(f"warning: {folder}: scaled latents have a standard deviation of {std:.3f}, expected 0.7 to 1.3: "
                 "another autoencoder, or a damaged file")
@@ -237,8 +247,9 @@ def settle(args, data):
     shape = {key: value for key, value in shape.items() if key in taken}
     if args.patch and "patch_size" not in taken:
         raise BadInput(f"--patch {args.patch}: {args.model} has no patches")
+    config["class_counts"] = np.bincount(data.labels, minlength=len(data.classes)).tolist()
     if not data.classes:
-        config.update(drop=0.0, cfg=1.0)
+        config.update(drop=0.0, cfg=1.0, class_counts=[])
     if config["cfg"] != 1 and not config["drop"]:
         raise BadInput(f"--cfg {args.cfg}: a model trained with --drop 0 cannot be guided; add --cfg 1")
     config.update(size=data.size, patch=shape.get("patch_size"), flip=args.flip and not data.latents,
@@ -259,7 +270,7 @@ def compare(config, saved, out):
         if key in ("class_names", "network", "fingerprint", "vae"):
             raise BadInput(f"--data: not the data, or not the network, of the run in {out} ({key} differs)")
         raise BadInput(f"--{key.replace('_', '-')}: found {value!s:.80}, the run in {out} has "
-                       f"{saved.get(key)!s:.80}")
+                       f"{saved.get(key)!s:.80}; to fine-tune it otherwise, begin another with --init {out}")
     if config["weighting"] != saved["weighting"]:
         say("the weighting is another one from here on")
     if config["steps"] != saved["steps"] and config["decay"]:
@@ -337,7 +348,10 @@ def update(model, ema, optimizer, config, step):
         group["lr"] = learning_rate(config, step)
     averages, weights = list(ema.parameters()), list(model.parameters())
     grads = [p.grad for p in weights if p.grad is not None]
-    bad = ~torch.stack(torch._foreach_norm(grads)).sum().isfinite()
+    norm = torch.nn.utils.get_total_norm(grads)
+    bad = ~norm.isfinite()
+    if config["grad_clip"]:
+        torch.nn.utils.clip_grads_with_norm_(weights, config["grad_clip"], norm)
     optimizer.found_inf = bad.float()                                        # fused AdamW then skips its step
     optimizer.step()
     optimizer.zero_grad()
@@ -353,8 +367,15 @@ def metrics_of(step, tally):
     is t in [i T/10, (i+1) T/10), nan where no t fell into it.
     """
     loss, mse, _, count = tally.sum(0).tolist()
+    count = count or np.nan                                                  # no finite loss: the means are nan
     bins = (tally[:, 2] / tally[:, 3]).tolist()
     return dict(step=step, loss=loss / count, mse=mse / count, **{f"x0_mse_{i}": bins[i] for i in range(10)})
+
+
+def mean_square(diffusion, s):
+    """Mean square of the target over all t, which is the mse of output 0; s is that of the data."""
+    alpha2 = diffusion.density() @ diffusion.alphas_cumprod.cpu()
+    return float({"x0": s, "eps": 1, "v": alpha2 + (1 - alpha2) * s}[diffusion.target])
 
 
 def log(metrics, out):
@@ -368,8 +389,7 @@ def log(metrics, out):
 def sanity(model, config):
     """FD-pixels between 256 samples and 2,048 of the built-in images."""
     drawn = draw(model, config, range(256), steps=config["sample_steps"], cfg=config["cfg"])
-    real, _ = shapes(range(2048), config["size"])
-    return fd_pixels(drawn, real)
+    return fd_pixels(drawn, shapes(range(2048), config["size"])[0])
 
 
 # ------------------------------------------------------------------------------------------------- dry run
@@ -380,7 +400,7 @@ def dry_run(config, model, ema, optimizer, diffusion, micro, world):
     """
     for key, value in config.items():
         print(f"  {key:<13} {value!s:.90}")
-    C, S = config["network"]["in_channels"], config["network"]["img_size"]
+    C, S = model.in_channels, model.img_size
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         t = torch.zeros(1, dtype=torch.long)
         build_model(config)(torch.empty(1, C, S, S), t, t)
@@ -419,11 +439,41 @@ def make_diffusion(config):
     return Diffusion(config["schedule"], config["T"], config["target"], weighting, config["gamma"], timesteps)
 
 
+def initialise(model, config):
+    """Copy the weights of --init, of a checkpoint the moving average, into a fresh network, and note the file's
+    SHA-256 in the config. A class table of another number of rows stays as it was drawn. Raises BadInput for
+    weights that were trained otherwise or do not fit.
+    """
+    path = Path(config["init"])
+    source, known = load_checkpoint(path, target=config["target"])
+    known |= getattr(source, "public", {})                                   # of a released file
+    for key in ("target", "schedule", "T"):
+        if known[key] not in (None, config[key]):
+            raise BadInput(f"--{key} {config[key]}: {path} was trained with {known[key]}")
+    weights, drawn = source.state_dict(), model.state_dict()
+    if "time_embedding.weight" in weights:                                   # released: 4,000 rows
+        weights["time_embedding.weight"] = weights["time_embedding.weight"][:config["T"]]
+    if source.num_classes != model.num_classes:
+        say(f"warning: {path} knows {source.num_classes} classes, the data have {model.num_classes}: their table "
+            "is drawn anew")
+        for name in ("class_embedding.weight", "label_emb.weight"):          # of a ViT, of a UNet
+            if name in drawn:
+                weights[name] = drawn[name]
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise BadInput(f"--init {path}: {error!s:.300}") from None
+    config["init_sha256"] = hash_file(path / "ckpt.pt" if path.is_dir() else path)
+    say(f"starts from {path}, weights: {known['weights']} @ step {known['step']}")
+
+
 def make_networks(args, config, device, state=None):
-    """-> model, its moving average, optimizer: freshly initialised, or as in a checkpoint's state."""
+    """-> model, its moving average, optimizer: fresh, from --init, or as in a checkpoint's state."""
     torch.manual_seed(config["seed"])
     dtype = torch.float64 if config["dtype"] == "float64" else torch.float32
     model = to_device(build_model(config), device, dtype)
+    if config["init"] and not state:
+        initialise(model, config)
     model.grad_ckpt = args.grad_ckpt
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), config["lr"], config["betas"],
@@ -437,12 +487,12 @@ def make_networks(args, config, device, state=None):
 
 def picture(ema, config, out, step, device):
     """Draw a grid of samples of the moving average -> its path, or why there is none."""
-    path = out / f"samples_{step:06d}.png"
     try:
         vae = find_vae(config, device)
+        return grid(ema, config, out / f"samples_{step:06d}.png", steps=config["sample_steps"],
+                    cfg=config["cfg"], vae=vae)
     except BadInput as error:
         return f"no grid: {error}"
-    return grid(ema, config, path, steps=config["sample_steps"], cfg=config["cfg"], vae=vae)
 
 
 def introduce(args, config, model, diffusion, data, micro, world, device):
@@ -466,8 +516,8 @@ def stamp(ckpt):
 
 
 def main():
+    rank, world, device = processes()                                        # before a question to the GPU
     args, state = parse()
-    rank, world, device = processes()
     if stamp(args.out / "ckpt.pt") and not (args.resume or args.dry_run):
         raise BadInput(f"--out {args.out}: holds a run already; go on with --resume or choose another folder")
     micro, rest = divmod(args.batch_size, world * args.accum)
@@ -533,6 +583,9 @@ def train(args, config, data, diffusion, model, ema, optimizer, tally, first):
     signal.signal(signal.SIGINT, remember)
     signal.signal(signal.SIGTERM, remember)
 
+    def due(what):
+        return config[what] and done % config[what] == 0                     # every 0 steps is never
+
     def make_batch(step):
         parts = draw_step(data, config, diffusion, step, slice(rank * B // world, (rank + 1) * B // world))
         return [part.pin_memory() if gpu and part.is_cpu else part for part in parts]
@@ -540,7 +593,8 @@ def train(args, config, data, diffusion, model, ema, optimizer, tally, first):
     ours = stamp(ckpt)
     since, waited, mark = time.monotonic(), 0.0, first
     skipped = torch.zeros((), device=device)                                 # steps without an update
-    lost, stop, done = False, 0, first
+    zero = mean_square(diffusion, probe(data).square().mean())                   # the mse of output 0
+    trouble, stop, done = "", 0, first                                       # trouble: why no more is saved
     for step in range(first, steps):
         # data: prepared by a thread, already cut to this process
         now = time.monotonic()
@@ -560,45 +614,56 @@ def train(args, config, data, diffusion, model, ema, optimizer, tally, first):
             dist.all_reduce(flag, dist.ReduceOp.MAX)                         # on the CPU: no wait for the GPU
             stop = int(flag)
         last = done == steps
-        if rank == 0 and config["sample_every"] and done % config["sample_every"] == 0 and not last:
+        if rank == 0 and due("sample_every") and not last:
             say(picture(ema, config, args.out, done, device))
-        logs = last or done % config["log_every"] == 0
-        saves = last or stop or done % config["save_every"] == 0
-        if not (logs or saves):
+        logs = last or due("log_every")
+        saves = last or stop or due("save_every")
+        if not (logs or saves or due("keep_every")):
             continue
 
-        # a run is lost if no loss since the last log line was finite
+        # lost, as most losses are not finite (one step alone may be chance)? diverged?
         total = tally.clone()
         if world > 1:
             dist.all_reduce(total)
-        lost = bool(total[:, 3].sum() == 0)
-        if lost:
+        _, mse, _, images = total.sum(0).tolist()                            # of the steps since mark
+        count = done - mark
+        if count > 1 and images < count * B / 2:
+            trouble = trouble or f"most losses of steps {mark + 1:,} to {done:,} are not finite"
             break
+        # 32 images more: a few, or a first step without warm-up, may be far from the mean
+        if mse > 2 * zero * (images + 32) and not trouble:
+            trouble = (f"diverged since step {mark + 1:,}: {config['target']} mse {mse / images:.4g}, "
+                       f"output 0 would get {zero:.4g}")
+            say(f"warning: {trouble}; nothing is saved from here on")
 
         # log, sample, save
         if logs:
             took = time.monotonic() - since
             metrics = metrics_of(done, total)
-            metrics.update(images_per_s=(done - mark) * B / took, data_share=waited / took,
+            metrics.update(images_per_s=count * B / took, data_share=waited / took,
                            skipped=int(skipped))
-            left = (steps - done) * took / (done - mark) / 60
+            left = (steps - done) * took / count / 60
             say(f"step {done:,} / {steps:,}   loss {metrics['loss']:.4f}   {config['target']} mse "
                 f"{metrics['mse']:.4f}   {metrics['images_per_s']:,.0f} images/s   data "
                 f"{metrics['data_share']:.1%}   {metrics['skipped']} steps skipped   {left:.1f} min left")
             if rank == 0:
                 log(metrics, args.out)
-            since, waited, mark = time.monotonic(), 0.0, done
-            tally.zero_()
-            total.zero_()
-            skipped.zero_()
-        if rank == 0 and saves:
+            if images:                                                       # else the next line is of this too
+                since, waited, mark = time.monotonic(), 0.0, done
+                tally.zero_()
+                total.zero_()
+                skipped.zero_()
+        if rank == 0 and not trouble:
             if stamp(ckpt) != ours:
                 raise BadInput(f"--out {args.out}: another run is writing there")
-            log_size = (args.out / "log.csv").stat().st_size
-            state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-                         step=done, config=config, tally=total.cpu(), log=log_size)
-            replace(ckpt, lambda file: torch.save(state, file))
-            ours = stamp(ckpt)
+            state = dict(ema=ema.state_dict(), step=done, config=config)
+            if due("keep_every"):
+                replace(args.out / f"snapshot_{done:06d}.pt", lambda file: torch.save(state, file))
+            if saves:
+                state.update(model=model.state_dict(), optimizer=optimizer.state_dict(), tally=total.cpu(),
+                             log=(args.out / "log.csv").stat().st_size)
+                replace(ckpt, lambda file: torch.save(state, file))
+                ours = stamp(ckpt)
         if stop:
             break
 
@@ -606,16 +671,16 @@ def train(args, config, data, diffusion, model, ema, optimizer, tally, first):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if world > 1:
         leave_group()
-    if lost:
-        say(f"no loss since the last log line is finite (step {done:,}); nothing was saved; the last checkpoint, if "
-            f"there is one: {ckpt}")
+    if trouble:
+        left = f"the last good checkpoint: {ckpt}" if ckpt.exists() else "there is no good checkpoint"
+        say(f"{trouble}; {left}")
         sys.exit(3)
     if stop:
         say(f"stopped; checkpoint of step {done}: {ckpt}; go on with --resume")
         sys.exit(128 + stop)
-    if rank == 0 and config["dataset"] == "shapes":
-        say(f"FD-pixels {sanity(ema, config):.3f} of 256 samples")
     if rank == 0:
+        if config["dataset"] == "shapes":
+            say(f"FD-pixels {sanity(ema, config):.3f} of 256 samples")
         say(picture(ema, config, args.out, steps, device))
 
 

@@ -192,6 +192,20 @@ def test_classes_0_trains_without_the_labels(tmp_path):
     launch(tmp_path, f"{TINY} --classes 0 --steps 1 --out run")
     model, config = load_checkpoint(tmp_path / "run")
     assert (model.num_classes, config["classes"], config["drop"], config["cfg"]) == (0, 0, 0, 1)
+    assert config["class_counts"] == []
+
+
+@pytest.mark.parametrize("network, table", [("vit-tiny", "class_embedding"), ("unet-tiny", "label_emb")])
+def test_for_another_number_of_classes_their_table_alone_is_drawn_anew(network, table, reduced, tmp_path):
+    pack(tmp_path / "data/mine", "mine", classes=["a", "b"])                 # 16 images of the first
+    still = f"{TINY} --model {network} --steps 1 --lr 1e-30"
+    launch(tmp_path, f"{still} --seed 1 --out shapes")
+    text = launch(tmp_path, f"{still} --dataset mine --init shapes --out run")
+    assert "shapes knows 8 classes, the data have 2" in text
+    given, found = read(tmp_path / "shapes")["ema"], read(tmp_path / "run")
+    given[f"{table}.weight"] = found["ema"][f"{table}.weight"]
+    same(found["ema"], given, atol=1e-20)
+    assert found["config"]["class_counts"] == [16, 0]
 
 
 def test_flip_mirrors(tmp_path):

@@ -18,11 +18,12 @@ import torch
 from conftest import SMALL, finish, fork, free_port, group
 from mlp import MLP
 
+import model_vit
 import sample
 import train
 from data import built_in
-from diffusion import WEIGHTINGS, Diffusion
-from files import read, run
+from diffusion import TARGETS, WEIGHTINGS, Diffusion
+from files import hash_file, read, run
 from sample import MODELS, grid, load_checkpoint
 from train import draw_step
 
@@ -79,12 +80,12 @@ def kill():
     signal.raise_signal(signal.SIGKILL)
 
 
-def noise_is_nan(first, last):
+def noise_is(value, first, last):
     """A draw_step() of train that spoils one number of the noise, from one step to another."""
     def wrapped(data, config, diffusion, step, rows):
         parts = draw_step(data, config, diffusion, step, rows)
         if first <= step <= last:
-            parts[2][0, 0, 0, 0] = float("nan")
+            parts[2][0, 0, 0, 0] = float(value)
         return parts
     return wrapped
 
@@ -93,6 +94,11 @@ def log_of(folder):
     """log.csv without its columns of speed: lists of step, loss, mse and ten x0_mse, as text."""
     lines = (folder / "log.csv").read_text().splitlines()
     return [line.split(",")[:13] for line in lines]
+
+
+def step_of(folder):
+    """The step of the checkpoint in folder/run."""
+    return read(folder / "run")["step"]
 
 
 # ----------------------------------------------------------------------------- stopped and gone on
@@ -173,7 +179,7 @@ def test_killed_while_saving(moment, step, one, tmp_path):
     fork(tmp_path / "text", tmp_path, *words, change=functools.partial(dying, moment)).join()
     resume = ""
     if step:
-        assert read(tmp_path / "run")["step"] == step
+        assert step_of(tmp_path) == step
         resume = "--resume"
     launch(tmp_path, f"{FIVE} --save-every 2 --out run {resume}")
     for part in ("model", "ema", "optimizer"):
@@ -183,14 +189,14 @@ def test_killed_while_saving(moment, step, one, tmp_path):
 def test_sigterm_saves_and_the_run_goes_on(tmp_path):
     text = launch(tmp_path, f"{TINY} --steps 4 --out run", code=143, update=in_step(1, terminate))
     assert "go on with --resume" in text
-    assert read(tmp_path / "run")["step"] == 2
+    assert step_of(tmp_path) == 2
     launch(tmp_path, "--resume --out run")
-    assert read(tmp_path / "run")["step"] == 4
+    assert step_of(tmp_path) == 4
 
 
 # ------------------------------------------------------------------- one result on any number of processes
 
-FIVE = f"{TINY} --steps 5 --dtype float64 --lr 1e-3 --log-every 2"
+FIVE = f"{TINY} --steps 5 --dtype float64 --lr 1e-3 --log-every 2 --grad-clip 1.7"
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +232,7 @@ def stopped_in_step_2():
 def test_two_processes_with_accumulation_are_stopped_and_one_goes_on(one, script, tmp_path):
     words = f"train.py {FIVE} --accum 2 --out run".split()
     script(*words, processes=2, change=stopped_in_step_2, code=143)
-    assert read(tmp_path / "run")["step"] == 3
+    assert step_of(tmp_path) == 3
     launch(tmp_path, "--resume --out run")
     assert_same_run(one, tmp_path / "run")
 
@@ -267,7 +273,7 @@ def test_two_nodes_do_not_change_a_run(start_script, script, tmp_path):
 
 HAND = """--steps 4 --batch-size 8 --size 8 --patch 2 --seed 3 --dtype float64 --target v --gamma 2
 --schedule linear --T 100 --timesteps clts --curriculum 2 --importance --drop 0.4 --ema 0.7 --lr 2e-3
---warmup 2 --decay 0.5 --betas 0.8 0.95 --weight-decay 0.5 --sample-steps 1 --log-every 2"""
+--warmup 2 --decay 0.5 --betas 0.8 0.95 --weight-decay 0.5 --grad-clip 0.11 --sample-steps 1 --log-every 2"""
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +282,7 @@ def by_hand(tmp_path_factory):
     stock AdamW. A number of step 1 is nan: that step has no part in either.
     """
     folder = tmp_path_factory.mktemp("hand")
-    draw = noise_is_nan(1, 1)
+    draw = noise_is("nan", 1, 1)
     text = launch(folder, f"{HAND} --out run", draw_step=draw)
     torch.manual_seed(3)
     network, arguments = SMALL
@@ -297,6 +303,7 @@ def by_hand(tmp_path_factory):
         optimizer.param_groups[0]["lr"] = rate * 2e-3
         optimizer.zero_grad()
         loss.mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.11)             # of three norms one is smaller
         optimizer.step()
         for name, value in model.state_dict().items():
             ema[name] = 0.7 * ema[name] + 0.3 * value
@@ -345,11 +352,106 @@ def test_grids_come_as_often_as_asked(tmp_path):
     assert names == ["samples_000002.png", "samples_000004.png", "samples_000006.png"]
 
 
-def test_a_run_whose_losses_are_all_nan_ends_and_leaves_its_last_checkpoint(tmp_path):
-    command = f"{TINY} --batch-size 1 --steps 9 --log-every 2 --save-every 2 --out run"
-    text = launch(tmp_path, command, code=3, draw_step=noise_is_nan(4, 9))
-    assert "no loss since the last log line is finite" in text
-    assert read(tmp_path / "run")["step"] == 4
+# ------------------------------------------------------------------------------------------ lost and diverged
+
+ALONE = f"{TINY} --batch-size 1 --steps 9 --save-every 2 --out run"
+
+
+@pytest.mark.parametrize("every, first", [(2, 4), (1, 4), (9, 2)])           # the last: not all of them
+def test_a_run_whose_losses_are_nan_ends_and_leaves_its_last_checkpoint(every, first, tmp_path):
+    text = launch(tmp_path, f"{ALONE} --log-every {every}", code=3, draw_step=noise_is("nan", first, 9))
+    assert "to 6 are not finite; the last good checkpoint" in text
+    assert step_of(tmp_path) == 4
+
+
+@pytest.mark.parametrize("every", ["--log-every 3 --save-every 4", "--log-every 1"])
+def test_one_nan_ends_no_run_where_no_other_step_is_judged_with_it(every, tmp_path):
+    launch(tmp_path, f"{ALONE} {every}", draw_step=noise_is("nan", 3, 3))
+    assert step_of(tmp_path) == 9
+
+
+@pytest.mark.parametrize("every, since, stop", [(2, 5, 9), (8, 1, 6)])       # the second: between two log lines
+def test_a_diverged_run_says_so_at_once_and_at_its_end_and_saves_no_more(every, since, stop, tmp_path):
+    command = f"{TINY} --target eps --steps 8 --log-every {every} --save-every 2 --keep-every 2 --out run"
+    text = launch(tmp_path, command, code=3, draw_step=noise_is("1e6", 4, 4),
+                  update=in_step(stop, terminate))
+    first, last = re.findall(f".*diverged since step {since}:.*", text)
+    assert first.startswith("warning: ")
+    assert text.endswith(f"{last}\n") and last.endswith(f"the last good checkpoint: {tmp_path}/run/ckpt.pt")
+    assert ("step 8 / 8" in text) == (stop > 8)                              # it goes on
+    assert step_of(tmp_path) == 4
+    assert not (tmp_path / "run/snapshot_000006.pt").exists()
+
+
+def test_a_run_that_diverges_at_once_has_no_good_checkpoint(tmp_path):
+    text = launch(tmp_path, f"{TINY} --lr 1 --steps 30 --log-every 10 --out run", code=3)
+    assert text.endswith("there is no good checkpoint\n")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_healthy_run_does_not_diverge_in_a_single_step(target, tmp_path):
+    """Not even where two images and a high rate reach four times the mean square of the data."""
+    launch(tmp_path, f"{TINY} --target {target} --batch-size 2 --warmup 0 --lr 2e-2 --steps 20 --log-every 1 --out run")
+
+
+def test_mean_square_of_the_targets():
+    table = torch.tensor([0.9, 0.5, 0.1])                                    # the mean of alpha^2 is 1 / 2
+    found = [train.mean_square(Diffusion(table, target=target), 0.6) for target in TARGETS]
+    assert found == pytest.approx([0.6, 1, 0.8])
+
+
+# ------------------------------------------------------------------------------------ snapshots and fine-tuning
+
+STILL = f"{TINY} --steps 1 --lr 1e-30 --out new"                             # one step that changes no weight
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """A folder with "run", a run with a snapshot of step 2, and released.pt, known as weights of vit-tiny."""
+    launch(tmp_path, f"{TINY} --steps 3 --keep-every 2 --out run")
+    network, arguments = SMALL
+    torch.save(network(8, 4, 3, 8, T=4000, **arguments).state_dict(), tmp_path / "released.pt")
+    monkeypatch.setitem(model_vit.SIZES, "vit-tiny", arguments)
+    monkeypatch.setitem(model_vit.RELEASED, (32, 3), dict(target="x0"))
+    return tmp_path
+
+
+def test_a_snapshot_is_the_moving_average_alone_and_samples(kept):
+    assert read(kept / "run/snapshot_000002.pt").keys() == {"ema", "step", "config"}
+    launch(kept, "--ckpt run/snapshot_000002.pt --n 2 --steps 1 --out grid.png", main=sample.main)
+
+
+@pytest.mark.parametrize("name", ["run", "run/ckpt.pt", "run/snapshot_000002.pt", "released.pt"])
+def test_a_run_starts_from_the_weights_of(name, kept):
+    launch(kept, f"{STILL} --init {name}")
+    expected = load_checkpoint(kept / name)[0].state_dict()
+    expected["time_embedding.weight"] = expected["time_embedding.weight"][:1000]
+    for part in ("model", "ema"):
+        same(read(kept / "new")[part], expected, atol=1e-20)
+
+
+@pytest.mark.parametrize("words, named", [
+    ("--target v --init run", "--target v: run was trained with x0"),
+    ("--target v --init released.pt", "--target v: released.pt was trained with x0"),
+    ("--T 500 --init run", "--T 500: run was trained with 1000"),
+    ("--schedule linear --init run", "--schedule linear: run was trained with cosine"),
+    ("--patch 2 --init run", r"pos_embed.*\[1, 6, 32\].*\[1, 18, 32\]"),
+    ("--init none", "none: no such file")])
+def test_weights_that_do_not_fit_are_refused(words, named, kept):
+    assert re.search(named, launch(kept, f"{STILL} {words}", code=2))
+
+
+def test_a_tuned_run_of_two_processes_goes_on_without_the_file_and_from_no_other(script, tmp_path):
+    given = tmp_path / "given/ckpt.pt"
+    launch(tmp_path, f"{FIVE} --steps 1 --seed 1 --out given")
+    command = f"{FIVE} --init given --out"
+    launch(tmp_path, f"{command} one")
+    script("train.py", *f"{command} two --steps 2".split(), processes=2)
+    assert read(tmp_path / "two")["config"]["init_sha256"] == hash_file(given)
+    given.unlink()
+    assert "--init: found other.pt" in launch(tmp_path, "--out two --init other.pt --resume", code=2)
+    launch(tmp_path, f"{command} two --resume")
+    assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
 # ---------------------------------------------------------------------------------- what is drawn at random
@@ -455,25 +557,34 @@ def test_a_file_that_is_no_table_of_weights_is_refused(weights, header, tmp_path
 def test_the_original_command_may_be_repeated_to_go_on(words, tmp_path):
     launch(tmp_path, f"{TINY} {words} --steps 1 --out run")
     launch(tmp_path, f"{TINY} {words} --steps 2 --out run --resume")
-    assert read(tmp_path / "run")["step"] == 2
+    assert step_of(tmp_path) == 2
+
+
+def test_a_run_that_was_saved_before_these_flags_goes_on(runs):
+    config = read(runs / "whole")["config"]
+    saved = dict(config)
+    for key in ("init", "grad_clip", "keep_every", "class_counts"):
+        del saved[key]
+    train.compare(config, saved, runs)
 
 
 OTHER = ["--batch-size 4", "--size 16", "--classes 0", "--target v", "--gamma 2", "--timesteps clts",
          "--curriculum 9", "--importance", "--schedule linear", "--T 2000", "--lr 0.5", "--warmup 9",
          "--decay 0.5", "--betas 0.5 0.5", "--weight-decay 0.5", "--drop 0.5", "--ema 0.5", "--dtype float64",
-         "--seed 1", "--flip"]
+         "--seed 1", "--flip", "--grad-clip 1", "--init none"]
 
 
 @pytest.mark.parametrize("words", OTHER)
 def test_another_flag_than_the_runs_is_refused(words, runs):
     flag = words.split()[0]
-    assert f"{flag}: found" in launch(runs, f"--resume --out whole {words}", code=2)
+    text = launch(runs, f"--resume --out whole {words}", code=2)
+    assert f"{flag}: found" in text and f"--init {runs / 'whole'}" in text
 
 
 def test_flags_that_may_change(runs):
-    free = dict(steps=21, cfg=1.0, sample_steps=2, log_every=1, save_every=7, sample_every=7)
+    free = dict(steps=21, cfg=1.0, sample_steps=2, log_every=1, save_every=7, sample_every=7, keep_every=7)
     launch(runs, "--resume --out parts --steps 21 --cfg 1 --sample-steps 2 --log-every 1 --save-every 7 "
-           "--sample-every 7")
+           "--sample-every 7 --keep-every 7")
     config = read(runs / "parts")["config"]
     assert {key: config[key] for key in free} == free
 
@@ -484,7 +595,7 @@ BAD = ["--steps 0", "--batch-size 0", "--batch-size 9 --accum 2", "--lr 0", "--l
        "--T 0", "--T 1e12", "--patch 0", "--patch 2 --model unet-tiny", "--size -16", "--size 1000000",
        f"--seed {10 ** 30}", "--seed -1", "--cfg nan", "--cfg -1", "--cfg 2 --drop 0",
        "--sample-steps 0", "--accum 0", "--log-every 0", "--save-every 0",
-       "--sample-every -1", "--model vit-x", "--classes -1", "--classes 7",
+       "--sample-every -1", "--grad-clip 0", "--model vit-x", "--classes -1", "--classes 7",
        "--curriculum 0", "--schedule sine", "--dtype half", "--data x", "--step 3"]
 
 
@@ -523,6 +634,15 @@ def test_help_shows_the_defaults_of_the_preset_that_the_command_names():
         assert f"(default: {default})" in " ".join(found[flag].split())
 
 
+@pytest.mark.parametrize("native, dtype", [(True, "bfloat16"), (False, "float32")])
+def test_bfloat16_is_the_default_of_cards_that_have_it(native, dtype, monkeypatch):
+    card = SimpleNamespace(is_available=lambda: True,
+                           is_bf16_supported=lambda including_emulation: including_emulation or native)
+    monkeypatch.setattr(torch, "cuda", card)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert train.parse()[0].dtype == dtype
+
+
 def flags_of(row):
     return {key.replace("_", "-") for key in row}
 
@@ -545,7 +665,7 @@ def test_two_runs_in_one_folder_end_with_one_line(script, tmp_path):
         script("train.py", "--resume", "--steps", 3, "--out", "run")
     text = launch(tmp_path, f"{TINY} --steps 9 --save-every 2 --out run", code=2, update=in_step(3, other))
     assert "another run is writing there" in text
-    assert read(tmp_path / "run")["step"] == 3
+    assert step_of(tmp_path) == 3
 
 
 class Full:
