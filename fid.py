@@ -344,7 +344,7 @@ def open_folder(path):
     names.sort(key=Path)
     kinds = {Path(name).suffix.lower() for name in names}
     if kinds != {".png"}:
-        raise BadInput(f"{path}: found {sorted(kinds)}, expected .png; JPEG changes the FID")
+        raise BadInput(f"{path}: found {sorted(kinds) or 'no images'}, expected .png; JPEG changes the FID")
     size = load_image(root / names[0]).size
     pool = ThreadPoolExecutor()                          # decoding leaves Python's lock, zipfile locks reads
 
@@ -588,6 +588,8 @@ def report(sides, extractor, model):
     if "features" in b:
         result["KID"], result["KID_std"] = kid(real, features)
         print(f"KID {result['KID']:.6f} +- {result['KID_std']:.6f}")
+    if "n" not in reference:
+        say(f"{reference['file']} does not say of how many images, and by which network: taken as published")
     for side in counted:
         if side["n"] < 50_000:
             say(f"warning: {side['file']}: {side['n']:,} images bias the distance upwards; published FIDs are "

@@ -42,6 +42,7 @@ from sample import MODELS, build_model, draw, find_vae, grid, load_checkpoint, t
 # curriculum paper's rows: its settings, its 250 evaluations as 125 Heun steps. "shapes", "folder": ours.
 
 DEMO = dict(lr=4e-3, warmup=100, betas=[.90, .99], ema=.99, decay=1.0, curriculum=240, flip=False)
+LAPTOP = dict(lr=2e-3, warmup=100, ema=.995, decay=1.0, flip=False)    # your images of 32 x 32 on a CPU
 CLTS = dict(weighting="snr", betas=[.8, .999])                         # plain eps loss, Adam
 LINEAR = dict(schedule="linear", curriculum=300_000)
 PRESETS = [
@@ -61,6 +62,7 @@ PRESETS = [
     ("imagenet128", "unet-adm128", "eps", 4_000_000,  256, .00, 1.0, 125, CLTS | LINEAR),
     ("cifar10",     "unet-cifar",  "eps",   500_000,  128, .00, 1.0, 125, CLTS | dict(T=4000, classes=0)),
     ("folder",      "vit-s",       "x0",    100_000,  128, .10, 1.5,  30, dict(warmup=1_000)),
+    ("folder",      "unet-tiny",   "v",       4_600,   16, .10, 1.5,  18, LAPTOP),
 ]
 COLUMNS = "dataset model target steps batch_size drop cfg sample_steps other".split()
 DEFAULT = dict(weighting="min_snr", curriculum=50_000, schedule="cosine", T=1000, classes=None, lr=1e-4,
@@ -69,11 +71,15 @@ DEFAULT = dict(weighting="min_snr", curriculum=50_000, schedule="cosine", T=1000
 
 def preset(dataset, model=None, target=None):
     """The row of a data set, network and target, as a dict. Without a row of this network: the data set's first
-    one with this target, else its first. Without a row of this data set: the row "folder". Betas and weight
-    decay are those of the network's kind (ViT or UNet) unless the row sets them.
+    one with this target, else its first. Without a row of this data set: a row "folder", on a CPU its second.
+    Betas and weight decay are those of the network's kind (ViT or UNet) unless the row sets them.
     """
     rows = [dict(zip(COLUMNS, row)) for row in PRESETS]
-    own = [row for row in rows if row["dataset"] == dataset] or rows[-1:]
+    own = [row for row in rows if row["dataset"] == dataset]
+    if not own:
+        own = rows[-2:]
+        if not torch.cuda.is_available():
+            own.reverse()
     model = model or own[0]["model"]
     row = max(own, key=lambda row: (row["model"] == model, row["target"] == target))   # max takes the first of equals
     kind = dict(betas=[.99, .99], weight_decay=0.03)
@@ -249,6 +255,7 @@ def settle(args, data):
         raise BadInput(f"--patch {args.patch}: {args.model} has no patches")
     config["class_counts"] = np.bincount(data.labels, minlength=len(data.classes)).tolist()
     if not data.classes:
+        say(f"no classes: drop {args.drop:g} becomes 0, cfg {args.cfg:g} becomes 1")
         config.update(drop=0.0, cfg=1.0, class_counts=[])
     if config["cfg"] != 1 and not config["drop"]:
         raise BadInput(f"--cfg {args.cfg}: a model trained with --drop 0 cannot be guided; add --cfg 1")
@@ -501,11 +508,14 @@ def introduce(args, config, model, diffusion, data, micro, world, device):
     say(f"{config['model']}: {params / 1e6:.1f}M parameters, {config['target']} prediction, "
         f"{config['weighting']!s:.20} weighting, gamma {config['gamma']:g}, {diffusion.timesteps} t, "
         f"{config['dtype']} on {device.type}")
+    flips = "half of them mirrored, " if data.flip else ""
     say(f"{config['dataset']} {data.meta.get('split', 'train')}: {len(data):,} images {data.size} x "
-        f"{data.size}, {len(data.classes)} classes, drop {config['drop']:g}; global batch {config['batch_size']} = {micro} x {world} "
-        f"processes x {args.accum} accumulation")
+        f"{data.size}, {flips}{len(data.classes)} classes, drop {config['drop']:g}; global batch "
+        f"{config['batch_size']} = {micro} x {world} processes x {args.accum} accumulation")
     if config["gamma"] != 5 and config["weighting"] not in ("min_snr", "max_snr", "soft_min_snr"):
         say("warning: --gamma changes nothing under this weighting")
+    if config["warmup"] >= config["steps"]:
+        say(f"warning: a warm-up of {config['warmup']} steps is longer than the run: the rate never gets to --lr")
     if config["ema"] > 1 - 1 / config["steps"]:
         say(f"warning: an EMA of {config['ema']} averages over more steps than the run's {config['steps']}")
 
@@ -593,7 +603,7 @@ def train(args, config, data, diffusion, model, ema, optimizer, tally, first):
     ours = stamp(ckpt)
     since, waited, mark = time.monotonic(), 0.0, first
     skipped = torch.zeros((), device=device)                                 # steps without an update
-    zero = mean_square(diffusion, probe(data).square().mean())                   # the mse of output 0
+    zero = mean_square(diffusion, probe(data).square().mean())               # the mse of output 0
     trouble, stop, done = "", 0, first                                       # trouble: why no more is saved
     for step in range(first, steps):
         # data: prepared by a thread, already cut to this process

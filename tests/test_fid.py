@@ -329,6 +329,7 @@ def test_all_metrics_are_those_of_their_formulas(script, sets, inception, incept
     precision, recall = fid.precision_recall(real, features)
     mean, std = fid.kid(real, features)
     assert f"KID {mean:.4f}" in text
+    assert "adm.npz does not say of how many images" in text
     assert parsed(text)["result"] == pytest.approx({
         "FID-20": fid.frechet_distance(*moments(features.numpy()), mu, sigma),
         "IS": fid.inception_score(inception.probs(features)),
@@ -380,7 +381,7 @@ def mistakes(sets):
     ("a odd.npz", "192 features"),
     ("cut.npz b.npz", "cut.npz"),
     ("flipped.npz b.npz", "flipped.npz"),
-    ("empty b.npz", "expected .png"),
+    ("empty b.npz", "found no images, expected .png"),
     ("mixed small.npz", "9.png"),
     ("broken small.npz", "9.png"),
     ("jpeg small.npz", "JPEG"),

@@ -98,11 +98,18 @@ def test_what_the_papers_share_and_where_they_differ(dataset, model, target):
 
 @pytest.mark.parametrize("asked, network, target", [
     (("shapes",), "vit-tiny", "x0"), (("celeba64",), "vit-s", "x0"), (("imagenet64",), "vit-l", "eps"),
-    (("imagenet256",), "vit-b", "x0"), (("my photos",), "vit-s", "x0"),
+    (("imagenet256",), "vit-b", "x0"),
     (("imagenet256", "vit-xl"), "vit-xl", "x0"), (("celeba64", "vit-b"), "vit-b", "x0")])
 def test_the_default_of_a_data_set_is_its_first_row(asked, network, target):
     row = preset(*asked)
     assert (row["dataset"], row["model"], row["target"]) == (asked[0], network, target)
+
+
+@pytest.mark.parametrize("gpu, network, target", [(True, "vit-s", "x0"), (False, "unet-tiny", "v")])
+def test_your_own_images_get_a_network_that_suits_the_machine(gpu, network, target, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    row = preset("my photos")
+    assert (row["dataset"], row["model"], row["target"]) == ("my photos", network, target)
 
 
 def test_a_network_without_a_row_takes_betas_and_weight_decay_of_its_kind(monkeypatch):
@@ -198,7 +205,7 @@ def test_classes_0_trains_without_the_labels(tmp_path):
 @pytest.mark.parametrize("network, table", [("vit-tiny", "class_embedding"), ("unet-tiny", "label_emb")])
 def test_for_another_number_of_classes_their_table_alone_is_drawn_anew(network, table, reduced, tmp_path):
     pack(tmp_path / "data/mine", "mine", classes=["a", "b"])                 # 16 images of the first
-    still = f"{TINY} --model {network} --steps 1 --lr 1e-30"
+    still = f"{TINY} --model {network} --target x0 --steps 1 --lr 1e-30"
     launch(tmp_path, f"{still} --seed 1 --out shapes")
     text = launch(tmp_path, f"{still} --dataset mine --init shapes --out run")
     assert "shapes knows 8 classes, the data have 2" in text
@@ -229,8 +236,13 @@ def test_another_size_than_the_packs_is_refused(tmp_path):
     assert "--size: found 32" in launch(tmp_path, "--dataset celeba64 --size 32 --out run", code=2)
 
 
-ODD = [("--ema 0.999999", "averages over more steps"),
-       ("--dataset celeba64 --data val", "celeba64 val: 16 images")]
+ODD = [
+    ("--ema 0.999999", "averages over more steps"),
+    ("--warmup 9", "a warm-up of 9 steps is longer than the run"),
+    ("--classes 0", "no classes: drop 0.1 becomes 0, cfg 1.5 becomes 1"),
+    ("--dataset celeba64 --data val", "celeba64 val: 16 images"),
+    ("--dataset celeba64 --data val", "half of them mirrored"),
+]
 
 
 @pytest.mark.parametrize("words, said", ODD)
