@@ -32,9 +32,9 @@ from files import (BadInput, Parser, at_least, download, env, progress, read_jso
 
 CHUNK = 32                                       # images that one thread reads, encodes and writes at once
 SUFFIXES = tuple(".png .jpg .jpeg .jpe .jfif .pjpeg .webp .bmp .gif .tif .tiff .ppm .pgm".split())
-LABELS = set(".cls .csv .json .jsonl .npy .parquet .tsv .txt .xml".split())  # of files that may hold labels
+LABEL_SUFFIXES = set(".cls .csv .json .jsonl .npy .parquet .tsv .txt .xml".split())  # of files that may hold labels
 SPLIT = "(?i:train|training|val|valid|validation|test)"                      # as folders are called
-DARK = 20                                        # of 255: 12 bits in 16-bit files give 16, crops a bit more
+DARK = 20            # of 255: 12 bits in a 16-bit file become at most 16, and a crop overshoots a little
 IMAGENETS = ("imagenet64", "imagenet128", "imagenet256")                     # the last as latents, by vae.py
 DATASETS = {  # what these names promise: side, classes, images in the training set
     "shapes":      (16,  8,      100_000),
@@ -49,7 +49,8 @@ DATASETS = {  # what these names promise: side, classes, images in the training 
 def generator(purpose, seed, k):
     """A CPU generator for number k of a purpose ("step" 7 of seed 0): the same numbers on every machine.
 
-    PyTorch's mt19937 takes 32 bits, so k is added to a hash of the rest: no two of 2^32 k are alike.
+    PyTorch's mt19937 takes 32 bits, so k is added to a hash of the rest: the numbers of one purpose and seed
+    never coincide, those of two may by chance.
     """
     digest = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
     first = int.from_bytes(digest[:4], "little")
@@ -70,7 +71,7 @@ def heart():
     return np.sin(a) ** 3 - 1j * y / 16
 
 
-SHAPES = {  # name: outline in the unit circle, x + y j with y pointing down; a second outline is a hole
+SHAPES = {  # name: outline about the origin, x + y j with y pointing down; a second outline is a hole
     "circle":   [arc(0, 1, 0, 2)],
     "ring":     [arc(0, 1, 0, 2), arc(0, 0.5, 0, 2)],
     "square":   [arc(0, 1, -0.25, 1.75, points=5)],
@@ -122,7 +123,7 @@ class Images:
     """images, labels int64 (N,) and meta (dict), from anywhere, as batches for training.
 
     images are uint8 (N,3,S,S), or latents: float16 (N,8,S,S), mean and std of the posterior, unscaled.
-    Anything with a shape that gives the rows of an array of indices will do, such as Shapes. meta["classes"]
+    images may be any object with a shape that is indexed by an array of row numbers, such as Shapes. meta["classes"]
     lists the names of the classes, meta["scale"] is the factor of latents. Raises BadInput for labels that
     are not int64 or lie outside 0 .. classes - 1.
     """
@@ -138,7 +139,8 @@ class Images:
         if not fits or labels.min() < 0 or labels.max() >= max(1, len(self.classes)):
             name = meta.get("dataset", "the data")
             raise BadInput(f"labels of {name}: found {labels.dtype} {labels.shape} from {labels.min()} to "
-                           f"{labels.max()}, expected int64 {images.shape[:1]}, {len(self.classes)} classes")
+                           f"{labels.max()}, expected int64 {images.shape[:1]} of {len(self.classes)} classes, "
+                           "0 without classes")
 
     def __len__(self):
         return len(self.labels)
@@ -211,14 +213,14 @@ def load_array(file, dtype, shape):
 class Packed(Images):
     """A packed folder, memory-mapped.
 
-    Raises BadInput for a folder that is none, unfinished or contradicts itself.
+    Raises BadInput for a folder that is no pack, is unfinished, or contradicts itself.
     """
 
     def __init__(self, dir, flip=False):
         dir = Path(dir)
         if not (dir / "meta.json").exists():
-            raise BadInput(f"{dir}: no packed data set, as it has no meta.json; python data.py --src DIR --size S "
-                           f"--out {dir} makes one, of latents vae.py")
+            raise BadInput(f"{dir}: no packed data set, as it has no meta.json; python data.py --src DIR "
+                           f"--size S --out {dir} makes one of images, vae.py one of latents")
         meta = read_json(dir / "meta.json")
         if not {"count", "size", "classes"} <= meta.keys():
             raise BadInput(f"{dir}: its meta.json is damaged")
@@ -286,7 +288,7 @@ def celeba_crop(image, size):
     return np.asarray(centre.resize((size, size), Image.BILINEAR))
 
 
-@functools.cache
+@functools.cache                                 # a line that was said is in the cache, and not said again
 def say_once(line):
     say(line)
 
@@ -316,25 +318,20 @@ def find_files(src):
         root = zipfile.Path(src)
         found = root.root.namelist()
         if "\\" in "".join(found):
-            raise BadInput(f"--src {src}: its names have \\ in place of /; unpack it and give the folder")
+            raise BadInput(f"{src}: its names have \\ in place of /; unpack it and give the folder")
     else:
-        raise BadInput(f"--src {src}: no folder or .zip")
+        raise BadInput(f"{src}: no folder or .zip")
     names = sorted(name.replace(os.sep, "/").rstrip("/") for name in found)
     names = [name for name in names if not re.search(r"(^|/)(\.|__MACOSX/)", f"{name}/")]
     images = [name for name in names if name.lower().endswith(SUFFIXES)]
     return root, images, set(names).difference(images)
 
 
-def find_images(src):
-    """-> the folder or .zip as a path, names of the images below it in a fixed order but the hidden ones."""
-    return find_files(src)[:2]
-
-
 def say_left_out(files):
     """Kinds and numbers of files that are not read, those that may hold labels as a warning."""
     kinds = collections.Counter(Path(name).suffix.lower() or "without suffix" for name in files)
-    for words, chosen in (("left out:", kinds.keys() - LABELS),
-                          ("warning: no labels are read from", kinds.keys() & LABELS)):
+    for words, chosen in (("left out:", kinds.keys() - LABEL_SUFFIXES),
+                          ("warning: no labels are read from", kinds.keys() & LABEL_SUFFIXES)):
         if chosen:
             say(words, ", ".join(f"{kinds[kind]:,} {kind}" for kind in sorted(chosen)))
 
@@ -353,8 +350,8 @@ def by_folder(names, folders=()):
     parts = [name for name in classes if re.fullmatch(rf"\d*000|{SPLIT}", name)]
     deep = any(re.match(rf"/?{SPLIT}/.*/", name[len(shared):]) for name in names)
     if deep or parts == classes:
-        raise BadInput(f"--src: the folders {', '.join(classes[:3])} are parts of a data set, no classes; give "
-                       f"one of them, .../{parts[0]}, or add --classes 0 to pack all without labels")
+        raise BadInput(f"--src: the folders {', '.join(parts[:3])} are parts of a data set, no classes; "
+                       f"give one of them, .../{parts[0]}, or add --classes 0 to pack all without labels")
     if len(classes) > 1 and classes[0] == "":
         loose = names[tops.index("")]
         raise BadInput(f"--src: {loose} lies beside the class folders {classes[1]}, ..., so it has no class")
@@ -429,17 +426,16 @@ CELEBA = {  # first and last number of each split
 }
 
 
-def listing(src, size, dataset, split, skip_broken=False):
-    """-> read, names, label, broken: a data set of the papers, or any folder or .zip of images.
+def listing(src, size, dataset, split, labelled, skip_broken):
+    """-> read, names, labels, class names, broken: a data set of the papers, or any folder or .zip of images.
 
     read(name) is the image uint8 (3,size,size). Of one that cannot be read it is black, and broken[name] is
-    the error. skip_broken reads every image at once and takes those names away. label() is the labels and
-    class names.
+    the error. skip_broken reads every image at once and takes those names away.
     """
     broken = {}
     if dataset == "cifar10":
         images, labels = read_cifar10(src, split)
-        return images.__getitem__, range(len(images)), lambda: (labels.tolist(), CIFAR10), broken
+        return images.__getitem__, range(len(images)), labels.tolist(), CIFAR10, broken
     root, names, others = find_files(src)
     folders = {name for name in others if (root / name).is_dir()}
     say_left_out(others - folders - {"dataset.json"})
@@ -462,16 +458,19 @@ def listing(src, size, dataset, split, skip_broken=False):
         raise BadInput(f"--src {src}: found no images ({' '.join(SUFFIXES)}) of --split {split} "
                        "that can be read")
 
-    def label():
-        table = root / "dataset.json"
-        labels, classes = by_json(table, names) if table.exists() else by_folder(names, folders)
-        if dataset in IMAGENETS:
-            if classes != sorted(imagenet()):
-                raise BadInput(f"--src {src}: found {len(classes)} class folders, expected ImageNet's 1,000, "
-                               "n01440764 to n15075141")
-            classes = class_names(dataset)
-        return labels, classes
-    return read, names, label, broken
+    table = root / "dataset.json"
+    if not labelled:
+        labels, classes = [0] * len(names), []
+    elif table.exists():
+        labels, classes = by_json(table, names)
+    else:
+        labels, classes = by_folder(names, folders)
+    if dataset in IMAGENETS and labelled:
+        if classes != sorted(imagenet()):
+            raise BadInput(f"--src {src}: found {len(classes)} class folders, expected ImageNet's 1,000, "
+                           "n01440764 to n15075141")
+        classes = class_names(dataset)
+    return read, names, labels, classes, broken
 
 
 # ---------------------------------------------------------------------------------------------------- packing
@@ -480,12 +479,12 @@ CROPS = {  # any other data set's is ADM's
     "cifar10":  "as published",
     "celeba64": "center 140, antialiased bilinear (ScoreSDE)",
 }
-NAMES = ("dataset", "vae_file")                  # in a pack's meta, what it goes by
+UNHASHED = ("dataset", "vae_file")               # in a pack's meta: the names that it goes by
 
 
 def fingerprint(meta):
     """What of a pack's meta makes its content, as one hash: all but the names it goes by."""
-    content = {key: meta[key] for key in meta if key not in NAMES}
+    content = {key: meta[key] for key in meta if key not in UNHASHED}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -496,7 +495,7 @@ def begin(out, meta, rank):
     Raises BadInput where it holds something else.
     """
     notes, labels = out / "meta.json", out / "labels.npy"
-    foreign = any(out.glob("*.npy"))             # before the next line: rank 0 writes meta.json first
+    foreign = any(out.glob("*.npy"))             # asked first: rank 0 may write all between these two lines
     if notes.exists():
         foreign = fingerprint(read_json(notes)) != fingerprint(meta)
     if foreign:
@@ -528,8 +527,7 @@ def pack(src, size, out, split="train", dataset=None, mirror=False, encode=None,
     if src.resolve() in out.resolve().parents:
         raise BadInput(f"--out {out}: lies in --src {src}")
     dataset = dataset or out.name
-    read, names, label, broken = listing(src, size, dataset, split, skip_broken)
-    labels, classes = label() if labelled else ([0] * len(names), [])
+    read, names, labels, classes, broken = listing(src, size, dataset, split, labelled, skip_broken)
     if broken:                                   # by now only with skip_broken
         more["broken"] = dict(count=len(broken), names=sorted(broken)[:10])
         say(f"warning: broken images left out, {len(broken):,}: {', '.join(sorted(broken)[:10])}")
@@ -551,21 +549,21 @@ def pack(src, size, out, split="train", dataset=None, mirror=False, encode=None,
         labels[failed] = -1                      # they stay to be done
         brightest.append(images.max())
         if mirror:
-            images[1::2] = images[1::2, :, :, ::-1]  # a chunk begins with an even i
+            images[1::2] = images[1::2, :, :, ::-1]  # odd rows are mirrored, as CHUNK is even
         return encode(images) if encode else images
 
     begin(out, meta, rank)
     fill(out, meta, labels, make, rank, world)
-    report(out, broken, brightest)
+    look_back(out, broken, brightest)
     say(f"{out}: {len(labels):,} images of {size} x {size}, {len(classes)} classes")
 
 
-def report(out, broken, brightest):
-    """What this run found: raises BadInput that names the broken images, or warns where all are dark."""
+def look_back(out, broken, brightest):
+    """Raise BadInput that names the broken images which this run met, or warn where all images are dark."""
     if broken:
         line = (f"{out}: unfinished; broken images, {len(broken):,}: {'; '.join(sorted(broken.values())[:10])}; "
                 f"mend them and repeat the command, or remove {out} and add --skip-broken")
-        if env("LOCAL_RANK"):                    # of a machine's processes run() lets the first speak
+        if env("LOCAL_RANK"):                    # run() prints the line of a machine's first process alone
             print(line)
         raise BadInput(line)
     if brightest and max(brightest) <= DARK:
@@ -579,8 +577,7 @@ def in_threads(what, function, chunks):
     with ThreadPoolExecutor() as pool:
         for chunk, _ in zip(chunks, pool.map(function, chunks)):
             done += len(chunk)
-            if env("RANK") == 0:
-                progress(what, done, total, since)
+            progress(what, done, total, since)
 
 
 def fill(out, meta, labels, make, rank, world):
@@ -589,7 +586,7 @@ def fill(out, meta, labels, make, rank, world):
     Each thread makes chunks of its own, so some images are read while others are encoded. make sets the label
     of a row to -1 where it failed.
     """
-    array = out / layout(meta)[0]
+    file = out / layout(meta)[0]
     written = np.load(out / "labels.npy", mmap_mode="r+")
     rows = np.arange(len(labels))
     unfinished = np.unique(rows[written < 0] // CHUNK)
@@ -597,12 +594,12 @@ def fill(out, meta, labels, make, rank, world):
 
     def write(chunk):
         images = make(chunk)
-        with open(array, "r+b") as file:         # on a full disk this raises; writing to a memory map kills
+        with open(file, "r+b") as array:         # on a full disk this raises; writing to a memory map kills
             # The rows are the end of the file: counted from there, the header of the .npy does not matter.
-            file.seek((chunk[0] - len(rows)) * images[0].nbytes, os.SEEK_END)
-            file.write(images.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
+            array.seek((chunk[0] - len(rows)) * images[0].nbytes, os.SEEK_END)
+            array.write(images.tobytes())
+            array.flush()
+            os.fsync(array.fileno())
         written[chunk] = labels[chunk]
 
     in_threads("packed", write, chunks)
@@ -629,7 +626,8 @@ def contact_sheet(dir):
 
 def pack_flags(add):
     """The flags that vae.py has as well."""
-    add("--split", default="train", help="val and test where they are published; recorded in meta.json")
+    add("--split", choices=("train", "val", "test"), default="train",
+        help="recorded in meta.json; of cifar10 and celeba64 it also chooses the images")
     add("--classes", type=int, choices=[0], help="pack without labels")
     add("--skip-broken", action="store_true",
         help="leave out images that cannot be read; reads all of them once more, before packing")
@@ -644,20 +642,24 @@ def main():
     add("--dataset", choices=("cifar10", "celeba64", "imagenet64", "imagenet128"),
         help="one of the papers' (default: the last part of --out, if it is one)")
     add("--download", action="store_true", help="fetch cifar10 into data/; the others ask you to register")
-    add("--size", type=at_least(1), help="side of the packed images in pixels, the centre square of each (default: the data set's)")
+    add("--size", type=at_least(1), help="side in pixels of the packed images, each the centre "
+        "square of its file (default: the data set's)")
     pack_flags(add)
     args = parser.parse_args()
     out = args.out or Path(f"data/{args.dataset}")
     dataset = args.dataset or out.name
-    if args.download and dataset == "cifar10":
+    if args.download:
+        if dataset != "cifar10" or args.src:
+            raise BadInput("--download: fetches cifar10, in place of a --src")
         args.src = Path("data/cifar-10-binary.tar.gz")
         if not args.src.exists():
             download(CIFAR10_URL, args.src, CIFAR10_SHA256, "--src")
-    # A data set of the papers has its size, which --size may only repeat; any other needs --size.
-    size = DATASETS.get(dataset, [args.size])[0]
-    if not (args.src and size and (args.out or args.dataset)) or args.size not in (None, size):
-        raise BadInput("expected --src DIR --size S --out data/NAME; or --dataset NAME --src DIR, as a data set of "
-                       "the papers has its own size, or --dataset cifar10 --download")
+    size = DATASETS[dataset][0] if dataset in DATASETS else args.size
+    if args.size not in (None, size):
+        raise BadInput(f"--size: found {args.size}, {dataset} has {size}")
+    if not (args.src and size and (args.out or args.dataset)):
+        raise BadInput("expected --src DIR --size S --out data/NAME; or --dataset NAME --src DIR, as a data set "
+                       "of the papers has its own size, or --dataset cifar10 --download")
     pack(args.src, size, out, args.split, dataset,
          labelled=args.classes is None, skip_broken=args.skip_broken)
     contact_sheet(out)

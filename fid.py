@@ -172,8 +172,8 @@ class Inception(Block):
 
 
 def resize(x, size=299):
-    """TF1's bilinear resize -> (N,C,size,size). Output pixel i lies at input place i n / size; PyTorch's own resize
-    shifts it by half a pixel.
+    """TF1's bilinear resize of (N,C,n,n) -> (N,C,size,size): output pixel i lies at i n / size in the input.
+    PyTorch's own resize takes it from (i + 0.5) n / size - 0.5.
 
     n + 1 input pixels, the last one repeated, have n intervals. size + 1 output pixels with aligned corners have
     size intervals. The last pixel is cut off.
@@ -192,7 +192,7 @@ class Statistics:
         self.products = torch.zeros(D + 1, D + 1, dtype=torch.float64, device=device)
 
     def add(self, features):
-        rows = F.pad(features.double(), (0, 1), value=1)     # the ones' products are n and the features' sums
+        rows = F.pad(features.double(), (0, 1), value=1)     # with the column of ones, the products hold sums and n
         self.products += rows.T @ rows
 
     def result(self):
@@ -207,17 +207,14 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^1/2), float64 (Heusel et al. 2017, eq. 6).
 
     With S1 = R R^T, the last trace is the sum of the roots of the eigenvalues of R^T S2 R, which are real and
-    >= 0: no matrix root, no complex numbers, finite for singular covariances. R is the Cholesky factor of S1;
-    where S1 is singular, its eigenvectors times the roots of their eigenvalues, without those that are zero
-    but for rounding.
+    >= 0: no matrix root, no complex numbers, finite for singular covariances. R is the eigenvectors of S1 times
+    the roots of their eigenvalues, without those that are zero but for rounding.
     """
     given = mu1, sigma1, mu2, sigma2
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(part, dtype=torch.float64) for part in given)
-    root, singular = torch.linalg.cholesky_ex(sigma1)
-    if singular:
-        values, vectors = torch.linalg.eigh(sigma1)
-        kept = values > values[-1] * 1e-14 * len(values)
-        root = vectors[:, kept] * values[kept].sqrt()
+    values, vectors = torch.linalg.eigh(sigma1)
+    kept = values > values[-1] * 1e-14 * len(values)
+    root = vectors[:, kept] * values[kept].sqrt()
     eigenvalues = torch.linalg.eigvalsh(root.T @ sigma2 @ root)
     shift = (mu1 - mu2).square().sum()
     spread = sigma1.trace() + sigma2.trace() - 2 * eigenvalues.clamp(min=0).sqrt().sum()
@@ -228,21 +225,21 @@ def inception_score(probs, split=5000):
     """Mean over chunks in file order of exp(mean KL(p(y|x) || p(y))), as in ADM's evaluator."""
     scores = []
     for p in probs.double().split(split):
-        ratio = p.log() - p.mean(0).log()
-        divergence = (p * ratio).nansum(1)                                   # (n,); 0 log 0 = 0
+        divergence = (torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))).sum(1)  # (n,)
         scores.append(divergence.mean().exp())
     return float(torch.stack(scores).mean())
 
 
 def precision_recall(reference, samples, k=3):
-    """Kynkaanniemi et al. 2019. Precision is the share of the samples that lie in the ball of some reference,
-    which reaches to its k-th neighbour among the references. Recall is the reverse. Distances are float64;
-    ADM's evaluator has the same rule with float16.
+    """Kynkaanniemi et al. 2019. Around each reference lies a ball that reaches to its k-th nearest reference.
+    Precision is the share of the samples that lie in some ball. Recall is the same with the sets exchanged.
+    Distances are float64; ADM's evaluator has the same rule with float16.
     """
     def covered(points, centres):
         def distances(some):
             return torch.cdist(some, centres)                                # (len(some), len(centres))
 
+        # k + 1, as each centre is its own nearest
         radii = [distances(some).kthvalue(k + 1)[0] for some in centres.split(1000)]
         radii = torch.cat(radii)                                             # (len(centres),)
         inside = [(distances(some) <= radii).any(1) for some in points.split(1000)]
@@ -292,7 +289,7 @@ def fd_pixels(a, b):
 # ------------------------------------------------------------------------------- the weights of Inception
 # The networks and metrics above need PyTorch and numpy alone. What follows uses other files of the project.
 
-from data import Packed, find_images, generator, load_image  # noqa: E402
+from data import Packed, find_files, generator, load_image  # noqa: E402
 from files import (BadInput, NotFinite, Parser, at_least, download, hash_file, processes, progress,  # noqa: E402
                    read, replace, run, say)
 
@@ -309,7 +306,7 @@ def load_inception(path_or_state_dict):
         state = read(state)
     model = Inception()
     try:
-        model.load_state_dict(dict(state))               # without the version the counters may lack
+        model.load_state_dict(dict(state))               # PyTorch lets a plain dict lack num_batches_tracked
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"not the FID Inception's weights: {reason}") from None
@@ -328,8 +325,8 @@ def find_inception(file, sha256):
 
 
 # ----------------------------------------------------------------------------------------- what is on disk
-# Images are opened as their number and take(rows). It returns those of a list of ascending numbers as uint8
-# (len(rows),3,S,S).
+# Images are opened as their number and take(rows), which returns those of the rows as uint8 (len(rows),3,S,S).
+# Rows ascend, so that an npz is read forwards.
 
 def open_pack(path):
     packed = Packed(path)
@@ -340,7 +337,7 @@ def open_pack(path):
 
 def open_folder(path):
     """The PNGs below a folder or in a .zip, in the order of their paths -> also the root of these paths."""
-    root, names = find_images(path)
+    root, names, _ = find_files(path)
     names.sort(key=Path)
     kinds = {Path(name).suffix.lower() for name in names}
     if kinds != {".png"}:
@@ -457,11 +454,12 @@ def open_side(path, D, extractor, count, seed, measured):
     else:
         with readable(notes):
             meta = json.loads(notes.read_bytes()) if notes.exists() else {}
-        promised = meta.get("n", total)
+        found_images, promised = total, meta.get("n", total)
         total = min(promised, total)
         n = count or promised
         if not 4 <= n <= total:
-            raise BadInput(f"{path}: found {total:,} images, expected at least {max(n, 4):,}")
+            raise BadInput(f"{path}: found {found_images:,} images and {promised:,} in its protocol, expected at "
+                           f"least {max(n, 4):,}")
         meta.update(n=n, extractor=extractor)
         meta.pop("classes", None)                        # a thousand names
         if count:
@@ -485,14 +483,17 @@ def flags():
     else:
         add("samples", help="folder or .zip of PNGs, npz or packed data")
         add("reference", help="the same, or an npz of statistics")
-    add("--count", type=at_least(4), help="draw COUNT images of each side, evenly over its order; a reference's "
-                                          "statistics stay as they are (default: all)")
+    add("--count", type=at_least(4), help="draw COUNT images of each side, one from each of COUNT equal parts "
+        "of its order; a reference's statistics stay as they are (default: all)")
     add("--seed", type=at_least(0), default=0, help="of the draw of --count")
     add("--features", choices=("inception", "pixels"), default="inception", help="pixels: FD-pixels, no FID")
     add("--metrics", choices=("fid", "all"), default="fid", help="all: also IS, sFID, precision, recall and KID")
     add("--inception", help=f"weights (default: {FILE} in torch.hub's cache, else downloaded)")
     add("--batch-size", type=at_least(1), default=64, help="images at a time")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.metrics == "all" and (args.features == "pixels" or "out" in args):
+        raise BadInput("--metrics all: compares two sides by Inception's features")
+    return args
 
 
 def measure(take, rows, extract, widths, batch, keep):
@@ -551,7 +552,7 @@ def main():
             return model(images, spatial=True)
         return [pixels(images)]
 
-    keep = model and args.metrics == "all" and not making
+    keep = args.metrics == "all"
     for found, meta, rows, take in sides:
         if len(rows) and (keep or not found):
             measured = measure(take, rows, extract, widths, args.batch_size, keep)
@@ -587,9 +588,9 @@ def report(sides, extractor, model):
         print(f"{key} {value:.2f}")
     if "features" in b:
         result["KID"], result["KID_std"] = kid(real, features)
-        print(f"KID {result['KID']:.6f} +- {result['KID_std']:.6f}")
+        print(f"KID {result['KID']:.6f}, standard deviation over the subsets {result['KID_std']:.6f}")
     if "n" not in reference:
-        say(f"{reference['file']} does not say of how many images, and by which network: taken as published")
+        say(f"{reference['file']} does not say how many images and which network made it: taken as published")
     for side in counted:
         if side["n"] < 50_000:
             say(f"warning: {side['file']}: {side['n']:,} images bias the distance upwards; published FIDs are "

@@ -31,26 +31,27 @@ class NotFinite(BadInput):
 
 
 def run(main):
-    """Call main(). A user's mistake, a full disk or memory and the death of another process of the run become
-    one line and an exit code, not a traceback.
+    """Call main(). A user's mistake, what the operating system refuses (a missing file, a full disk), a full
+    memory, and the death of another process of the run become one line and an exit code, not a traceback.
     """
     try:
         return main()
     except (BadInput, OSError) as error:
-        code, line = getattr(error, "code", 2), str(error)
+        code, line = error.code if isinstance(error, BadInput) else 2, str(error)
     except KeyboardInterrupt:
         code, line = 130, "stopped"
     except RuntimeError as error:
         full = "out of memory|allocate memory"
         lost = r"connection (was likely )?(closed|reset|refused)|remote process exited|broken pipe|timed ?out"
-        if re.search(full, str(error)):
+        if re.search(full, str(error), re.I):
             code, line = 1, "out of memory; try a smaller --batch-size, in train.py --accum 2 or --grad-ckpt"
         elif dist.is_initialized() and re.search(lost, str(error), re.I):    # of gloo, NCCL or their store
             code, line = 1, "another process of this run has ended; start all again, train.py with --resume"
         else:
             raise
     grouped = dist.is_initialized()
-    if grouped or env("LOCAL_RANK") == 0:        # before there is a group, a machine's processes find the same
+    # before there is a group, all processes of a machine meet the same mistake, and one of them says it
+    if grouped or env("LOCAL_RANK") == 0:
         print(Path(sys.argv[0]).name + ":", *line.split(), file=sys.stderr, flush=True)
     if grouped:
         os._exit(code)                           # the group's threads would wait for those that are gone
@@ -79,7 +80,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def between(low, high, kind=float, expected="a number from {} to {}"):
-    """An argparse type: a number from low to high, of kind int a whole one."""
+    """An argparse type: a number from low to high; with kind=int whole numbers only."""
     def parse(text):
         try:
             value = kind(text)
@@ -92,7 +93,7 @@ def between(low, high, kind=float, expected="a number from {} to {}"):
 
 
 def at_least(low, high=10 ** 15):
-    """An argparse type: a whole number from low on; high is where its use would break."""
+    """An argparse type: a whole number from low to high, whose default keeps it within 64 bits."""
     return between(low, high, int, "a whole number, at least {} and at most {:,}")
 
 
@@ -102,12 +103,14 @@ positive = between(1e-30, 1e30, expected="a positive number")
 # ---------------------------------------------------------------------------------- processes and progress
 
 def env(name, default=0):
-    """A number that torchrun sets for each process."""
+    """RANK, WORLD_SIZE or LOCAL_RANK, as torchrun sets them for each process; the default without it."""
     return int(os.environ.get(name, default))
 
 
 def processes():
-    """-> rank, world, device: the number of this process, how many there are, and what it computes on."""
+    """-> rank, world, device: the number of this process, how many there are, and what it computes on. A GPU of
+    its own becomes the current one.
+    """
     rank, world, local = env("RANK"), env("WORLD_SIZE", 1), env("LOCAL_RANK")
     if not torch.cuda.is_available():
         return rank, world, torch.device("cpu")
@@ -130,7 +133,9 @@ def say(*words):
 
 
 def progress(what, done, total, since):
-    """One line with rate and time left."""
+    """One line with rate and time left, by one process of several."""
+    if env("RANK") > 0:
+        return
     rate = max(done, 1) / max(time.monotonic() - since, 1e-9)
     left = (total - done) / rate / 60
     end = "\n" if done == total else ""
@@ -206,7 +211,9 @@ def hash_file(path):
 
 
 def download(url, file, sha256, flag):
-    """Fetch url into file, which appears when it is whole and has this SHA-256; `flag` names it by hand."""
+    """Fetch url into file, which appears when it is whole and has this SHA-256. `flag` is, for the error's line,
+    the flag that names a copy fetched by hand.
+    """
     print(f"downloading {url}", flush=True)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -2,11 +2,11 @@
 
     python sample.py --ckpt CKPT --n 50000 --out DIR          # PNG files, for FID; or --out FILE.npz
     torchrun --nproc-per-node 8 sample.py --ckpt CKPT --count 50000 --out DIR   # the same images, sooner
-    python sample.py --ckpt ema_0.9999_large.pt               # released weights, known by their shapes
+    python sample.py --ckpt ema_0.9999_large.pt               # released weights, which are recognised
 
-Image k depends on the checkpoint, the seed and k. The batch size and the number of processes change it by
-rounding at most; with the same of both, a stop in between changes nothing. The same command finishes what a
-killed one began, and with a larger --count it adds images to a folder.
+Image k = 0, 1, ... depends on the checkpoint, on k, and on the flags that protocol.json lists. The batch size and
+the number of processes change it by rounding at most; with the same of both, a stop in between changes nothing.
+The same command finishes what a killed one began, and with a larger --count it adds images to a folder.
 """
 import shutil
 import time
@@ -69,7 +69,9 @@ def load_checkpoint(path, raw=False, target=None):
             raise BadInput(f"{path}: weights and config disagree ({error!r:.200})") from None
     if target not in (None, config["target"]):
         raise BadInput(f"--target {target}: {path} was trained with {config['target']}")
-    check_finite(path, model.state_dict())
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise NotFinite(f"{path}: {name} is not finite")
     model.class_counts = config.get("class_counts")                          # for the label rule "data"
     return model.eval(), config
 
@@ -81,19 +83,12 @@ def load_released(path, state, target=None):
     except ValueError as error:
         raise BadInput(f"{path}: no checkpoint of this project, and {error}") from None
     config = dict(model.public, T=1000, step=None, weights="as released")
-    config["target"] = target or config["target"]
+    config["target"] = config["target"] or target
     if config["target"] is None:
         raise BadInput(f"{path}: weights do not say what they predict; give --target")
     config["network"] = dict(in_channels=model.in_channels)
     config["class_names"] = class_names("imagenet64") if model.num_classes == 1000 else []
     return model, config
-
-
-def check_finite(where, tensors):
-    """Raise NotFinite with the name of the first of the named tensors that holds inf or nan."""
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise NotFinite(f"{where}: {name} is not finite")
 
 
 def find_vae(config, device, path=None):
@@ -141,7 +136,7 @@ def start(seed, k, labels, model):
     """
     g = generator("image", seed, k)
     count = max(model.num_classes, 1)
-    drawn = int(torch.randint(count, (), generator=g))                       # always: the noise stays the same
+    drawn = int(torch.randint(count, (), generator=g))                       # under every rule, so that noise k is one
     noise = torch.randn(model.in_channels, model.img_size, model.img_size, generator=g)
     if labels == "random":
         return drawn, noise
@@ -165,7 +160,8 @@ def draw(model, config, ks, seed=0, labels="balanced", vae=None, **how):
     x = sampler(model, diffusion, z, y, **how)
     if vae:
         x = vae.decode_latent(x.float())
-    check_finite("samples", {f"the batch of images {ks[0]} to {ks[-1]}": x})
+    if not x.isfinite().all():
+        raise NotFinite(f"images {ks[0]} to {ks[-1]} are not finite")
     return to_uint8(x).cpu()
 
 
@@ -174,7 +170,7 @@ def batches_of(ks, size):
 
 
 def grid(model, config, path, n=None, batch_size=64, **how):
-    """Draw n images (8 a class by default) into one PNG, one class to a column where they fit."""
+    """Draw n images (8 rows by default) into one PNG, one class to a column where they fit."""
     columns = model.num_classes if 2 <= model.num_classes <= 16 else 8
     n = n or 8 * columns
     columns = min(columns, n)
@@ -207,8 +203,7 @@ def save_folder(folder, n, batch_size, images_of):
                 picture = Image.fromarray(image)
                 replace(png(folder, k), lambda file: picture.save(file, "PNG", compress_level=1))
         done += len(ks)
-        if rank == 0:
-            progress("images", done, total, since)
+        progress("images", done, total, since)
 
 
 def save_npz(path, folder, n, labels):
@@ -244,13 +239,13 @@ def save_images(out, protocol, batch_size, model, config, how):
     npz = out.suffix == ".npz"
     folder = out.with_name(out.name + ".parts") if npz else out
     rank, *_ = processes()
-    if npz and out.exists() and rank == 0:
+    if npz and out.exists() and rank == 0:       # a late process may find what rank 0 has just finished
         raise BadInput(f"--out {out}: exists already")
     before = claim(folder, protocol, grows=not npz)
     save_folder(folder, n, batch_size, lambda ks: draw(model, config, ks, **how))
     if rank > 0:
         return
-    while not all(png(folder, k).exists() for k in range(n)):                # those of the other processes
+    while not all(png(folder, k).exists() for k in range(n)):                # the other processes draw them
         time.sleep(1)
     labels = [start(how["seed"], k, how["labels"], model)[0] for k in range(n)]
     if npz:
@@ -268,8 +263,8 @@ def save_images(out, protocol, batch_size, model, config, how):
 # ------------------------------------------------------------------------------------------- command line
 
 def parse_classes(text, names, count):
-    """"3,glass" -> [3, 5]: class names, one of several in a name, or numbers. Where all names are numbers, a
-    number is a name: 1 is the class 01. Raises BadInput.
+    """"3,glass" -> [3, 5]. A part is a class name, one of a name's synonyms (tench of "tench, Tinca tinca"), or
+    a number. Where all names are numbers, a number is a name: 1 is the class 01. Raises BadInput.
     """
     numbers = range(count)
     if names and all(map(str.isdecimal, names)):
@@ -293,10 +288,10 @@ def parse():
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint, run folder, or released weights")
     add("--out", type=Path, help="grid .png (default: samples.png beside --ckpt), .npz, or folder of PNGs")
-    add("--n", "--count", type=at_least(1), help="number of images (default: 8 a class in a grid, else 64); "
+    add("--n", "--count", type=at_least(1), help="number of images (default: 8 rows in a grid, else 64); "
         "--count under torchrun, whose own parser stumbles over --n")
-    add("--cfg", type=between(0, 1000), help="guidance scale, 1 = none (default: the preset's)")
-    add("--steps", type=at_least(1, 10_000), help="sampling steps (default: the preset's)")
+    add("--cfg", type=between(0, 1000), help="guidance scale, 1 = none (default: the checkpoint's)")
+    add("--steps", type=at_least(1, 10_000), help="sampling steps (default: the checkpoint's)")
     add("--solver", choices=SOLVERS, default="heun",
         help="heun evaluates the network 2 STEPS - 1 times, the others STEPS times")
     add("--interval", type=at_least(0), nargs=2, metavar=("LO", "HI"), help="guide only for LO <= t <= HI")
@@ -333,7 +328,7 @@ def settle(args, model, config):
     if args.classes is not None:
         names = config["class_names"]
         labels = parse_classes(args.classes, names, model.num_classes)
-        drawn = [names[k] for k in labels if names] or labels
+        drawn = [names[k] for k in labels] if names else labels
         say(f"classes: {drawn!s:.100}")
     if labels == "data" and not model.class_counts:
         raise BadInput(f"--labels data: {args.ckpt} does not say how often the training data have each class")
@@ -357,9 +352,10 @@ def main():
     actual, evaluations = steps_run(levels, steps, how["solver"])
     say(f"{ckpt}: {config['target']} prediction, weights: {config['weights']} @ step {config['step']}; "
         f"{how['solver']} {steps} steps, {actual} run, {evaluations} evaluations an image, cfg {how['cfg']}")
-    share = 0 if args.raw else config.get("ema", 0) ** (config["step"] or 0)
-    if 0.01 < share < 1:
-        say(f"warning: the EMA still holds {share:.0%} of the weights before training; --raw is without it")
+    if "ema" in config and not args.raw:         # not of released weights
+        untrained = config["ema"] ** config["step"]
+        if untrained > 0.01:
+            say(f"warning: {untrained:.0%} of the EMA are the weights before training; --raw is without it")
     if actual < steps:
         say(f"warning: {steps} steps asked for, {actual} run: "
             "noise levels that round to the same timestep are taken once")

@@ -5,7 +5,8 @@
     python train.py --resume                                    # go on where out/shapes was stopped
     python train.py --init out/shapes --out out/tuned           # a new run that starts from another's weights
 
-A run depends on its flags and --seed: not on the number of processes, on --accum, or on having been stopped.
+A run depends on its flags and --seed. The number of processes and --accum change rounding alone, and a stop and
+--resume nothing. Whether there is a GPU decides the default --dtype and the preset of your own images.
 """
 import argparse
 import contextlib
@@ -77,7 +78,7 @@ def preset(dataset, model=None, target=None):
     rows = [dict(zip(COLUMNS, row)) for row in PRESETS]
     own = [row for row in rows if row["dataset"] == dataset]
     if not own:
-        own = rows[-2:]
+        own = [row for row in rows if row["dataset"] == "folder"]
         if not torch.cuda.is_available():
             own.reverse()
     model = model or own[0]["model"]
@@ -142,7 +143,8 @@ def parse():
         "cosine_scaled, or with parameters clts:MU:STEP (share of T, the curriculum's last step), laplace:MU:B")
     add("--curriculum", type=count, help="last step of clts's curriculum")
     add("--importance", action=switch, default=False,
-        help="divide the loss by q T: the density serves the objective of uniform t")
+        help="importance sampling: divide the loss by q T, so that the density changes its variance and "
+        "not the objective")
     add("--schedule", choices=("cosine", "linear"), help="noise schedule")
     add("--T", type=at_least(1, 1_000_000), help="timesteps")
     # optimisation
@@ -192,7 +194,7 @@ def parse():
 # ------------------------------------------------------------------------------------------------ the data
 
 def stand_in(dataset):
-    """An empty image of the shape of a data set that is not here, for --dry-run."""
+    """One black image of the shape that a data set's name promises, and the classes: for --dry-run without data."""
     size, _, _ = DATASETS[dataset]
     shape = (1, 3, size, size)
     if dataset == "imagenet256":
@@ -217,7 +219,7 @@ def open_data(args):
             raise BadInput(f"--data {args.data}: shapes are built in; name the data set with --dataset")
         data = built_in(args.size or 16)
     elif args.dry_run and args.dataset in DATASETS and not folder.exists():
-        say(f"{folder} is not here: random numbers stand in")
+        say(f"{folder} is not here: only the speed is measured")
         data = stand_in(args.dataset)
     else:
         data = Packed(folder)
@@ -255,7 +257,8 @@ def settle(args, data):
         raise BadInput(f"--patch {args.patch}: {args.model} has no patches")
     config["class_counts"] = np.bincount(data.labels, minlength=len(data.classes)).tolist()
     if not data.classes:
-        say(f"no classes: drop {args.drop:g} becomes 0, cfg {args.cfg:g} becomes 1")
+        if args.drop or args.cfg != 1:
+            say(f"no classes: drop {args.drop:g} becomes 0, cfg {args.cfg:g} becomes 1")
         config.update(drop=0.0, cfg=1.0, class_counts=[])
     if config["cfg"] != 1 and not config["drop"]:
         raise BadInput(f"--cfg {args.cfg}: a model trained with --drop 0 cannot be guided; add --cfg 1")
@@ -380,7 +383,7 @@ def metrics_of(step, tally):
 
 
 def mean_square(diffusion, s):
-    """Mean square of the target over all t, which is the mse of output 0; s is that of the data."""
+    """The mse of output 0: the mean square of the target, for t of the density at step 0. s is that of the data."""
     alpha2 = diffusion.density() @ diffusion.alphas_cumprod.cpu()
     return float({"x0": s, "eps": 1, "v": alpha2 + (1 - alpha2) * s}[diffusion.target])
 
@@ -453,9 +456,8 @@ def initialise(model, config):
     """
     path = Path(config["init"])
     source, known = load_checkpoint(path, target=config["target"])
-    known |= getattr(source, "public", {})                                   # of a released file
-    for key in ("target", "schedule", "T"):
-        if known[key] not in (None, config[key]):
+    for key in ("schedule", "T"):
+        if known[key] != config[key]:
             raise BadInput(f"--{key} {config[key]}: {path} was trained with {known[key]}")
     weights, drawn = source.state_dict(), model.state_dict()
     if "time_embedding.weight" in weights:                                   # released: 4,000 rows
@@ -526,9 +528,9 @@ def stamp(ckpt):
 
 
 def main():
-    rank, world, device = processes()                                        # before a question to the GPU
+    rank, world, device = processes()            # selects the GPU that parse() asks about bfloat16
     args, state = parse()
-    if stamp(args.out / "ckpt.pt") and not (args.resume or args.dry_run):
+    if (args.out / "ckpt.pt").exists() and not (args.resume or args.dry_run):
         raise BadInput(f"--out {args.out}: holds a run already; go on with --resume or choose another folder")
     micro, rest = divmod(args.batch_size, world * args.accum)
     if rest:
@@ -549,9 +551,14 @@ def main():
         if not state:
             raise                                # a bug of the network, with its traceback
         raise BadInput(f"{args.out}: weights and config disagree ({error!r:.200})") from None
+    except BadInput:
+        raise
     except ValueError as error:                  # a flag that the network or Diffusion refuses, or odd moments
         raise BadInput(str(error)) from None
     introduce(args, config, model, diffusion, data, micro, world, device)
+    if args.compile:
+        torch._dynamo.config.suppress_errors = True                          # no compiler: a warning, and eager
+        model.compile()                                                      # in place: names stay plain
     if args.dry_run:
         if rank == 0:
             dry_run(config, model, ema, optimizer, diffusion, micro, world)
@@ -566,9 +573,6 @@ def main():
         with open(args.out / "log.csv", "ab") as file:                       # lines after the checkpoint come again
             file.truncate(min(state["log"], file.tell()))
     say(f"writing to {args.out}")
-    if args.compile:
-        torch._dynamo.config.suppress_errors = True                          # no compiler: a warning, and eager
-        model.compile()                                                      # in place: names stay plain
     if args.data_on_gpu:
         data.to(device)
     train(args, config, data, diffusion, model, ema, optimizer, tally, state["step"])
@@ -603,7 +607,7 @@ def train(args, config, data, diffusion, model, ema, optimizer, tally, first):
     ours = stamp(ckpt)
     since, waited, mark = time.monotonic(), 0.0, first
     skipped = torch.zeros((), device=device)                                 # steps without an update
-    zero = mean_square(diffusion, probe(data).square().mean())               # the mse of output 0
+    mse_of_zero = mean_square(diffusion, probe(data).square().mean())
     trouble, stop, done = "", 0, first                                       # trouble: why no more is saved
     for step in range(first, steps):
         # data: prepared by a thread, already cut to this process
@@ -635,15 +639,16 @@ def train(args, config, data, diffusion, model, ema, optimizer, tally, first):
         total = tally.clone()
         if world > 1:
             dist.all_reduce(total)
-        _, mse, _, images = total.sum(0).tolist()                            # of the steps since mark
+        _, mse, _, images = total.sum(0).tolist()                            # sums since the last log line
         count = done - mark
         if count > 1 and images < count * B / 2:
             trouble = trouble or f"most losses of steps {mark + 1:,} to {done:,} are not finite"
             break
-        # 32 images more: a few, or a first step without warm-up, may be far from the mean
-        if mse > 2 * zero * (images + 32) and not trouble:
+        # 32 images that cost what output 0 costs are added, as few images may be far from the mean. The run goes
+        # on, so that log.csv shows how it diverges.
+        if mse > 2 * mse_of_zero * (images + 32) and not trouble:
             trouble = (f"diverged since step {mark + 1:,}: {config['target']} mse {mse / images:.4g}, "
-                       f"output 0 would get {zero:.4g}")
+                       f"output 0 would get {mse_of_zero:.4g}")
             say(f"warning: {trouble}; nothing is saved from here on")
 
         # log, sample, save
@@ -658,7 +663,7 @@ def train(args, config, data, diffusion, model, ema, optimizer, tally, first):
                 f"{metrics['data_share']:.1%}   {metrics['skipped']} steps skipped   {left:.1f} min left")
             if rank == 0:
                 log(metrics, args.out)
-            if images:                                                       # else the next line is of this too
+            if images:                           # a single step without one: the next log line counts it, too
                 since, waited, mark = time.monotonic(), 0.0, done
                 tally.zero_()
                 total.zero_()

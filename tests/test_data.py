@@ -195,7 +195,7 @@ def test_folders_are_classes_and_a_flat_folder_has_none(tmp_path):
     pictures(tmp_path, "b/c/1.PNG", "b/a.png", "a/a.jpg", "a/.hidden.png", ".hidden/a.png")
     (tmp_path / "a/notes.txt").write_text("no image")
     names = ["a/a.jpg", "b/a.png", "b/c/1.PNG"]
-    assert data.find_images(tmp_path) == (tmp_path, names)
+    assert data.find_files(tmp_path)[:2] == (tmp_path, names)
     assert data.by_folder(names) == ([0, 1, 1], ["a", "b"])
     assert data.by_folder(["top/" + name for name in names]) == ([0, 1, 1], ["a", "b"])
     assert data.by_folder(["b/1.png", "b/2.png"]) == ([0, 0], [])
@@ -207,7 +207,9 @@ def test_folders_are_classes_and_a_flat_folder_has_none(tmp_path):
     ("--src loose --size 16", "b.png"),
     ("--src src", "--size"),
     ("--src src --size 0", "--size"),
-    ("--src src --size 32 --out imagenet64", "size"),
+    ("--src src --size 32 --out imagenet64", "imagenet64 has 64"),
+    ("--src src --size 16 --download", "--download"),
+    ("--src src --size 16 --split trian", "--split"),
     ("--size 16", "--src"),
 ])
 def test_mistakes_are_one_line(script, tmp_path, words, named):

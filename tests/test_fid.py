@@ -393,6 +393,8 @@ def mistakes(sets):
     ("a", "reference"),
     ("stats --data a", "--out"),
     ("stats --data a.npz --out a.npz", "itself"),
+    ("a b.npz --metrics all", "--metrics all"),
+    ("stats --data a --out s.npz --metrics all", "--metrics all"),
     ("a b.npz --batch-size 0", "--batch-size")])
 def test_a_mistake_is_one_line(words, named, script, mistakes):
     assert named in script("fid.py", *words.split(), *PIXELS, code=2)

@@ -441,6 +441,13 @@ def test_weights_that_do_not_fit_are_refused(words, named, kept):
     assert re.search(named, launch(kept, f"{STILL} {words}", code=2))
 
 
+def test_no_run_starts_from_weights_that_are_not_finite(kept):
+    weights = torch.load(kept / "released.pt")
+    weights["pos_embed"][0, 0, 0] = torch.nan
+    torch.save(weights, kept / "released.pt")
+    assert "pos_embed is not finite" in launch(kept, f"{STILL} --init released.pt", code=3)
+
+
 def test_a_tuned_run_of_two_processes_goes_on_without_the_file_and_from_no_other(script, tmp_path):
     given = tmp_path / "given/ckpt.pt"
     launch(tmp_path, f"{FIVE} --steps 1 --seed 1 --out given")
