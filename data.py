@@ -33,7 +33,7 @@ from files import (BadInput, Parser, at_least, download, env, progress, read_jso
 CHUNK = 32                                       # images that one thread reads, encodes and writes at once
 SUFFIXES = tuple(".png .jpg .jpeg .jpe .jfif .pjpeg .webp .bmp .gif .tif .tiff .ppm .pgm".split())
 LABEL_SUFFIXES = set(".cls .csv .json .jsonl .npy .parquet .tsv .txt .xml".split())  # of files that may hold labels
-SPLIT = "(?i:train|training|val|valid|validation|test)"                      # as folders are called
+SPLIT = r"(?i:(train|training|val|valid|validation|test)[-_]?(set)?\d*)"     # as folders are called
 DARK = 20            # of 255: 12 bits in a 16-bit file become at most 16, and a crop overshoots a little
 IMAGENETS = ("imagenet64", "imagenet128", "imagenet256")                     # the last as latents, by vae.py
 DATASETS = {  # what these names promise: side, classes, images in the training set
@@ -235,7 +235,7 @@ class Packed(Images):
 # -------------------------------------------------------------------------------- image files and their crops
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")   # no others: Pillow runs Ghostscript for some
-DAMAGE = (OSError, ValueError, SyntaxError, EOFError, zipfile.BadZipFile, zlib.error,
+DAMAGE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error,
           Image.DecompressionBombError)          # what Pillow and zipfile raise for damaged files
 
 
@@ -355,13 +355,18 @@ def by_folder(names, folders=()):
     if len(classes) > 1 and classes[0] == "":
         loose = names[tops.index("")]
         raise BadInput(f"--src: {loose} lies beside the class folders {classes[1]}, ..., so it has no class")
+    above = shared
     if len(classes) == 1:
         say(f"one folder, {shared or '.'}: no classes; sub-folders would be classes")
-    beside = {Path(folder).name for folder in folders if os.path.dirname(folder) == shared}
-    empty = sorted(beside.difference(classes))
-    if empty:
-        say(f"warning: class folders without images, {len(empty):,}: {', '.join(empty[:10])}")
+        above = os.path.dirname(shared)
+    beside = {Path(folder).name for folder in folders if os.path.dirname(folder) == above}
+    say_empty(beside.difference(classes, [os.path.basename(shared)]))
     return labels.tolist(), [name for name in classes if name]
+
+
+def say_empty(classes):
+    if classes:
+        say(f"warning: classes without images, {len(classes):,}: {', '.join(sorted(classes)[:10])}")
 
 
 def by_json(file, names):
@@ -373,6 +378,8 @@ def by_json(file, names):
         table = json.loads(file.read_text())["labels"]
         if table is None:
             return [0] * len(names), []
+        if len(table) > len(names):
+            say(f"warning: {file} has {len(table):,} labels for {len(names):,} images")
         table = dict(table)
         labels = [table[name] for name in names]
         wrong = [label for label in labels if type(label) is not int or not 0 <= label < 10 ** 6]
@@ -381,7 +388,9 @@ def by_json(file, names):
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f'{file}: expected {{"labels": [[name, label], ...]}} with every image and '
                        f"labels from 0 on, found {error!r}; --classes 0 packs without labels") from None
-    return labels, [str(k) for k in range(max(labels) + 1)]
+    classes = [str(k) for k in range(max(labels) + 1)]
+    say_empty(set(classes).difference(map(str, labels)))
+    return labels, classes
 
 
 def imagenet():
@@ -438,7 +447,7 @@ def listing(src, size, dataset, split, labelled, skip_broken):
         return images.__getitem__, range(len(images)), labels.tolist(), CIFAR10, broken
     root, names, others = find_files(src)
     folders = {name for name in others if (root / name).is_dir()}
-    say_left_out(others - folders - {"dataset.json"})
+    say_left_out(others - folders - {"dataset.json", "protocol.json"})
     if dataset == "celeba64":                    # divided by number, as in list_eval_partition.txt
         first, last = CELEBA.get(split, ("", ""))
         names = [name for name in names if first <= Path(name).stem <= last]
@@ -512,21 +521,22 @@ def begin(out, meta, rank):
         time.sleep(0.1)
 
 
-def pack(src, size, out, split="train", dataset=None, mirror=False, encode=None, rank=0, world=1,
-         labelled=True, skip_broken=False, **more):
+def pack(src, size, out, split="train", dataset=None, encode=None, rank=0, world=1, labelled=True,
+         skip_broken=False, **more):
     """Pack the images below `src` into folder `out`; after a kill it goes on, to the same bytes.
 
     dataset is the name of the folder unless given; the papers' data sets are read as the papers read them.
-    With mirror every image comes twice, as it is and mirrored. encode(images uint8 (n,3,S,S)) -> the array to
-    store in their place, as vae.py does; several threads call it. Of several processes the one of number
-    `rank` makes every `world`-th chunk. Without `labelled` there are no classes. skip_broken leaves out the
-    images that cannot be read; else a BadInput names them when the others are packed. `more` goes into
-    meta.json.
+    encode(images uint8 (n,3,S,S)) -> the array to store in their place, as vae.py does; several threads call it.
+    Of several processes the one of number `rank` makes every `world`-th chunk. Without `labelled` there are no
+    classes. skip_broken leaves out the images that cannot be read; else a BadInput names them when the others
+    are packed. `more` goes into meta.json.
     """
     src, out = Path(src), Path(out)
-    if src.resolve() in out.resolve().parents:
+    if src.resolve() in (out.resolve(), *out.resolve().parents):
         raise BadInput(f"--out {out}: lies in --src {src}")
     dataset = dataset or out.name
+    if dataset == "shapes":
+        raise BadInput("shapes: is the name of the built-in images; choose another")
     read, names, labels, classes, broken = listing(src, size, dataset, split, labelled, skip_broken)
     if broken:                                   # by now only with skip_broken
         more["broken"] = dict(count=len(broken), names=sorted(broken)[:10])
@@ -536,26 +546,26 @@ def pack(src, size, out, split="train", dataset=None, mirror=False, encode=None,
     if split == "train" and official not in (0, len(names)):
         say(f"warning: found {len(names):,} images, the training set of {dataset} has {official:,}")
     digest = hashlib.sha256(json.dumps([*zip(names, labels)]).encode())
-    copies = 2 if mirror else 1
-    labels = np.repeat(np.array(labels, dtype=np.int64), copies)
+    labels = np.array(labels, dtype=np.int64)
     meta = dict(dataset=dataset, split=split, count=len(labels), size=size,
-                classes=classes, listing=digest.hexdigest(), mirror=mirror,
+                classes=classes, listing=digest.hexdigest(),
                 crop=CROPS.get(dataset, "box halving, bicubic, center (ADM)"), **more)
     brightest = []                               # value of each chunk
 
     def make(chunk):
-        images = np.array([read(names[row // copies]) for row in chunk])
-        failed = [row for row in chunk if names[row // copies] in broken]
+        images = np.array([read(names[row]) for row in chunk])
+        failed = [row for row in chunk if names[row] in broken]
         labels[failed] = -1                      # they stay to be done
         brightest.append(images.max())
-        if mirror:
-            images[1::2] = images[1::2, :, :, ::-1]  # odd rows are mirrored, as CHUNK is even
         return encode(images) if encode else images
 
     begin(out, meta, rank)
     fill(out, meta, labels, make, rank, world)
+    if not brightest and rank == 0:
+        say(f"{out}: was packed already, nothing was read")
     look_back(out, broken, brightest)
-    say(f"{out}: {len(labels):,} images of {size} x {size}, {len(classes)} classes")
+    some = ": " + ", ".join(classes[:10]) if classes else ""
+    say(f"{out}: {len(labels):,} images of {size} x {size}, {len(classes)} classes{some}")
 
 
 def look_back(out, broken, brightest):
@@ -642,7 +652,7 @@ def main():
     add("--dataset", choices=("cifar10", "celeba64", "imagenet64", "imagenet128"),
         help="one of the papers' (default: the last part of --out, if it is one)")
     add("--download", action="store_true", help="fetch cifar10 into data/; the others ask you to register")
-    add("--size", type=at_least(1), help="side in pixels of the packed images, each the centre "
+    add("--size", type=at_least(1, 4096), help="side in pixels of the packed images, each the centre "
         "square of its file (default: the data set's)")
     pack_flags(add)
     args = parser.parse_args()

@@ -291,7 +291,7 @@ def fd_pixels(a, b):
 
 from data import Packed, find_files, generator, load_image  # noqa: E402
 from files import (BadInput, NotFinite, Parser, at_least, download, hash_file, processes, progress,  # noqa: E402
-                   read, replace, run, say)
+                   read, read_json, replace, run, say)
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
@@ -313,36 +313,44 @@ def load_inception(path_or_state_dict):
     return model
 
 
-def find_inception(file, sha256):
-    """The Inception in `file`, whose SHA-256 must be this one. Only the cached file may be missing, as main has
-    hashed any other: then the published weights are downloaded.
-    """
-    if not file.exists():
-        download(URL, file, SHA256, "--inception")
-    if hash_file(file) != sha256:
-        raise BadInput(f"{file}: its SHA-256 is not {sha256}; remove it")
-    return load_inception(file)
-
-
 # ----------------------------------------------------------------------------------------- what is on disk
-# Images are opened as their number and take(rows), which returns those of the rows as uint8 (len(rows),3,S,S).
-# Rows ascend, so that an npz is read forwards.
+# What is opened is a tuple: the statistics that it has; its metadata; its number of images; take(rows), which
+# returns some of them as uint8 (len(rows),3,S,S). Rows ascend, so that an npz is read forwards.
+
+def open_any(path):
+    if (path / "meta.json").exists():
+        return open_pack(path)
+    if path.is_dir():
+        return open_folder(path)
+    if not zipfile.is_zipfile(path):
+        raise BadInput(f"{path}: expected a folder or .zip of PNGs, packed data or an npz")
+    with readable(path):
+        suffixes = {Path(name).suffix for name in zipfile.ZipFile(path).namelist()}
+    return open_npz(path) if ".npy" in suffixes else open_folder(path)
+
+
+def protocol(file):
+    """What sample.py wrote about its images, if it did."""
+    return read_json(file) if file.exists() else {}
+
 
 def open_pack(path):
     packed = Packed(path)
     if packed.latents:
         raise BadInput(f"{path}: holds latents, expected images")
-    return len(packed), packed.images.__getitem__
+    return {}, dict(packed.meta), len(packed), packed.images.__getitem__
 
 
 def open_folder(path):
-    """The PNGs below a folder or in a .zip, in the order of their paths -> also the root of these paths."""
+    """The PNGs below a folder or in a .zip, in the order of their paths."""
     root, names, _ = find_files(path)
     names.sort(key=Path)
     kinds = {Path(name).suffix.lower() for name in names}
     if kinds != {".png"}:
         raise BadInput(f"{path}: found {sorted(kinds) or 'no images'}, expected .png; JPEG changes the FID")
     size = load_image(root / names[0]).size
+    if size[0] != size[1]:
+        raise BadInput(f"{root / names[0]}: its size is {size}, expected square images")
     pool = ThreadPoolExecutor()                          # decoding leaves Python's lock, zipfile locks reads
 
     def load(row):
@@ -356,7 +364,7 @@ def open_folder(path):
         images = pool.map(load, rows)
         return np.stack(list(images))
 
-    return len(names), take, root
+    return {}, protocol(root / "protocol.json"), len(names), take
 
 
 def open_npz(path):
@@ -366,7 +374,9 @@ def open_npz(path):
     with readable(path), np.load(path) as file:
         names = ("mu", "sigma", "mu_s", "sigma_s")
         found = {name: file[name] for name in names if name in file}
-        meta = json.loads(str(file["meta"])) if "meta" in file else {}
+        meta = protocol(path.with_suffix(".protocol.json"))
+        if "meta" in file:
+            meta = json.loads(str(file["meta"]))
         if found and "arr_0" not in file:
             return found, meta, 0, None
         stream = zipfile.ZipFile(path).open("arr_0.npy")
@@ -419,6 +429,19 @@ def spread(count, total, seed):
     return (edges[:-1] + places.double() * edges.diff()).long().tolist()
 
 
+def choose(path, meta, total, count, seed):
+    """-> the rows to measure: `count` of a side's images, or all that its protocol promises. Raises BadInput."""
+    promised = meta.get("n", total)
+    if promised < total:
+        say(f"{path}: holds {total:,} images; measured are the {promised:,} of its protocol")
+    n = count or promised
+    if not 4 <= n <= min(promised, total):
+        raise BadInput(f"{path}: found {total:,} images, {promised:,} in its protocol, expected at least {max(n, 4):,}")
+    if count:
+        meta["drawn"] = {"count": count, "seed": seed}
+    return spread(n, min(promised, total), seed)
+
+
 def open_side(path, D, extractor, count, seed, measured):
     """One side of the comparison -> the statistics that it has; its metadata; the rows of the images to
     measure; how to read them, take(rows).
@@ -426,45 +449,22 @@ def open_side(path, D, extractor, count, seed, measured):
     A side that is to be `measured` needs images, and its statistics are left aside. Raises BadInput, and
     NotFinite for statistics that are not finite.
     """
-    path = Path(path)
-    found, suffixes, notes = {}, set(), path / "meta.json"   # notes by data.py, or by sample.py
-    if zipfile.is_zipfile(path):
-        with readable(path):
-            suffixes = {Path(name).suffix for name in zipfile.ZipFile(path).namelist()}
-    if notes.exists():
-        total, take = open_pack(path)
-    elif ".npy" in suffixes:
-        found, meta, total, take = open_npz(path)
-        notes = path.with_suffix(".protocol.json")
-    elif path.is_dir() or suffixes:
-        total, take, root = open_folder(path)
-        notes = root / "protocol.json"
-    else:
-        raise BadInput(f"{path}: expected a folder or .zip of PNGs, packed data or an npz")
+    found, meta, total, take = open_any(Path(path))
+    rows = range(total)
     if measured:
         if found and not total:
             raise BadInput(f"{path}: holds statistics without images, so it is no SAMPLES; the order is "
                            "python fid.py SAMPLES REFERENCE")
         found = {}
-    rows = range(total)
     if found:
-        if np.shape(found.get("sigma")) != (D, D):
-            raise BadInput(f"{path}: sigma is {np.shape(found.get('sigma'))}, expected {D} features")
+        shapes = [np.shape(found.get(name)) for name in ("mu", "sigma")]
+        if shapes != [(D,), (D, D)]:
+            raise BadInput(f"{path}: mu and sigma are {shapes}, expected {D} features")
         check_finite(path, found)
     else:
-        with readable(notes):
-            meta = json.loads(notes.read_bytes()) if notes.exists() else {}
-        found_images, promised = total, meta.get("n", total)
-        total = min(promised, total)
-        n = count or promised
-        if not 4 <= n <= total:
-            raise BadInput(f"{path}: found {found_images:,} images and {promised:,} in its protocol, expected at "
-                           f"least {max(n, 4):,}")
-        meta.update(n=n, extractor=extractor)
+        rows = choose(path, meta, total, count, seed)
+        meta.update(n=len(rows), extractor=extractor)
         meta.pop("classes", None)                        # a thousand names
-        if count:
-            meta["drawn"] = {"count": count, "seed": seed}
-        rows = spread(n, total, seed)
     if total:
         meta["size"] = take(rows[:1]).shape[2]
     meta["file"] = str(path)
@@ -532,7 +532,7 @@ def main():
         if args.inception:
             extractor = hash_file(args.inception)
     paths = [args.data] if making else [args.samples, args.reference]
-    if making and args.out == args.data:
+    if making and Path(args.out).resolve() == Path(args.data).resolve():
         raise BadInput(f"--out {args.out}: is --data itself")
     sides = []
     for path in paths:
@@ -544,8 +544,12 @@ def main():
 
     model = None
     if args.features == "inception":
-        model = find_inception(Path(args.inception or CACHED), extractor)
-        model.to(device, memory_format=torch.channels_last)
+        file = Path(args.inception or CACHED)
+        if not file.exists():
+            download(URL, file, SHA256, "--inception")
+        if hash_file(file) != extractor:
+            raise BadInput(f"{file}: its SHA-256 is not {extractor}; remove it")
+        model = load_inception(file).to(device, memory_format=torch.channels_last)
 
     def extract(images):
         if model:
@@ -584,6 +588,8 @@ def report(sides, extractor, model):
         if "features" in b:
             real = b["features"].to(features)
             result["precision"], result["recall"] = precision_recall(real, features)
+        else:
+            say(f"left out: precision, recall and KID, as {reference['file']} holds no images")
     for key, value in result.items():
         print(f"{key} {value:.2f}")
     if "features" in b:

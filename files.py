@@ -191,7 +191,7 @@ def read(path):
 def read_json(path):
     """What is in a JSON file. Raises BadInput."""
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(path.read_text())
     except ValueError as error:
         raise BadInput(f"{path}: cannot be read ({error})") from None
 

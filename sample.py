@@ -221,8 +221,9 @@ def claim(folder, protocol, grows):
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "protocol.json"
-    if any(folder.glob("*.png")) and not file.exists():  # in this order, as other processes may begin meanwhile
-        raise BadInput(f"--out {folder}: holds images without protocol.json; choose a new folder")
+    others = [name for name in folder.iterdir() if name.suffix != ".part"]   # asked first: another process may begin
+    if others and not file.exists():
+        raise BadInput(f"--out {folder}: holds files but no protocol.json; choose a new folder")
     if not file.exists():
         write_json(file, protocol)
     before = read_json(file)
@@ -351,7 +352,8 @@ def main():
     steps, levels = how["steps"], Diffusion(config["schedule"], config["T"])
     actual, evaluations = steps_run(levels, steps, how["solver"])
     say(f"{ckpt}: {config['target']} prediction, weights: {config['weights']} @ step {config['step']}; "
-        f"{how['solver']} {steps} steps, {actual} run, {evaluations} evaluations an image, cfg {how['cfg']}")
+        f"{how['solver']} {steps} steps, {actual} run, {evaluations} evaluations an image, cfg {how['cfg']}, "
+        f"labels {how['labels']!s:.40}")
     if "ema" in config and not args.raw:         # not of released weights
         untrained = config["ema"] ** config["step"]
         if untrained > 0.01:

@@ -63,7 +63,7 @@ PRESETS = [
     ("imagenet128", "unet-adm128", "eps", 4_000_000,  256, .00, 1.0, 125, CLTS | LINEAR),
     ("cifar10",     "unet-cifar",  "eps",   500_000,  128, .00, 1.0, 125, CLTS | dict(T=4000, classes=0)),
     ("folder",      "vit-s",       "x0",    100_000,  128, .10, 1.5,  30, dict(warmup=1_000)),
-    ("folder",      "unet-tiny",   "v",       4_600,   16, .10, 1.5,  18, LAPTOP),
+    ("folder",      "unet-tiny",   "v",       3_600,   16, .10, 1.5,  18, LAPTOP),
 ]
 COLUMNS = "dataset model target steps batch_size drop cfg sample_steps other".split()
 DEFAULT = dict(weighting="min_snr", curriculum=50_000, schedule="cosine", T=1000, classes=None, lr=1e-4,
@@ -135,7 +135,7 @@ def parse():
     add("--data", help="packed folder (default: data/DATASET)")
     add("--size", type=at_least(1, 1024), help="image side, free for the built-in shapes alone (default: 16)")
     add("--classes", type=int, choices=[0], help="train without the labels")
-    add("--flip", action=switch, help="mirror half of the images; of latents vae.py --mirror makes both")
+    add("--flip", action=switch, help="mirror half of the images, but not latents")
     # the paper
     add("--patch", type=count, help="patch side, of a ViT (default: 4 pixels, 2 of latents)")
     add("--gamma", type=positive, default=5.0, help="clamp of min_snr, max_snr and soft_min_snr")
@@ -451,8 +451,8 @@ def make_diffusion(config):
 
 def initialise(model, config):
     """Copy the weights of --init, of a checkpoint the moving average, into a fresh network, and note the file's
-    SHA-256 in the config. A class table of another number of rows stays as it was drawn. Raises BadInput for
-    weights that were trained otherwise or do not fit.
+    SHA-256 in the config. The class table of other classes stays as it was drawn. Raises BadInput for weights
+    that were trained otherwise or do not fit.
     """
     path = Path(config["init"])
     source, known = load_checkpoint(path, target=config["target"])
@@ -462,16 +462,20 @@ def initialise(model, config):
     weights, drawn = source.state_dict(), model.state_dict()
     if "time_embedding.weight" in weights:                                   # released: 4,000 rows
         weights["time_embedding.weight"] = weights["time_embedding.weight"][:config["T"]]
-    if source.num_classes != model.num_classes:
-        say(f"warning: {path} knows {source.num_classes} classes, the data have {model.num_classes}: their table "
-            "is drawn anew")
+    theirs, ours = source.num_classes, model.num_classes
+    if bool(theirs) != bool(ours):
+        raise BadInput(f"--init {path}: was trained with {theirs} classes, the data have {ours}: expected both with "
+                       "classes, or both without")
+    others = known["class_names"] not in ([], config["class_names"])         # []: a released file without names
+    if theirs != ours or others:
+        say(f"warning: the {theirs} classes of {path} are not the {ours} of the data: their table is drawn anew")
         for name in ("class_embedding.weight", "label_emb.weight"):          # of a ViT, of a UNet
             if name in drawn:
                 weights[name] = drawn[name]
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise BadInput(f"--init {path}: {error!s:.300}") from None
+        raise BadInput(f"--init {path}: not the weights of this {config['model']}: {error!s:.300}") from None
     config["init_sha256"] = hash_file(path / "ckpt.pt" if path.is_dir() else path)
     say(f"starts from {path}, weights: {known['weights']} @ step {known['step']}")
 
@@ -687,8 +691,8 @@ def train(args, config, data, diffusion, model, ema, optimizer, tally, first):
     if world > 1:
         leave_group()
     if trouble:
-        left = f"the last good checkpoint: {ckpt}" if ckpt.exists() else "there is no good checkpoint"
-        say(f"{trouble}; {left}")
+        left = f"the checkpoint from before: {ckpt}" if ckpt.exists() else "there is no checkpoint from before"
+        say(f"{trouble}; {left}; try a smaller --lr, or --grad-clip 1")
         sys.exit(3)
     if stop:
         say(f"stopped; checkpoint of step {done}: {ckpt}; go on with --resume")

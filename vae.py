@@ -243,8 +243,7 @@ def main():
     add("--src", required=True, help="folder or .zip of images; its dataset.json or sub-folders give the classes")
     add("--vae", required=True, help="the autoencoder's weights (.ckpt .pt .bin .safetensors)")
     add("--out", required=True, help="packed folder to write: data/imagenet256, or data/NAME for your images")
-    add("--size", type=at_least(8), default=256, help="side of the cropped images, a multiple of 8")
-    add("--mirror", action="store_true", help="every image twice, as it is and mirrored")
+    add("--size", type=at_least(8, 4096), default=256, help="side of the cropped images, a multiple of 8")
     pack_flags(add)
     add("--dataset", choices=IMAGENETS, help="read --src as ImageNet (default: if --out ends in that)")
     args = parser.parse_args()
@@ -253,9 +252,8 @@ def main():
     rank, world, device = processes()
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     vae = load_vae(args.vae).to(device)
-    pack(args.src, args.size, args.out, args.split, args.dataset, args.mirror,
-         encode=make_encode(vae, device, dtype), rank=rank, world=world,
-         labelled=args.classes is None, skip_broken=args.skip_broken,
+    pack(args.src, args.size, args.out, args.split, args.dataset, encode=make_encode(vae, device, dtype),
+         rank=rank, world=world, labelled=args.classes is None, skip_broken=args.skip_broken,
          vae=hash_file(args.vae), vae_file=os.path.abspath(args.vae), scale=SCALE, dtype=dtype,
          content="posterior mean, std of images in [-1, 1], unscaled")
 

@@ -163,7 +163,7 @@ def test_celeba_crop_is_scoresdes_antialiased_bilinear():
 def test_pack(script, tmp_path):
     pets(tmp_path / "src")
     words = ("data.py", "--src", "src", "--size", 16, "--out", "data/pets")
-    assert "3 images of 16 x 16, 2 classes" in script(*words)
+    assert "3 images of 16 x 16, 2 classes: cat, dog\n" in script(*words)
     pack = Packed(tmp_path / "data/pets")
     crop = center_crop(load_image(tmp_path / "src/cat/2.png"), 16)
     assert np.array_equal(pack.images[1], crop.transpose(2, 0, 1))
@@ -172,7 +172,7 @@ def test_pack(script, tmp_path):
     found = contents(tmp_path / "data/pets")
     assert sorted(found) == ["images.npy", "labels.npy", "meta.json", "sheet.png"]
     assert Image.open(tmp_path / "data/pets/sheet.png").size == (128, 16)
-    script(*words)
+    assert "was packed already, nothing was read" in script(*words)
     assert contents(tmp_path / "data/pets") == found
 
 
@@ -257,8 +257,17 @@ def test_a_dataset_json_without_right_labels_is_refused(script, tmp_path, table,
     assert named in script(*PACK, code=2)
 
 
+def test_labels_without_images_are_said(script, tmp_path):
+    edm(tmp_path / "src", [["00000/a.png", 2], ["absent.png", 0]], "00000/a.png")
+    said = script(*PACK)
+    assert "dataset.json has 2 labels for 1 images" in said
+    assert "classes without images, 2: 0, 1\n" in said
+
+
 @pytest.mark.parametrize("names", [
     ("00000/0.png", "01000/1000.png"),
+    ("training_set/1.png", "test_set/1.png"),
+    ("train2017/1.png", "val2017/1.png"),
     ("train/cat/1.png", "Val/cat/1.png"),
     ("notes/1.png", "train/cat/1.png"),
     ("top/train/1.png", "top/test/1.png"),
@@ -288,7 +297,7 @@ def test_what_is_left_out_is_said(script, tmp_path):
     said = script(*PACK)
     assert "left out: 2 .heic, 1 without suffix\n" in said
     assert "warning: no labels are read from 1 .cls, 1 .csv\n" in said
-    assert "warning: class folders without images, 1: zebra\n" in said
+    assert "warning: classes without images, 1: zebra\n" in said
 
 
 def test_one_folder_has_no_classes_and_jpegs_have_many_suffixes(script, tmp_path):
@@ -308,10 +317,29 @@ def test_small_images_are_enlarged_and_said(script, tmp_path):
     assert said.count("images smaller than 16 x 16 are enlarged") == 1
 
 
-def test_a_pack_inside_its_source_is_refused(script, tmp_path):
-    (tmp_path / "src").mkdir()
-    picture().save(tmp_path / "src/0.png")
-    assert "--out src/pack: lies in --src src" in script(*PACK[:-1], "src/pack", code=2)
+@pytest.mark.parametrize("out, named", [
+    ("src/pack", "--out src/pack: lies in --src src"),
+    ("src", "--out src: lies in --src src"),
+    ("data/shapes", "built-in"),
+])
+def test_places_that_a_pack_would_spoil_are_refused(script, tmp_path, out, named):
+    pictures(tmp_path / "src", "0.png")
+    assert named in script(*PACK[:-1], out, code=2)
+
+
+def test_an_encrypted_zip_is_one_line(script, tmp_path):
+    with zipfile.ZipFile(tmp_path / "src.zip", "w") as file:
+        file.writestr("a.png", b"image")
+    whole = bytearray((tmp_path / "src.zip").read_bytes())
+    whole[whole.index(b"PK\1\2") + 8] |= 1                                   # its flag in the directory
+    (tmp_path / "src.zip").write_bytes(whole)
+    assert "encrypted" in script(*PACK, "--src", "src.zip", code=2)
+
+
+def test_a_class_whose_images_are_all_broken_is_named(script, tmp_path):
+    pictures(tmp_path / "src", "cat/1.png", "dog/1.png")
+    os.truncate(tmp_path / "src/dog/1.png", 100)
+    assert "classes without images, 1: dog\n" in script(*PACK, "--skip-broken")
 
 
 def test_a_zip_with_backslashes_is_refused(script, tmp_path):

@@ -340,6 +340,18 @@ def test_all_metrics_are_those_of_their_formulas(script, sets, inception, incept
         "KID_std": std}, rel=1e-3)
 
 
+def test_images_beyond_the_protocol_are_said(script, sets):
+    (sets / "a/protocol.json").write_text(json.dumps(dict(n=18)))
+    assert "a: holds 20 images; measured are the 18 of its protocol" in script("fid.py", "a", "b.npz", *PIXELS)
+
+
+@pytest.mark.slow
+def test_metrics_that_need_images_are_said_to_be_left_out(script, sets, inception_file):
+    np.savez(sets / "bare.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    text = script("fid.py", "a", "bare.npz", "--metrics", "all", "--inception", inception_file)
+    assert "left out: precision, recall and KID, as bare.npz" in text
+
+
 @pytest.fixture
 def mistakes(sets):
     """One mistake or damage of each kind."""
@@ -352,6 +364,9 @@ def mistakes(sets):
     np.savez(sets / "nan.npz", mu=np.full(192, np.nan), sigma=np.eye(192))
     np.savez(sets / "keys.npz", other=small)
     np.savez(sets / "odd.npz", mu=np.zeros(5), sigma=np.eye(5))
+    np.savez(sets / "half.npz", sigma=np.eye(192))
+    (sets / "oblong").mkdir()
+    Image.new("RGB", (24, 16)).save(sets / "oblong/0.png")
     meta = json.dumps(dict(extractor="another"))
     zeros, ones = np.zeros(192), np.eye(192)
     np.savez(sets / "extractor.npz", mu=zeros, sigma=ones, meta=meta)
@@ -379,6 +394,8 @@ def mistakes(sets):
     ("stats --data extractor.npz --out ref.npz", "SAMPLES REFERENCE"),
     ("keys.npz b.npz", "arr_0"),
     ("a odd.npz", "192 features"),
+    ("a half.npz", "192 features"),
+    ("oblong small.npz", "square"),
     ("cut.npz b.npz", "cut.npz"),
     ("flipped.npz b.npz", "flipped.npz"),
     ("empty b.npz", "found no images, expected .png"),
@@ -392,7 +409,7 @@ def mistakes(sets):
     ("none b.npz", "none"),
     ("a", "reference"),
     ("stats --data a", "--out"),
-    ("stats --data a.npz --out a.npz", "itself"),
+    ("stats --data a.npz --out ./a.npz", "itself"),
     ("a b.npz --metrics all", "--metrics all"),
     ("stats --data a --out s.npz --metrics all", "--metrics all"),
     ("a b.npz --batch-size 0", "--batch-size")])

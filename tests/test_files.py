@@ -149,7 +149,7 @@ def test_a_full_disk_is_one_line(old, write):
 
 def test_json_comes_back():
     write_json("a.json", dict(a=[1]))
-    assert read_json("a.json") == dict(a=[1])
+    assert read_json(Path("a.json")) == dict(a=[1])
 
 
 def test_what_is_no_json_is_refused(old):

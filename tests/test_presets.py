@@ -203,16 +203,17 @@ def test_classes_0_trains_without_the_labels(tmp_path):
 
 
 @pytest.mark.parametrize("network, table", [("vit-tiny", "class_embedding"), ("unet-tiny", "label_emb")])
-def test_for_another_number_of_classes_their_table_alone_is_drawn_anew(network, table, reduced, tmp_path):
-    pack(tmp_path / "data/mine", "mine", classes=["a", "b"])                 # 16 images of the first
+@pytest.mark.parametrize("names", ["ab", "abcdefgh"])                        # as many, but others
+def test_for_other_classes_their_table_alone_is_drawn_anew(network, table, names, reduced, tmp_path):
+    pack(tmp_path / "data/mine", "mine", classes=list(names))                # 16 images of the first
     still = f"{TINY} --model {network} --target x0 --steps 1 --lr 1e-30"
     launch(tmp_path, f"{still} --seed 1 --out shapes")
     text = launch(tmp_path, f"{still} --dataset mine --init shapes --out run")
-    assert "shapes knows 8 classes, the data have 2" in text
+    assert f"the 8 classes of shapes are not the {len(names)} of the data" in text
     given, found = read(tmp_path / "shapes")["ema"], read(tmp_path / "run")
     given[f"{table}.weight"] = found["ema"][f"{table}.weight"]
     same(found["ema"], given, atol=1e-20)
-    assert found["config"]["class_counts"] == [16, 0]
+    assert found["config"]["class_counts"] == [16] + [0] * (len(names) - 1)
 
 
 def test_flip_mirrors(tmp_path):

@@ -1,4 +1,5 @@
 """Sampling: image k depends on the checkpoint, the seed and k; what lies on disk; what is refused."""
+import json
 import math
 import os
 import signal
@@ -17,7 +18,7 @@ import model_vit
 import sample
 from data import tile
 from diffusion import Diffusion, sampler, steps_run
-from files import BadInput, NotFinite, read_json
+from files import BadInput, NotFinite
 from model_vit import SIZES, ViT
 from sample import load_checkpoint, parse_classes, start, to_uint8
 
@@ -76,6 +77,10 @@ def main(script, monkeypatch, capsys):
 def refused(main):
     """refused("--n 0") is the one line that sample.py ends with."""
     return partial(main, code=2)
+
+
+def read_json(path):
+    return json.loads(Path(path).read_text())
 
 
 def pictures(path):
@@ -310,6 +315,13 @@ def test_a_folder_of_another_checkpoint_is_refused(main, refused):
     main("--n 1 --out folder")
     save(lr=3)
     assert "holds samples with checkpoint " in refused("--n 1 --out folder")
+
+
+def test_a_data_set_is_no_place_for_samples(refused):
+    Path("folder").mkdir()
+    Path("folder/dataset.json").write_text("mine")
+    assert "holds files but no protocol.json" in refused("--n 1 --out folder")
+    assert Path("folder/dataset.json").read_text() == "mine"
 
 
 def test_images_without_a_protocol_are_refused(refused):
