@@ -192,7 +192,7 @@ class Statistics:
         self.products = torch.zeros(D + 1, D + 1, dtype=torch.float64, device=device)
 
     def add(self, features):
-        rows = F.pad(features.double(), (0, 1), value=1)     # with the column of ones, the products hold sums and n
+        rows = F.pad(features.double(), (0, 1), value=1)     # by the column of ones, products hold sums and n
         self.products += rows.T @ rows
 
     def result(self):
@@ -436,7 +436,8 @@ def choose(path, meta, total, count, seed):
         say(f"{path}: holds {total:,} images; measured are the {promised:,} of its protocol")
     n = count or promised
     if not 4 <= n <= min(promised, total):
-        raise BadInput(f"{path}: found {total:,} images, {promised:,} in its protocol, expected at least {max(n, 4):,}")
+        raise BadInput(f"{path}: found {total:,} images, {promised:,} in its protocol, expected at least "
+                       f"{max(n, 4):,}")
     if count:
         meta["drawn"] = {"count": count, "seed": seed}
     return spread(n, min(promised, total), seed)
@@ -561,7 +562,8 @@ def main():
         if len(rows) and (keep or not found):
             measured = measure(take, rows, extract, widths, args.batch_size, keep)
             check_finite(meta["file"], measured)
-            found.update({**measured, **found})          # a file's own statistics stay: ADM's are of more images
+            for name, value in measured.items():
+                found.setdefault(name, value)            # a file's own statistics stay: ADM's are of more images
     if making:
         found, meta, *_ = sides[0]
         found["meta"] = json.dumps(meta)

@@ -136,7 +136,7 @@ def start(seed, k, labels, model):
     """
     g = generator("image", seed, k)
     count = max(model.num_classes, 1)
-    drawn = int(torch.randint(count, (), generator=g))                       # under every rule, so that noise k is one
+    drawn = int(torch.randint(count, (), generator=g))   # under every rule, so that the noise is always the same
     noise = torch.randn(model.in_channels, model.img_size, model.img_size, generator=g)
     if labels == "random":
         return drawn, noise
@@ -221,7 +221,7 @@ def claim(folder, protocol, grows):
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "protocol.json"
-    others = [name for name in folder.iterdir() if name.suffix != ".part"]   # asked first: another process may begin
+    others = [name for name in folder.iterdir() if name.suffix != ".part"]   # first: other processes may begin
     if others and not file.exists():
         raise BadInput(f"--out {folder}: holds files but no protocol.json; choose a new folder")
     if not file.exists():

@@ -95,7 +95,8 @@ def preset(dataset, model=None, target=None):
 # checkpoint, and on --resume it becomes the flags' defaults.
 
 # MACHINE is not in the config: where and how the run is computed, free at every start. FREE is in the config, so
-# that --resume remembers it, but a resumed run may change it. What class_counts counts, the fingerprint compares.
+# that --resume remembers it, but a resumed run may change it. class_counts follows from the labels, which the
+# fingerprint covers, and older checkpoints lack it.
 MACHINE = "out resume accum compile grad_ckpt data_on_gpu dry_run".split()
 FREE = "steps cfg sample_steps data vae_file log_every save_every sample_every keep_every class_counts".split()
 
@@ -574,7 +575,7 @@ def main():
     else:
         args.out.mkdir(parents=True, exist_ok=True)
         write_json(args.out / "config.json", config)
-        with open(args.out / "log.csv", "ab") as file:                       # lines after the checkpoint come again
+        with open(args.out / "log.csv", "ab") as file:   # lines after the checkpoint will be written again
             file.truncate(min(state["log"], file.tell()))
     say(f"writing to {args.out}")
     if args.data_on_gpu:
