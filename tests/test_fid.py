@@ -329,7 +329,7 @@ def test_all_metrics_are_those_of_their_formulas(script, sets, inception, incept
     precision, recall = fid.precision_recall(real, features)
     mean, std = fid.kid(real, features)
     assert f"KID {mean:.4f}" in text
-    assert "adm.npz does not say of how many images" in text
+    assert "adm.npz does not say how many images" in text
     assert parsed(text)["result"] == pytest.approx({
         "FID-20": fid.frechet_distance(*moments(features.numpy()), mu, sigma),
         "IS": fid.inception_score(inception.probs(features)),
