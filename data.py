@@ -139,8 +139,8 @@ class Images:
         if not fits or labels.min() < 0 or labels.max() >= max(1, len(self.classes)):
             name = meta.get("dataset", "the data")
             raise BadInput(f"labels of {name}: found {labels.dtype} {labels.shape} from {labels.min()} to "
-                           f"{labels.max()}, expected int64 {images.shape[:1]} of {len(self.classes)} classes, "
-                           "0 without classes")
+                           f"{labels.max()}, expected int64 {images.shape[:1]} from 0 to "
+                           f"{max(1, len(self.classes)) - 1}")
 
     def __len__(self):
         return len(self.labels)
@@ -357,7 +357,7 @@ def by_folder(names, folders=()):
         raise BadInput(f"--src: {loose} lies beside the class folders {classes[1]}, ..., so it has no class")
     above = shared
     if len(classes) == 1:
-        say(f"one folder, {shared or '.'}: no classes; sub-folders would be classes")
+        say(f"all images are in one folder, {shared or '.'}: no classes; sub-folders would be classes")
         above = os.path.dirname(shared)
     beside = {Path(folder).name for folder in folders if os.path.dirname(folder) == above}
     say_empty(beside.difference(classes, [os.path.basename(shared)]))

@@ -305,7 +305,7 @@ def test_one_folder_has_no_classes_and_jpegs_have_many_suffixes(script, tmp_path
     for name in ("1.jfif", "2.pjpeg"):
         picture().save(tmp_path / "src/cat" / name, "JPEG")
     said = script(*PACK)
-    assert "one folder, cat: no classes" in said
+    assert "in one folder, cat: no classes" in said
     assert "2 images of 16 x 16, 0 classes" in said
 
 
