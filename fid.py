@@ -290,8 +290,8 @@ def fd_pixels(a, b):
 # The networks and metrics above need PyTorch and numpy alone. What follows uses other files of the project.
 
 from data import Packed, find_files, generator, load_image  # noqa: E402
-from files import (BadInput, NotFinite, Parser, at_least, download, hash_file, processes, progress,  # noqa: E402
-                   read, read_json, replace, run, say)
+from files import (BadInput, NotFinite, Parser, allow_tf32, at_least, download, hash_file,  # noqa: E402
+                   processes, progress, read, read_json, replace, run, say)
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
@@ -490,6 +490,7 @@ def flags():
     add("--features", choices=("inception", "pixels"), default="inception", help="pixels: FD-pixels, no FID")
     add("--metrics", choices=("fid", "all"), default="fid", help="all: also IS, sFID, precision, recall and KID")
     add("--inception", help=f"weights (default: {FILE} in torch.hub's cache, else downloaded)")
+    add("--exact", action="store_true", help="float32 on a GPU, too, where TF32 is the default, as it is PyTorch's")
     add("--batch-size", type=at_least(1), default=64, help="images at a time")
     args = parser.parse_args()
     if args.metrics == "all" and (args.features == "pixels" or "out" in args):
@@ -524,7 +525,7 @@ def main():
     args = flags()
     making = "out" in args
     _, _, device = processes()
-    torch.backends.cudnn.allow_tf32 = False
+    allow_tf32(not args.exact)
 
     # check both sides before the weights are fetched
     extractor, widths = "pixels 8x8", (192,)
@@ -570,10 +571,10 @@ def main():
         replace(args.out, lambda file: np.savez(file, **found))
         print(args.out)
     else:
-        report(sides, extractor, model)
+        report(sides, extractor, model, args.exact or device.type == "cpu")
 
 
-def report(sides, extractor, model):
+def report(sides, extractor, model, exact):
     """Print the metrics, what speaks against them, and one JSON line with both sides' metadata."""
     (a, samples, *_), (b, reference, *_) = sides
     counted = [side for side in (samples, reference) if "n" in side]         # published statistics do not say
@@ -605,7 +606,7 @@ def report(sides, extractor, model):
                 f"of 50,000, and {len(a['mu']):,} features need at least {len(a['mu']) + 1:,}")
     if model and extractor != SHA256:
         say("warning: not the published weights, so not the literature's FID")
-    found = dict(result=result, samples=samples, reference=reference, extractor=extractor)
+    found = dict(result=result, samples=samples, reference=reference, extractor=extractor, exact=exact)
     print(json.dumps(found))
 
 

@@ -118,6 +118,12 @@ def processes():
     return rank, world, torch.device("cuda", local)
 
 
+def allow_tf32(allowed):
+    """Whether a GPU may shorten the factors of float32 products to TF32's 10 bits, which is several times as fast."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
 def leave_group():
     """End the process group. gloo's threads need Python's lock to drop their last tensors, and are joined
     with that lock held: without the pause 1 exit in 6 hung.

@@ -20,8 +20,8 @@ import model_unet
 import model_vit
 from data import class_names, generator, load_image, tile
 from diffusion import SOLVERS, TARGETS, Diffusion, sampler, steps_run
-from files import (BadInput, NotFinite, Parser, at_least, between, hash_file, processes, progress, read,
-                   read_json, replace, run, say, write_json)
+from files import (BadInput, NotFinite, Parser, allow_tf32, at_least, between, hash_file, processes,
+                   progress, read, read_json, replace, run, say, write_json)
 from vae import load_vae
 
 
@@ -148,16 +148,17 @@ def start(seed, k, labels, model):
     return labels[k % len(labels)], noise
 
 
-def draw(model, config, ks, seed=0, labels="balanced", vae=None, **how):
-    """The images of numbers ks, uint8 (N,3,S,S); `how` is what `sampler` takes: steps, cfg, solver, ...
-    Raises NotFinite.
+def draw(model, config, ks, seed=0, labels="balanced", vae=None, dtype="float32", **how):
+    """The images of numbers ks, uint8 (N,3,S,S); `how` is what `sampler` takes: steps, cfg, solver, ... With
+    dtype "bfloat16" the network runs under autocast; the sampler's state is float64 all the same. Raises NotFinite.
     """
     y, z = zip(*[start(seed, k, labels, model) for k in ks])
     weight = next(model.parameters())                                        # its device and dtype are used
     z = torch.stack(z).to(weight)
     y = torch.tensor(y, device=weight.device) if model.num_classes else None
     diffusion = Diffusion(config["schedule"], config["T"], config["target"])
-    x = sampler(model, diffusion, z, y, **how)
+    with torch.autocast(weight.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        x = sampler(model, diffusion, z, y, **how)
     if vae:
         x = vae.decode_latent(x.float())
     if not x.isfinite().all():
@@ -303,6 +304,8 @@ def parse():
         "image; balanced: k modulo the number of classes; data: drawn as often as the training data have them "
         "(default: balanced in a grid, else random)")
     add("--clip", action="store_true", help="clamp x0 estimates to [-1, 1] at every step; for pixels alone")
+    add("--dtype", choices=("float32", "tf32", "bfloat16"), help="of the network; tf32 is float32 with shorter "
+        "factors in products, which a GPU does faster", default="tf32" if torch.cuda.is_available() else "float32")
     add("--seed", type=at_least(0), default=0, help="of labels and noise")
     add("--raw", action="store_true", help="the weights themselves instead of their EMA")
     add("--batch-size", type=at_least(1), default=64, help="images at a time in each process")
@@ -335,7 +338,7 @@ def settle(args, model, config):
         raise BadInput(f"--labels data: {args.ckpt} does not say how often the training data have each class")
     steps = args.steps or config["sample_steps"]
     return dict(steps=steps, cfg=cfg, interval=interval, solver=args.solver, clip=args.clip, seed=args.seed,
-                labels=labels)
+                labels=labels, dtype=args.dtype)
 
 
 def main():
@@ -353,7 +356,7 @@ def main():
     actual, evaluations = steps_run(levels, steps, how["solver"])
     say(f"{ckpt}: {config['target']} prediction, weights: {config['weights']} @ step {config['step']}; "
         f"{how['solver']} {steps} steps, {actual} run, {evaluations} evaluations an image, cfg {how['cfg']}, "
-        f"labels {how['labels']!s:.40}")
+        f"labels {how['labels']!s:.40}, {args.dtype}")
     if "ema" in config and not args.raw:         # not of released weights
         untrained = config["ema"] ** config["step"]
         if untrained > 0.01:
@@ -363,10 +366,9 @@ def main():
             "noise levels that round to the same timestep are taken once")
     protocol = dict(how, steps_run=actual, evaluations=evaluations, step=config["step"],
                     weights=config["weights"], target=config["target"], dataset=config["dataset"],
-                    n=args.n or 64, dtype="float32", vae=None, classifier=None,
-                    classifier_scale=args.classifier_scale)
+                    n=args.n or 64, vae=None, classifier=None, classifier_scale=args.classifier_scale)
 
-    torch.backends.cudnn.allow_tf32 = False                                  # float32 means float32
+    allow_tf32(args.dtype == "tf32")
     model = to_device(model, device)
     vae = find_vae(config, device, args.vae)
     if vae:

@@ -10,6 +10,7 @@ import zlib
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")        # of PyTorch and numpy: for arrays this small a second only waits
+os.environ["CUDA_VISIBLE_DEVICES"] = ""              # these tests are about the CPU
 
 import numpy as np  # noqa: E402
 import pytest

@@ -340,6 +340,15 @@ def test_all_metrics_are_those_of_their_formulas(script, sets, inception, incept
         "KID_std": std}, rel=1e-3)
 
 
+def tell():
+    fid.allow_tf32 = lambda allowed: print("tf32", allowed)
+
+
+@pytest.mark.parametrize("flags, said", [((), "tf32 True"), (("--exact",), "tf32 False")])
+def test_products_are_tf32_unless_exact(flags, said, script, sets):
+    assert said in script("fid.py", "a", "b.npz", *PIXELS, *flags, change=tell)
+
+
 def test_images_beyond_the_protocol_are_said(script, sets):
     (sets / "a/protocol.json").write_text(json.dumps(dict(n=18)))
     assert "a: holds 20 images; measured are the 18 of its protocol" in script("fid.py", "a", "b.npz", *PIXELS)

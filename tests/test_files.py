@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import FORKS, ROOT
 
-from files import (BadInput, NotFinite, Parser, at_least, between, hash_file, positive, read, read_json,
+from files import (BadInput, NotFinite, Parser, allow_tf32, at_least, between, hash_file, positive, read, read_json,
                    replace, run, write_json)
 
 W = torch.arange(40.0)
@@ -145,6 +145,12 @@ def test_a_full_disk_is_one_line(old, write):
     with pytest.raises(BadInput, match=r"a.pt: cannot be written \(.*No space left on device\)"):
         replace(old, write)
     assert old.read_text() == "old"
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_is_allowed_in_convolutions_and_in_matrix_products(allowed):
+    allow_tf32(allowed)
+    assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == allowed
 
 
 def test_json_comes_back():

@@ -185,6 +185,14 @@ def test_an_average_that_holds_its_start_is_warned_of(main, ema, share):
     assert f"warning: {share} of the EMA" in text if share else "of the EMA" not in text
 
 
+def test_bfloat16_draws_nearly_the_same_images_and_is_in_the_protocol(main):
+    main("--n 4 --out plain.npz")
+    main("--n 4 --dtype bfloat16 --out short.npz")
+    difference = np.abs(pictures("plain.npz").astype(int) - pictures("short.npz"))
+    assert 0 < difference.mean() < 3
+    assert read_json("short.protocol.json")["dtype"] == "bfloat16"
+
+
 def test_a_grid_of_few_images_has_no_empty_places(main):
     main("--n 2 --out few.png")
     assert Image.open("few.png").size == (2 * 64, 64)
@@ -298,6 +306,7 @@ def test_an_npz_does_not_grow(main, refused):
 
 @pytest.mark.parametrize("key, flags", [
     ("clip", "--clip"),
+    ("dtype", "--dtype tf32"),
     ("seed", "--seed 1"),
     ("steps", "--steps 2"),
     ("cfg", "--cfg 2"),
