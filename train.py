@@ -168,7 +168,8 @@ def parse():
     add("--sample-steps", type=at_least(1, 10_000), help="Heun steps")
     # this machine and its output: none of these changes the weights
     add("--accum", type=count, default=1, help="micro-batches per step and process, for small memories")
-    add("--compile", action="store_true", help="torch.compile the network")
+    add("--compile", action=switch, help="torch.compile the network (default: on a GPU, but not for the built-in "
+        "shapes, whose run is short)")
     add("--grad-ckpt", action="store_true", help="keep the blocks' inputs and compute the rest again for the "
         "gradient: less memory, more time")
     add("--data-on-gpu", action="store_true", help="hold the whole data set in the device's memory")
@@ -499,6 +500,17 @@ def make_networks(args, config, device, state=None):
     return model, ema, optimizer
 
 
+def compile_network(model):
+    """torch.compile in place, so that names stay plain. Blocks that are alike, as a ViT's, are compiled once for
+    all; any other network is compiled as a whole. Without a compiler there is a warning, and the network as it was.
+    """
+    torch._dynamo.config.suppress_errors = True
+    blocks = getattr(model, "blocks", [])
+    shapes = {tuple(p.shape for p in block.parameters()) for block in blocks}
+    for part in blocks if len(shapes) == 1 else [model]:
+        part.compile()
+
+
 def picture(ema, config, out, step, device):
     """Draw a grid of samples of the moving average -> its path, or why there is none."""
     try:
@@ -561,9 +573,11 @@ def main():
     except ValueError as error:                  # a flag that the network or Diffusion refuses, or odd moments
         raise BadInput(str(error)) from None
     introduce(args, config, model, diffusion, data, micro, world, device)
+    if args.compile is None:
+        args.compile = device.type == "cuda" and args.dataset != "shapes"
     if args.compile:
-        torch._dynamo.config.suppress_errors = True                          # no compiler: a warning, and eager
-        model.compile()                                                      # in place: names stay plain
+        say("the first step compiles the network; --no-compile is without it")
+        compile_network(model)
     if args.dry_run:
         if rank == 0:
             dry_run(config, model, ema, optimizer, diffusion, micro, world)

@@ -107,7 +107,7 @@ def our_steps(flags, config, batch):
     """Steps of train.py, without the data."""
     model, ema, optimizer = train.make_networks(flags, config, DEVICE)
     if flags.compile:
-        model.compile()
+        train.compile_network(model)
     diffusion = Diffusion(target=config["target"], T=config["T"]).to(DEVICE)
     tally = torch.zeros(10, 4, dtype=torch.float64, device=DEVICE)
     while True:

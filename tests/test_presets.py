@@ -267,4 +267,36 @@ def test_flags_of_this_machine_reach_what_they_switch_on(monkeypatch, tmp_path):
     monkeypatch.setattr(Images, "to", lambda self, device: seen.append(device.type))
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: seen.append("compile"))
     launch(tmp_path, f"{TINY} --steps 1 --accum 2 --grad-ckpt --data-on-gpu --compile --out run")
-    assert seen == ["compile", "cpu", (4, True), (4, True)]
+    assert seen == ["compile", "compile", "cpu", (4, True), (4, True)]       # its two blocks
+
+
+@pytest.mark.parametrize("name, parts", [("vit-tiny", "Block"), ("unet-tiny", "UNet"), ("mlp", "MLP")])
+def test_blocks_that_are_alike_are_compiled_one_by_one(name, parts, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: seen.append(type(self).__name__))
+    monkeypatch.setitem(MODELS, "mlp", (MLP, dict(width=16)))
+    network, arguments = MODELS[name]
+    more = dict(patch_size=4) if name == "vit-tiny" else {}
+    train.compile_network(network(**arguments, img_size=16, in_channels=3, num_classes=2, **more))
+    assert set(seen) == {parts}
+
+
+@pytest.mark.parametrize("dataset, device, compiles", [
+    ("shapes", "cuda", False),
+    ("mine", "cuda", True),
+    ("mine", "cpu", False),
+])
+def test_a_gpu_compiles_but_not_for_the_shapes(dataset, device, compiles, monkeypatch, tmp_path):
+    pack(tmp_path / "data/mine", "mine")
+    seen = []
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_, **how: self)
+    functions = dict(
+        processes=lambda: (0, 1, torch.device(device)),
+        make_diffusion=lambda config: torch.nn.Module(),
+        make_networks=lambda *_: (torch.nn.Linear(1, 1), None, None),
+        introduce=lambda *_: None,
+        compile_network=seen.append,
+        dry_run=lambda *_: None,
+    )
+    launch(tmp_path, f"{TINY} --dataset {dataset} --model vit-tiny --dry-run --out run", **functions)
+    assert bool(seen) == compiles
