@@ -543,7 +543,6 @@ def main():
         values = [meta[key] for _, meta, *_ in sides if key in meta]
         if len(set(values)) > 1:
             raise BadInput(f"expected the same {key} in {paths}, found {values}")
-
     model = None
     if args.features == "inception":
         file = Path(args.inception or CACHED)

@@ -190,6 +190,8 @@ def parse():
     parser.set_defaults(**defaults)
     args = parser.parse_args()
     args.out = out.resolve()
+    if args.compile is None:
+        args.compile = torch.cuda.is_available() and args.dataset != "shapes"
     return args, state
 
 
@@ -573,8 +575,6 @@ def main():
     except ValueError as error:                  # a flag that the network or Diffusion refuses, or odd moments
         raise BadInput(str(error)) from None
     introduce(args, config, model, diffusion, data, micro, world, device)
-    if args.compile is None:
-        args.compile = device.type == "cuda" and args.dataset != "shapes"
     if args.compile:
         say("the first step compiles the network; --no-compile is without it")
         compile_network(model)

@@ -1,5 +1,6 @@
 """Each result of the papers: the docs' table is what its commands resolve to, and a reduced copy runs."""
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -281,22 +282,15 @@ def test_blocks_that_are_alike_are_compiled_one_by_one(name, parts, monkeypatch)
     assert set(seen) == {parts}
 
 
-@pytest.mark.parametrize("dataset, device, compiles", [
-    ("shapes", "cuda", False),
-    ("mine", "cuda", True),
-    ("mine", "cpu", False),
+@pytest.mark.parametrize("words, gpu, compiles", [
+    ("shapes", True, False),
+    ("mine", True, True),
+    ("mine --no-compile", True, False),
+    ("mine", False, False),
 ])
-def test_a_gpu_compiles_but_not_for_the_shapes(dataset, device, compiles, monkeypatch, tmp_path):
-    pack(tmp_path / "data/mine", "mine")
-    seen = []
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_, **how: self)
-    functions = dict(
-        processes=lambda: (0, 1, torch.device(device)),
-        make_diffusion=lambda config: torch.nn.Module(),
-        make_networks=lambda *_: (torch.nn.Linear(1, 1), None, None),
-        introduce=lambda *_: None,
-        compile_network=seen.append,
-        dry_run=lambda *_: None,
-    )
-    launch(tmp_path, f"{TINY} --dataset {dataset} --model vit-tiny --dry-run --out run", **functions)
-    assert bool(seen) == compiles
+def test_a_gpu_compiles_but_not_for_the_shapes(words, gpu, compiles, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **how: True)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--dataset", *words.split()])
+    args, _ = train.parse()
+    assert args.compile == compiles
