@@ -9,7 +9,6 @@ is left to do, and the same command goes on after a kill, or when broken images 
 """
 import collections
 import colorsys
-import functools
 import glob
 import hashlib
 import json
@@ -288,9 +287,13 @@ def celeba_crop(image, size):
     return np.asarray(centre.resize((size, size), Image.BILINEAR))
 
 
-@functools.cache                                 # a line that was said is in the cache, and not said again
+SAID = set()                                     # lines of say_once, which threads call
+
+
 def say_once(line):
-    say(line)
+    if line not in SAID:
+        SAID.add(line)
+        say(line)
 
 
 def read_image(path, size, dataset):
@@ -444,7 +447,8 @@ def listing(src, size, dataset, split, labelled, skip_broken):
     broken = {}
     if dataset == "cifar10":
         images, labels = read_cifar10(src, split)
-        return images.__getitem__, range(len(images)), labels.tolist(), CIFAR10, broken
+        labels, classes = (labels.tolist(), CIFAR10) if labelled else ([0] * len(images), [])
+        return images.__getitem__, range(len(images)), labels, classes, broken
     root, names, others = find_files(src)
     folders = {name for name in others if (root / name).is_dir()}
     say_left_out(others - folders - {"dataset.json", "protocol.json"})
@@ -476,8 +480,8 @@ def listing(src, size, dataset, split, labelled, skip_broken):
         labels, classes = by_folder(names, folders)
     if dataset in IMAGENETS and labelled:
         if classes != sorted(imagenet()):
-            raise BadInput(f"--src {src}: found {len(classes)} class folders, expected ImageNet's 1,000, "
-                           "n01440764 to n15075141")
+            raise BadInput(f"--src {src}: found {len(classes)} classes, {', '.join(classes[:3])}, ..., expected "
+                           "ImageNet's 1,000 folders, n01440764 to n15075141, and no dataset.json")
         classes = class_names(dataset)
     return read, names, labels, classes, broken
 
@@ -563,19 +567,22 @@ def pack(src, size, out, split="train", dataset=None, encode=None, rank=0, world
     fill(out, meta, labels, make, rank, world)
     if not brightest and rank == 0:
         say(f"{out}: was packed already, nothing was read")
-    look_back(out, broken, brightest)
-    some = ": " + ", ".join(classes[:10]) if classes else ""
-    say(f"{out}: {len(labels):,} images of {size} x {size}, {len(classes)} classes{some}")
+    look_back(out, broken, brightest, world)
+    if np.load(out / "labels.npy").min() >= 0:
+        some = ": " + ", ".join(classes[:10]) if classes else ""
+        say(f"{out}: {len(labels):,} images of {size} x {size}, {len(classes)} classes{some}")
 
 
-def look_back(out, broken, brightest):
-    """Raise BadInput that names the broken images which this run met, or warn where all images are dark."""
+def look_back(out, broken, brightest, world):
+    """Raise BadInput that names the broken images which this run met, or warn where all images are dark. One of
+    several processes prints its line and ends well, as torchrun would stop the others in the middle of their work.
+    """
     if broken:
         line = (f"{out}: unfinished; broken images, {len(broken):,}: {'; '.join(sorted(broken.values())[:10])}; "
                 f"mend them and repeat the command, or remove {out} and add --skip-broken")
-        if env("LOCAL_RANK"):                    # run() prints the line of a machine's first process alone
-            print(line)
-        raise BadInput(line)
+        if world == 1:
+            raise BadInput(line)
+        print(line)
     if brightest and max(brightest) <= DARK:
         say(f"warning: no pixel of the images packed now is above {max(brightest)} of 255; where 16-bit files "
             "hold 12 bits, multiply by 16, or convert to 8 bits first")

@@ -432,9 +432,9 @@ def spread(count, total, seed):
 def choose(path, meta, total, count, seed):
     """-> the rows to measure: `count` of a side's images, or all that its protocol promises. Raises BadInput."""
     promised = meta.get("n", total)
-    if promised < total:
-        say(f"{path}: holds {total:,} images; measured are the {promised:,} of its protocol")
     n = count or promised
+    if promised < total:
+        say(f"{path}: holds {total:,} images, {promised:,} of them by its protocol; measured are {n:,} of these")
     if not 4 <= n <= min(promised, total):
         raise BadInput(f"{path}: found {total:,} images, {promised:,} in its protocol, expected at least "
                        f"{max(n, 4):,}")
@@ -485,12 +485,12 @@ def flags():
         add("samples", help="folder or .zip of PNGs, npz or packed data")
         add("reference", help="the same, or an npz of statistics")
     add("--count", type=at_least(4), help="draw COUNT images of each side, one from each of COUNT equal parts "
-        "of its order; a reference's statistics stay as they are (default: all)")
+        "of its order; a reference that has statistics stays as it is (default: all)")
     add("--seed", type=at_least(0), default=0, help="of the draw of --count")
     add("--features", choices=("inception", "pixels"), default="inception", help="pixels: FD-pixels, no FID")
     add("--metrics", choices=("fid", "all"), default="fid", help="all: also IS, sFID, precision, recall and KID")
     add("--inception", help=f"weights (default: {FILE} in torch.hub's cache, else downloaded)")
-    add("--exact", action="store_true", help="float32 on a GPU, too, where TF32 is the default, as it is PyTorch's")
+    add("--exact", action="store_true", help="float32 on a GPU, too, where the default is TF32")
     add("--batch-size", type=at_least(1), default=64, help="images at a time")
     args = parser.parse_args()
     if args.metrics == "all" and (args.features == "pixels" or "out" in args):
@@ -562,6 +562,7 @@ def main():
         if len(rows) and (keep or not found):
             measured = measure(take, rows, extract, widths, args.batch_size, keep)
             check_finite(meta["file"], measured)
+            meta["exact"] = args.exact or device.type == "cpu"
             for name, value in measured.items():
                 found.setdefault(name, value)            # a file's own statistics stay: ADM's are of more images
     if making:
@@ -570,10 +571,10 @@ def main():
         replace(args.out, lambda file: np.savez(file, **found))
         print(args.out)
     else:
-        report(sides, extractor, model, args.exact or device.type == "cpu")
+        report(sides, extractor, model)
 
 
-def report(sides, extractor, model, exact):
+def report(sides, extractor, model):
     """Print the metrics, what speaks against them, and one JSON line with both sides' metadata."""
     (a, samples, *_), (b, reference, *_) = sides
     counted = [side for side in (samples, reference) if "n" in side]         # published statistics do not say
@@ -605,7 +606,7 @@ def report(sides, extractor, model, exact):
                 f"of 50,000, and {len(a['mu']):,} features need at least {len(a['mu']) + 1:,}")
     if model and extractor != SHA256:
         say("warning: not the published weights, so not the literature's FID")
-    found = dict(result=result, samples=samples, reference=reference, extractor=extractor, exact=exact)
+    found = dict(result=result, samples=samples, reference=reference, extractor=extractor)
     print(json.dumps(found))
 
 

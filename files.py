@@ -40,18 +40,18 @@ def run(main):
         code, line = error.code if isinstance(error, BadInput) else 2, str(error)
     except KeyboardInterrupt:
         code, line = 130, "stopped"
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         full = "out of memory|allocate memory"
         lost = r"connection (was likely )?(closed|reset|refused)|remote process exited|broken pipe|timed ?out"
-        if re.search(full, str(error), re.I):
+        if isinstance(error, MemoryError) or re.search(full, str(error), re.I):
             code, line = 1, "out of memory; try a smaller --batch-size, in train.py --accum 2 or --grad-ckpt"
         elif dist.is_initialized() and re.search(lost, str(error), re.I):    # of gloo, NCCL or their store
             code, line = 1, "another process of this run has ended; start all again, train.py with --resume"
         else:
             raise
     grouped = dist.is_initialized()
-    # before there is a group, all processes of a machine meet the same mistake, and one of them says it
-    if grouped or env("LOCAL_RANK") == 0:
+    # without a group, all processes of a machine meet a user's mistake, and one of them says it
+    if grouped or env("LOCAL_RANK") == 0 or code in (1, 3):
         print(Path(sys.argv[0]).name + ":", *line.split(), file=sys.stderr, flush=True)
     if grouped:
         os._exit(code)                           # the group's threads would wait for those that are gone

@@ -241,7 +241,9 @@ def save_images(out, protocol, batch_size, model, config, how):
     npz = out.suffix == ".npz"
     folder = out.with_name(out.name + ".parts") if npz else out
     rank, *_ = processes()
-    if npz and out.exists() and rank == 0:       # a late process may find what rank 0 has just finished
+    if npz and out.exists():
+        if rank > 0:                             # a late process finds what rank 0 has just finished
+            return
         raise BadInput(f"--out {out}: exists already")
     before = claim(folder, protocol, grows=not npz)
     save_folder(folder, n, batch_size, lambda ks: draw(model, config, ks, **how))
@@ -255,7 +257,7 @@ def save_images(out, protocol, batch_size, model, config, how):
         save_npz(out, folder, n, labels)
         shutil.rmtree(folder, ignore_errors=True)
     elif n < before:
-        say(f"--count {n:,} is there already: {folder} remains a folder of {before:,} images")
+        say(f"images 0 to {n - 1:,} are there; {folder} is to hold {before:,}, as --count {before} makes it")
     else:                                        # all are there now: a growth that is stopped leaves the old n
         table = [[png(folder, k).name, labels[k]] for k in range(n)] if model.num_classes else None
         write_json(folder / "dataset.json", dict(labels=table))              # EDM's form, which data.py reads
@@ -360,7 +362,8 @@ def main():
     if "ema" in config and not args.raw:         # not of released weights
         untrained = config["ema"] ** config["step"]
         if untrained > 0.01:
-            say(f"warning: {untrained:.0%} of the EMA are the weights before training; --raw is without it")
+            say(f"warning: {untrained:.0%} of the EMA are the weights before training; --raw of a checkpoint is "
+                "without it")
     if actual < steps:
         say(f"warning: {steps} steps asked for, {actual} run: "
             "noise levels that round to the same timestep are taken once")

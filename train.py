@@ -5,8 +5,9 @@
     python train.py --resume                                    # go on where out/shapes was stopped
     python train.py --init out/shapes --out out/tuned           # a new run that starts from another's weights
 
-A run depends on its flags and --seed. The number of processes and --accum change rounding alone, and a stop and
---resume nothing. Whether there is a GPU decides the default --dtype and the preset of your own images.
+A run depends on its flags and --seed. The number of processes, --accum and --compile change rounding alone, and a
+stop and --resume nothing. Whether there is a GPU decides the defaults of --dtype and --compile, and the preset of
+your own images.
 """
 import argparse
 import contextlib
@@ -76,7 +77,7 @@ def preset(dataset, model=None, target=None):
     Betas and weight decay are those of the network's kind (ViT or UNet) unless the row sets them.
     """
     rows = [dict(zip(COLUMNS, row)) for row in PRESETS]
-    own = [row for row in rows if row["dataset"] == dataset]
+    own = [row for row in rows if row["dataset"] == dataset != "folder"]
     if not own:
         own = [row for row in rows if row["dataset"] == "folder"]
         if not torch.cuda.is_available():
@@ -166,7 +167,7 @@ def parse():
     # sample grids
     add("--cfg", type=between(0, 1000), help="guidance scale, 1 = none")
     add("--sample-steps", type=at_least(1, 10_000), help="Heun steps")
-    # this machine and its output: none of these changes the weights
+    # this machine and its output: none of these changes the weights but by rounding
     add("--accum", type=count, default=1, help="micro-batches per step and process, for small memories")
     add("--compile", action=switch, help="torch.compile the network (default: on a GPU, but not for the built-in "
         "shapes, whose run is short)")
@@ -208,8 +209,9 @@ def stand_in(dataset):
 
 
 def probe(data):
-    """256 images spread over the data set, a batch (256,C,S,S)."""
-    some = np.linspace(0, len(data) - 1, 256).astype(int)
+    """Images spread over the data set, a batch (N,C,S,S): 256, or fewer where they are large."""
+    count = min(256, max(16, 2 ** 20 // data.size ** 2))
+    some = np.linspace(0, len(data) - 1, count).astype(int)
     return data.batch(some, generator("probe", 0, 0))[0]
 
 
@@ -283,8 +285,11 @@ def compare(config, saved, out):
             continue
         if key in ("class_names", "network", "fingerprint", "vae"):
             raise BadInput(f"--data: not the data, or not the network, of the run in {out} ({key} differs)")
+        hint = f"; to fine-tune it otherwise, begin another with --init {out}"
+        if key in "model target schedule T patch".split():                   # --init wants the same
+            hint = ""
         raise BadInput(f"--{key.replace('_', '-')}: found {value!s:.80}, the run in {out} has "
-                       f"{saved.get(key)!s:.80}; to fine-tune it otherwise, begin another with --init {out}")
+                       f"{saved.get(key)!s:.80}{hint}")
     if config["weighting"] != saved["weighting"]:
         say("the weighting is another one from here on")
     if config["steps"] != saved["steps"] and config["decay"]:
@@ -535,7 +540,7 @@ def introduce(args, config, model, diffusion, data, micro, world, device):
         f"{config['batch_size']} = {micro} x {world} processes x {args.accum} accumulation")
     if config["gamma"] != 5 and config["weighting"] not in ("min_snr", "max_snr", "soft_min_snr"):
         say("warning: --gamma changes nothing under this weighting")
-    if config["warmup"] >= config["steps"]:
+    if config["warmup"] > config["steps"]:
         say(f"warning: a warm-up of {config['warmup']} steps is longer than the run: the rate never gets to --lr")
     if config["ema"] > 1 - 1 / config["steps"]:
         say(f"warning: an EMA of {config['ema']} averages over more steps than the run's {config['steps']}")
@@ -663,8 +668,8 @@ def train(args, config, data, diffusion, model, ema, optimizer, tally, first):
         if count > 1 and images < count * B / 2:
             trouble = trouble or f"most losses of steps {mark + 1:,} to {done:,} are not finite"
             break
-        # 32 images that cost what output 0 costs are added, as few images may be far from the mean. The run goes
-        # on, so that log.csv shows how it diverges.
+        # 32 images without error are counted in, as few images may be far from the mean. The run goes on, so that
+        # log.csv shows how it diverges.
         if mse > 2 * mse_of_zero * (images + 32) and not trouble:
             trouble = (f"diverged since step {mark + 1:,}: {config['target']} mse {mse / images:.4g}, "
                        f"output 0 would get {mse_of_zero:.4g}")

@@ -1,12 +1,13 @@
 """Images/s, MFU and memory of a part of the project, each beside a plain baseline that takes turns with it.
 
     python -m experiments.bench train                                    # the demo's network
-    python -m experiments.bench train --dataset imagenet256 --model vit-xl --compile
+    python -m experiments.bench train --dataset imagenet256 --model vit-xl
     python -m experiments.bench sample --batch-size 16                   # Heun, guided or not
     python -m experiments.bench vae --batch-size 2                       # the autoencoder
     python -m experiments.bench fid --batch-size 16                      # FID's features
 
-All flags but the part are train.py's: they choose the network and --batch-size, the images of a call. A line
+All flags but the part are train.py's: they choose the network and --batch-size, the images of a call. On a GPU our
+network is compiled, unless --no-compile is given, and float32 products are TF32, as in the scripts. A line
 is the median of five rounds, in each of which everything that is compared runs in turn. The last column is
 our time over that of what is named: below 1 is faster. MFU is the rate of the FLOPs counted in a call, over
 the rate of a large matrix product in the same round. GiB is the peak on a GPU during a call.
@@ -27,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from diffusion import Diffusion, sampler
 from fid import Inception
-from files import Parser, processes, run
+from files import Parser, allow_tf32, processes, run
 from model_vit import ViT
 from sample import build_model, to_device
 from vae import VAE
@@ -197,6 +198,7 @@ def main():
     sys.argv = ["train.py", "--dry-run", *words]                             # train.parse reads it; no data needed
     flags, _ = train.parse()
     config = train.settle(flags, train.open_data(flags))
+    allow_tf32(GPU)
     where = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}, PyTorch {torch.__version__}")
     print(LINE.format("", "images", "images/s", "ms", "TFLOP/s", "MFU", "GiB", "time over that of"))

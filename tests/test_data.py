@@ -516,6 +516,11 @@ def test_cifar10(cifar, script, tmp_path, split, part):
     assert pack.meta["split"] == split
 
 
+def test_cifar10_without_labels(cifar, script, tmp_path):
+    script("data.py", "--out", "data/cifar10", "--src", "cifar-10-binary.tar.gz", "--classes", 0)
+    assert Packed(tmp_path / "data/cifar10").classes == []
+
+
 @pytest.mark.parametrize("name, content, said", [
     ("data_batch_1.bin", b"1234", "reshape"),
     ("data_batch_1", b"", "not found"),

@@ -351,7 +351,7 @@ def test_products_are_tf32_unless_exact(flags, said, script, sets):
 
 def test_images_beyond_the_protocol_are_said(script, sets):
     (sets / "a/protocol.json").write_text(json.dumps(dict(n=18)))
-    assert "a: holds 20 images; measured are the 18 of its protocol" in script("fid.py", "a", "b.npz", *PIXELS)
+    assert "a: holds 20 images, 18 of them by its protocol; measured are 18 of these" in script("fid.py", "a", "b.npz", *PIXELS)
 
 
 @pytest.mark.slow

@@ -37,6 +37,7 @@ def raising(error):
     (KeyboardInterrupt(), 130, "train.py: stopped\n"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, OUT_OF_MEMORY),
     (torch.OutOfMemoryError("CUDA out of memory."), 1, OUT_OF_MEMORY),
+    (MemoryError(), 1, OUT_OF_MEMORY),
 ])
 def test_a_mistake_is_one_line_and_an_exit_code(monkeypatch, capsys, error, code, line):
     monkeypatch.setattr(sys, "argv", ["/home/train.py"])
@@ -46,11 +47,12 @@ def test_a_mistake_is_one_line_and_an_exit_code(monkeypatch, capsys, error, code
     assert capsys.readouterr().err == line
 
 
-def test_one_process_of_several_says_it(monkeypatch, capsys):
+@pytest.mark.parametrize("error, says", [(BadInput("wrong"), False), (NotFinite("nan"), True)])
+def test_a_mistake_is_said_by_one_process_of_several_and_bad_luck_by_each(error, says, monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit):
-        run(raising(BadInput("wrong")))
-    assert capsys.readouterr().err == ""
+        run(raising(error))
+    assert bool(capsys.readouterr().err) == says
 
 
 @pytest.mark.parametrize("error", [ValueError("ours"), RuntimeError("timed out")])

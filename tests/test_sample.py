@@ -286,7 +286,7 @@ def test_a_folder_grows_and_never_shrinks_and_what_is_there_is_left_alone(main):
     main("--n 6 --out folder", processes=2)
     assert near(pictures("folder")[1:], pictures("whole")[1:])
     assert pictures("folder")[0].min() == 255
-    assert "folder remains a folder of 6 images" in main("--n 2 --out folder")
+    assert "images 0 to 1 are there; folder is to hold 6" in main("--n 2 --out folder")
     assert read_json("folder/protocol.json") == read_json("whole/protocol.json")
 
 

@@ -308,10 +308,12 @@ def test_latents_are_those_of_the_images(folder, script):
     assert pack.meta["scale"] == SCALE
 
 
-def test_each_process_names_its_broken_images(folder, script):
+def test_a_process_names_its_broken_images_and_stops_no_other(folder, script):
     (folder / "src/040.png").write_bytes(b"broken")                          # of the second chunk
-    said = script(*WORDS, "pack", code=2, change=toy, processes=2)
+    said = script(*WORDS, "pack", change=toy, processes=2)
     assert "040.png: cannot be read" in said
+    assert "pack: 300 images" not in said
+    assert np.sum(np.load(folder / "pack/labels.npy") < 0) == 1
 
 
 def test_skip_broken_and_classes_of_latents(folder, script):
