@@ -495,6 +495,8 @@ def flags():
     args = parser.parse_args()
     if args.metrics == "all" and (args.features == "pixels" or "out" in args):
         raise BadInput("--metrics all: compares two sides by Inception's features")
+    if "out" in args and Path(args.out).resolve() == Path(args.data).resolve():
+        raise BadInput(f"--out {args.out}: is --data itself")
     return args
 
 
@@ -534,8 +536,6 @@ def main():
         if args.inception:
             extractor = hash_file(args.inception)
     paths = [args.data] if making else [args.samples, args.reference]
-    if making and Path(args.out).resolve() == Path(args.data).resolve():
-        raise BadInput(f"--out {args.out}: is --data itself")
     sides = []
     for path in paths:
         sides.append(open_side(path, widths[0], extractor, args.count, args.seed, not sides))
