@@ -397,6 +397,13 @@ def mean_square(diffusion, s):
     return float({"x0": s, "eps": 1, "v": alpha2 + (1 - alpha2) * s}[diffusion.target])
 
 
+def diverged(mse, images, mse_of_zero):
+    """Whether the mse, a sum over images, is above twice what output 0 would get. 32 images without error are
+    counted in, as the mean of a few may be far from the truth.
+    """
+    return mse > 2 * mse_of_zero * (images + 32)
+
+
 def log(metrics, out):
     """Add one line to log.csv: the place for wandb, TensorBoard or your own."""
     with open(out / "log.csv", "a") as file:
@@ -668,9 +675,8 @@ def train(args, config, data, diffusion, model, ema, optimizer, tally, first):
         if count > 1 and images < count * B / 2:
             trouble = trouble or f"most losses of steps {mark + 1:,} to {done:,} are not finite"
             break
-        # 32 images without error are counted in, as few images may be far from the mean. The run goes on, so that
-        # log.csv shows how it diverges.
-        if mse > 2 * mse_of_zero * (images + 32) and not trouble:
+        # a diverged run goes on, so that log.csv shows how
+        if diverged(mse, images, mse_of_zero) and not trouble:
             trouble = (f"diverged since step {mark + 1:,}: {config['target']} mse {mse / images:.4g}, "
                        f"output 0 would get {mse_of_zero:.4g}")
             say(f"warning: {trouble}; nothing is saved from here on")

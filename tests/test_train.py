@@ -395,9 +395,14 @@ def test_a_healthy_run_does_not_diverge_in_a_single_step(target, tmp_path):
 
 
 def test_mean_square_of_the_targets():
-    table = torch.tensor([0.9, 0.5, 0.1])                                    # the mean of alpha^2 is 1 / 2
-    found = [train.mean_square(Diffusion(table, target=target), 0.6) for target in TARGETS]
-    assert found == pytest.approx([0.6, 1, 0.8])
+    table = torch.tensor([0.9, 0.8, 0.1])                                    # the mean of alpha^2 is 0.6
+    found = [train.mean_square(Diffusion(table, target=target), 0.7) for target in TARGETS]
+    assert found == pytest.approx([0.7, 1, 0.6 + 0.4 * 0.7])
+
+
+@pytest.mark.parametrize("share, expected", [(0.99, False), (1.01, True)])
+def test_diverged_is_above_twice_the_error_of_output_0(share, expected):
+    assert train.diverged(share * 2 * 0.4 * (1000 + 32), 1000, 0.4) == expected
 
 
 # ------------------------------------------------------------------------------------ snapshots and fine-tuning
