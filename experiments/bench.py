@@ -6,11 +6,12 @@
     python -m experiments.bench vae --batch-size 2                       # the autoencoder
     python -m experiments.bench fid --batch-size 16                      # FID's features
 
-All flags but the part are train.py's: they choose the network and --batch-size, the images of a call. On a GPU our
-network is compiled, unless --no-compile is given, and float32 products are TF32, as in the scripts. A line
-is the median of five rounds, in each of which everything that is compared runs in turn. The last column is
-our time over that of what is named: below 1 is faster. MFU is the rate of the FLOPs counted in a call, over
-the rate of a large matrix product in the same round. GiB is the peak on a GPU during a call.
+All flags but the part are train.py's: they choose the network and --batch-size, the images of a call. With
+--compile, a GPU's default, there is a line of the compiled network, and one without. Float32 products are TF32 on
+a GPU, as in the scripts. A line is the median of five rounds, in each of which everything that is compared runs
+in turn. The last column is our time over that of what is named: below 1 is faster. MFU is the rate of the FLOPs
+counted in a call, over the rate of a large matrix product in the same round. GiB is the peak on a GPU during a
+call. The column `first` is the seconds of the first call, in which the network is compiled.
 """
 import contextlib
 import functools
@@ -38,7 +39,7 @@ GPU = DEVICE.type == "cuda"
 PRODUCT = 8192 if GPU else 2048          # side of the matrices that MFU is relative to, bfloat16 on a GPU
 SIDE = 256 if GPU else 64                # of the images that the autoencoder and FID's network get
 ROUNDS = 5
-LINE = "{:<36} {:>6} {:>10} {:>10} {:>8} {:>6} {:>6}   {}"
+LINE = "{:<36} {:>6} {:>10} {:>10} {:>8} {:>6} {:>6} {:>6}   {}"
 
 
 # --------------------------------------------------------------------------------------------- measuring
@@ -69,24 +70,28 @@ def peak(call):
         return np.nan
     torch.cuda.reset_peak_memory_stats()
     call()
+    torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() / 2 ** 30
 
 
 def compare(name, n, ours, other, baseline):
     """Print one line: a call of ours makes n images; `other` does the same as `baseline` does it."""
-    work, memory = flops(ours), peak(ours)                                   # before the other takes memory
+    since = time.perf_counter()
+    memory = peak(ours)                                                      # before the other takes memory
+    first = time.perf_counter() - since
+    work = flops(ours)
     dtype = torch.bfloat16 if GPU else torch.float32
     matrices = torch.randn(2, PRODUCT, PRODUCT, device=DEVICE).to(dtype)
     product = functools.partial(torch.matmul, *matrices)
-    other()
-    product()
+    for call in (other, other, product):                                     # warm; training first builds a network
+        call()
     rounds = []
     for _ in range(ROUNDS):
         rounds.append([seconds(ours), seconds(other), seconds(product)])
-    report(name, n, work, memory, np.array(rounds), baseline)
+    report(name, n, work, memory, first, np.array(rounds), baseline)
 
 
-def report(name, n, work, memory, rounds, baseline):
+def report(name, n, work, memory, first, rounds, baseline):
     """Print a line of n images, `work` FLOPs; rounds (R,3) are seconds of ours, the other and the product."""
     ours, other, product = rounds.T
     took = np.median(ours)
@@ -97,6 +102,7 @@ def report(name, n, work, memory, rounds, baseline):
         f"{work / took / 1e12:.3g}",
         f"{mfu:.1%}",
         f"{memory:.1f}",
+        f"{first:.1f}",
         f"{np.median(ours / other):.3g} {baseline}",
     ]
     print(LINE.format(name, n, *columns), flush=True)
@@ -104,13 +110,14 @@ def report(name, n, work, memory, rounds, baseline):
 
 # ---------------------------------------------------------------------------------------------- training
 
-def our_steps(flags, config, batch):
-    """Steps of train.py, without the data."""
+def our_steps(flags, config, batch, compiled):
+    """Steps of train.py, without the data. The first next() builds the networks."""
     model, ema, optimizer = train.make_networks(flags, config, DEVICE)
-    if flags.compile:
+    if compiled:
         train.compile_network(model)
     diffusion = Diffusion(target=config["target"], T=config["T"]).to(DEVICE)
     tally = torch.zeros(10, 4, dtype=torch.float64, device=DEVICE)
+    yield
     while True:
         train.backward(model, diffusion, batch, tally, config)
         train.update(model, ema, optimizer, config, 0)
@@ -118,7 +125,9 @@ def our_steps(flags, config, batch):
 
 
 def plain_steps(config, batch):
-    """The same steps as one writes them first, with PyTorch's own layers of a ViT, AdamW and average."""
+    """The same steps as one writes them first, with PyTorch's own layers of a ViT, AdamW and average. The first
+    next() builds the networks.
+    """
     x0, t, noise, y, _ = batch
     model = build_model(config)
     if isinstance(model, ViT):
@@ -131,6 +140,7 @@ def plain_steps(config, batch):
     optimizer = torch.optim.AdamW(model.parameters(), config["lr"])
     average = AveragedModel(model, avg_fn=get_ema_avg_fn(config["ema"]))
     diffusion = Diffusion(target=config["target"], T=config["T"]).to(DEVICE)
+    yield
     while True:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=config["dtype"] == "bfloat16"):
             loss, _ = diffusion.loss(model, x0, t, noise, y)
@@ -151,17 +161,36 @@ def noise_like(config):
 def training(flags, config):
     x, zeros = noise_like(config)
     batch = x, zeros, x, zeros, torch.ones_like(zeros)
-    ours = our_steps(flags, config, batch)
+    name = f"training {config['model']}"
+    if flags.compile:
+        ours = our_steps(flags, config, batch, True)
+        eager = our_steps(flags, config, batch, False)
+        next(ours)
+        compare(f"{name}, compiled", len(x), ours.__next__, eager.__next__, "eager")
+        del ours, eager                                                      # and their memory
+    ours = our_steps(flags, config, batch, False)
     plain = plain_steps(config, batch)
-    compare(f"training {config['model']}", len(x), lambda: next(ours), lambda: next(plain), "plain")
+    next(ours)
+    compare(f"{name}, eager", len(x), ours.__next__, plain.__next__, "plain")
 
 
 # ---------------------------------------------------------------------------- sampling, autoencoder, metrics
 
 def sampling(flags, config):
+    """On a GPU the first lines compare the network's precisions, in three evaluations a line."""
     model = to_device(build_model(config), DEVICE).eval()
     z, y = noise_like(config)
     diffusion = Diffusion(target=config["target"], T=config["T"])
+    if GPU:
+        few = functools.partial(sampler, model, diffusion, z, y, 2, cfg=1.5)
+
+        def exact():
+            allow_tf32(False)
+            few()
+            allow_tf32(True)
+        half = torch.autocast("cuda", torch.bfloat16)(few)
+        for name, call in (("TF32", few), ("bfloat16", half)):
+            compare(f"{config['model']} {name}, 3 evaluations", len(z), call, exact, "float32")
     draw = functools.partial(sampler, model, diffusion, z, y, config["sample_steps"])
     guided = functools.partial(draw, cfg=1.5)
     interval = functools.partial(guided, interval=(0, 800))
@@ -201,7 +230,7 @@ def main():
     allow_tf32(GPU)
     where = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}, PyTorch {torch.__version__}")
-    print(LINE.format("", "images", "images/s", "ms", "TFLOP/s", "MFU", "GiB", "time over that of"))
+    print(LINE.format("", "images", "images/s", "ms", "TFLOP/s", "MFU", "GiB", "first", "time over that of"))
     PARTS[args.part](flags, config)
 
 

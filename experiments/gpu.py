@@ -1,0 +1,111 @@
+"""What this project does on a GPU, as one table: its tests there, its speeds, the demo, and the paper's claim.
+
+    python -m experiments.gpu            # 8 minutes of an H100 or H200; no data, no network
+    python -m experiments.gpu --short    # the same code in small, on a CPU: 3 minutes
+
+Each part is a command that anybody can type. A part that fails or runs out of its time is said to, and the others
+run all the same. --out gets gpu.md (the table), gpu.json (the same for programs), and each part's whole output.
+"""
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from files import BadInput, Parser, replace, run, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCH = "-m experiments.bench"
+STUDY = "experiments/min_snr.sh"
+LAST = 12                                        # lines of a part that go into the table
+
+# name, limit in seconds, what Python is to run; {out} is --out
+FULL = [
+    ("tests", 120, "-m pytest -q -m gpu tests"),
+    ("ViT-XL/2, latents", 90, f"{BENCH} train --dataset imagenet256 --model vit-xl --batch-size 256"),
+    ("ViT-B/2, latents", 60, f"{BENCH} train --dataset imagenet256 --model vit-b --batch-size 256"),
+    ("ViT-B/4, 64 pixels", 60, f"{BENCH} train --dataset imagenet64 --model vit-b --batch-size 512"),
+    ("UNet of ADM, 64 pixels", 150, f"{BENCH} train --dataset imagenet64 --model unet-adm --batch-size 128"),
+    ("sampling", 60, f"{BENCH} sample --dataset imagenet256 --model vit-xl --batch-size 64 --sample-steps 2"),
+    ("autoencoder", 60, f"{BENCH} vae --batch-size 32"),
+    ("FID", 30, f"{BENCH} fid --batch-size 256"),
+    ("demo", 60, "train.py --out {out}/demo"),
+    ("convergence", 300, STUDY),
+]
+SHORT = [
+    ("tests", 60, "-m pytest -q -m gpu tests"),
+    ("vit-tiny", 120, f"{BENCH} train --batch-size 16 --compile"),
+    ("convergence", 120, STUDY),
+]
+# What min_snr.sh reads: twelve runs at a time, as each alone leaves most of the GPU idle.
+LONG_STUDY = dict(DATA="shapes crops", WEIGHTINGS="const min_snr", TARGETS="x0", SEEDS="0 1 2", STEPS="10000",
+                  EVERY="1250", EMA="0.999", N="1024", JOBS="12", FLAGS="--data-on-gpu --dtype float32")
+SHORT_STUDY = dict(DATA="shapes", WEIGHTINGS="const min_snr", TARGETS="x0 v", SEEDS="0", STEPS="20",
+                   EVERY="10", EMA="0.9", N="64", JOBS="2")
+
+
+def run_part(name, limit, words, out, env):
+    """Run a part, which writes into out/NAME.txt -> dict(name, command, code, seconds, lines): the exit code, None
+    where the time was over, and its last lines.
+    """
+    words = words.format(out=out).split()
+    start = ["sh", *words] if words == [STUDY] else [sys.executable, *words]
+    log, since = out / f"{name}.txt".replace("/", "-"), time.monotonic()
+    with open(log, "w") as file:
+        process = subprocess.Popen(start, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT,
+                                   start_new_session=True)
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:                                 # the part's own processes, too, also after Ctrl-C
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    seconds = round(time.monotonic() - since, 1)
+    lines = log.read_text(errors="replace").replace("\r", "\n").splitlines()[-LAST:]
+    return dict(name=name, command=" ".join(start), code=code, seconds=seconds, lines=lines)
+
+
+def outcome(part, limit):
+    """In a word how a part went."""
+    if part["code"] is None:
+        return f"not done in {limit} s"
+    return "done" if part["code"] == 0 else f"failed, exit code {part['code']}"
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("--short", action="store_true", help="in small, on a CPU")
+    parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="folder")
+    args = parser.parse_args()
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    parts, study = (SHORT, SHORT_STUDY) if args.short else (FULL, LONG_STUDY)
+    if not args.short and not torch.cuda.is_available():
+        raise BadInput("there is no GPU here; expected one, or --short")
+    env = dict(os.environ, **study, OUT=str(out / "min_snr"), OBJECTIVE="", PYTHON=sys.executable)
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    text = f"# {card}, PyTorch {torch.__version__}, {date.today()}\n"
+    print(text, flush=True)
+    done = []
+    for name, limit, words in parts:
+        part = run_part(name, limit, words, out, env)
+        done.append(part)
+        lines = "\n".join(part["lines"])
+        report = f"\n## {name}: {outcome(part, limit)}, {part['seconds']:.0f} s\n\n```\n{lines}\n```\n"
+        print(report, flush=True)
+        text += report
+        write_json(out / "gpu.json", dict(card=card, torch=torch.__version__, parts=done))
+        replace(out / "gpu.md", lambda file: file.write(text.encode()))
+    if any(part["code"] != 0 for part in done):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(main)
