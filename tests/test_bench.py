@@ -1,11 +1,14 @@
-"""bench.py: the counted FLOPs, the arithmetic of a line, and every part once, small."""
+"""bench.py: the counted FLOPs, the arithmetic of a line, every part once, small. gpu.py: its parts and its table."""
+import json
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 
-from experiments import bench
+from experiments import bench, gpu
+from files import BadInput
 from model_vit import ViT
 
 
@@ -25,9 +28,9 @@ def test_a_line_by_hand(monkeypatch, capsys):
     """Medians over rounds of ratios; MFU from each round's own product of 10 x 10 matrices, 2,000 FLOPs."""
     monkeypatch.setattr(bench, "PRODUCT", 10)
     rounds = np.array([[2, 1, 1], [4, 8, 2], [3, 1, 3]])
-    bench.report("x", 6, 1000, 0.5, rounds, "other")
+    bench.report("x", 6, 1000, 0.5, 7, rounds, "other")
     found = capsys.readouterr().out.split()
-    assert found == ["x", "6", "2", "3000", "3.33e-10", "25.0%", "0.5", "2", "other"]
+    assert found == ["x", "6", "2", "3000", "3.33e-10", "25.0%", "0.5", "7.0", "2", "other"]
 
 
 @pytest.fixture
@@ -60,3 +63,48 @@ def test_every_part_once(small, monkeypatch, capsys, part, lines):
         images, rate, *_ = line[36:].split()
         assert images == "2"
         assert float(rate) > 0
+
+
+@pytest.mark.slow
+def test_a_compiled_network_has_a_line_of_its_own(small, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", "bench train --batch-size 2 --size 8 --compile".split())
+    bench.main()
+    *_, compiled, eager = capsys.readouterr().out.splitlines()
+    first = [float(line[36:].split()[6]) for line in (compiled, eager)]      # seconds of the first call
+    assert compiled.endswith("eager") and eager.endswith("plain")
+    assert first[0] > 5 * first[1]
+
+
+# ------------------------------------------------------------------------------------------------------ gpu.py
+
+def parts_of(monkeypatch, tmp_path, *parts):
+    """What gpu.json says, and gpu.md, after these parts."""
+    monkeypatch.setattr(gpu, "SHORT", parts)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--short", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    return json.loads((tmp_path / "gpu.json").read_text())["parts"], (tmp_path / "gpu.md").read_text()
+
+
+def test_a_part_that_fails_does_not_stop_the_others(monkeypatch, tmp_path):
+    parts, table = parts_of(monkeypatch, tmp_path, ("bad", 60, "-c 1/0"), ("good", 60, "-c print(6*7)"))
+    assert [part["code"] for part in parts] == [1, 0]
+    assert parts[1]["lines"] == ["42"]
+    assert "## bad: failed, exit code 1" in table and "## good: done" in table
+
+
+def test_a_part_whose_time_is_over_ends_with_the_processes_that_it_started(monkeypatch, tmp_path):
+    script = tmp_path / "endless.py"
+    script.write_text("import os, time\nos.fork()\nwhile True: time.sleep(.05), print(os.getpid(), flush=True)")
+    [part], table = parts_of(monkeypatch, tmp_path, ("endless", 2, str(script)))
+    assert len(set(part["lines"])) == 2                                      # two processes wrote
+    assert part["code"] is None and "not done in 2 s" in table
+    before = (tmp_path / "endless.txt").stat().st_size
+    time.sleep(0.5)
+    assert (tmp_path / "endless.txt").stat().st_size == before
+
+
+def test_without_a_gpu_only_the_short_form_runs(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path)])
+    with pytest.raises(BadInput, match="no GPU here"):
+        gpu.main()
