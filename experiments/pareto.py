@@ -2,7 +2,8 @@
 
     python -m experiments.pareto objective --ckpt out/shapes --out objective.csv    # figure 4
     python -m experiments.pareto finetune --ckpt out/shapes --out finetune.csv      # figure 2
-    python -m experiments.pareto measure --ckpt out/shapes      # appends a line to the run's quality.csv
+    python -m experiments.pareto measure --ckpt out/shapes      # the run's snapshots, into its quality.csv
+    python -m experiments.pareto needs --runs out/min_snr/*/ --out needs.csv        # which weighting is the sooner
     python -m experiments.pareto ugd --ckpt out/shapes --out w.csv                  # figure 3, train.py --weighting
 
 `python -m experiments.figures` draws the CSV files. Figure 3 is `ugd` repeated, with several --n and --seed. UGD
@@ -27,10 +28,11 @@ from scipy.special import softmax
 
 from data import Packed, built_in, generator
 from diffusion import Diffusion, loss_weight
-from experiments.figures import called, read_csv, write_csv
+from experiments.figures import called, entry, read_csv, write_csv
+from experiments.judge import fd_judge, recognised
 from fid import fd_pixels
-from files import BadInput, Parser, at_least, positive, processes, progress, run
-from sample import draw, load_checkpoint, to_device
+from files import BadInput, Parser, at_least, positive, processes, progress, read_json, run, say
+from sample import batches_of, draw, load_checkpoint, to_device
 
 TABLE = [  # the weightings of section 3.4 and their gamma, which const and snr do not use
     ("const", 1),
@@ -301,25 +303,88 @@ def finetune_command(ckpt, K, n, seed, steps, out):
     write_csv(out, rows)
 
 
-def measure_command(ckpt, n):
-    """Append FD-pixels and x0 error of the EMA weights to a run's quality.csv.
-
-    FD-pixels compares n samples (Heun, 18 steps, no guidance) with 2,048 images of the data set; the x0 error
-    is the mean over n images in each of ten bins of t.
+def quality(model, config, diffusion, data, n):
+    """One line of quality.csv. n samples (Heun, 18 steps, no guidance, as many of each class) are compared with
+    2,048 random images of the data; x0 errors are means over n images in each of ten bins of t, low is t < T/2.
     """
-    model, diffusion, data = load(ckpt)
+    batches = batches_of(range(n), 256 if diffusion.snr.is_cuda else 64)
+    drawn = torch.cat([draw(model, config, ks, steps=18) for ks in batches])
+    order = torch.randperm(len(data), generator=generator("real", 0, 0))
+    real = data.images[order[:2048].numpy()]
+    errors = bin_losses(model, diffusion, data, 10, n, "quality")
+    row = dict(step=config["step"], n=n, fd_pixels=fd_pixels(drawn, real), fd_judge=math.nan, recognised=math.nan,
+               x0_mse=errors.mean(), x0_mse_low=errors[:5].mean(), x0_mse_high=errors[5:].mean())
+    if model.num_classes:
+        labels = torch.arange(n) % model.num_classes
+        row.update(fd_judge=fd_judge(data, drawn, real), recognised=recognised(data, drawn, labels))
+    return row
+
+
+def measure_command(ckpt, n):
+    """Add a line to a run's quality.csv for each snapshot and for ckpt.pt: FD-pixels, FD of the judge's features,
+    the share of samples that the judge recognises, x0 errors; EMA weights. Steps that are there are left out.
+    """
+    first, diffusion, data = load(ckpt)
     if data.latents:
         raise BadInput(f"--ckpt {ckpt}: draws latents, expected pixels")
-    _, config = load_checkpoint(ckpt)
-    parts = torch.arange(n).split(64)
-    drawn = [draw(model, config, part.tolist(), steps=18) for part in parts]
-    real = data.images[np.arange(min(2048, len(data)))]
-    distance = fd_pixels(torch.cat(drawn), real)
-    error = bin_losses(model, diffusion, data, 10, n, "quality").mean()
-    file = Path(ckpt) / "quality.csv"                                        # --ckpt is the run folder
-    before = read_csv(file) if file.exists() else []
-    row = dict(step=config["step"], fd_pixels=distance, x0_mse=error)
-    write_csv(file, [*before, row])
+    if not first.num_classes:
+        say("the run has no classes: fd_judge and recognised are nan")
+    folder = Path(ckpt)
+    file = folder / "quality.csv"
+    rows = read_csv(file) if file.exists() else []
+    for path in [*sorted(folder.glob("snapshot_*.pt")), folder / "ckpt.pt"]:
+        model, config = load_checkpoint(path)
+        if config["step"] in [int(row["step"]) for row in rows]:
+            say(f"{path}: step {config['step']} is measured already")
+            continue
+        row = quality(to_device(model, diffusion.snr.device), config, diffusion, data, n)
+        columns = dict.fromkeys(row, math.nan)
+        rows = [columns | before for before in rows]                         # files of before have fewer columns
+        write_csv(file, [*rows, row])
+        rows.append(row)
+
+
+def needed(curve, goal):
+    """The step at which a curve {step: error} first gets down to the goal, as text, "-" if never. Between two
+    steps the error is linear in the step's logarithm.
+    """
+    last = None
+    for step, error in curve.items():
+        if error <= goal:
+            if last is None:
+                return f"<={step}"
+            share = (curve[last] - goal) / (curve[last] - error)
+            return f"{last * (step / last) ** share:.0f}"
+        last = step
+    return "-"
+
+
+def needs_command(runs, out):
+    """Errors of each weighting at the last step, and the steps at which its seeds get down to the mean of the
+    weighting that is then the best, for each data set and target. A run that did not get to the last step makes
+    its weighting's mean nan.
+    """
+    panels, rows = {}, []
+    for folder in map(Path, runs):
+        config, file = read_json(folder / "config.json"), folder / "quality.csv"
+        lines = read_csv(file) if file.exists() else []
+        for line in lines:
+            line["not_recognised"] = 1 - entry(line, "recognised", float)
+        for column in ("fd_pixels", "fd_judge", "not_recognised", "x0_mse"):
+            panel = panels.setdefault((config["dataset"], config["target"], column), {})
+            seeds = panel.setdefault(called(config["weighting"], config["gamma"]), [])
+            curve = {int(line["step"]): entry(line, column, float) for line in lines}
+            seeds.append(dict(sorted(curve.items())))
+    for (dataset, target, column), panel in panels.items():
+        end = max(max(curve, default=0) for seeds in panel.values() for curve in seeds)
+        last = {name: [curve.get(end, math.nan) for curve in panel[name]] for name in panel}
+        means = {name: np.mean(values) for name, values in last.items()}
+        best = np.fmin.reduce(list(means.values()))                          # nan only where all are
+        for name, seeds in panel.items():
+            steps = " ".join(needed(curve, best) for curve in seeds)
+            row = dict(dataset=dataset, target=target, error=column, weighting=name, step=end)
+            rows.append(dict(row, mean=means[name], low=min(last[name]), high=max(last[name]), needs=steps))
+    write_csv(out, rows)
 
 
 def ugd_command(ckpt, K, n, seed, lam, out):
@@ -331,6 +396,7 @@ def ugd_command(ckpt, K, n, seed, lam, out):
 
 FLAGS = dict(
     ckpt=dict(required=True, help="run folder of train.py; but for measure, a checkpoint too"),
+    runs=dict(required=True, nargs="+", help="run folders that were measured"),
     K=dict(type=at_least(1), default=50, help="bins of t"),
     n=dict(type=at_least(2), default=256, help="samples a bin; measure: images, too"),
     seed=dict(type=at_least(0), default=0, help="of samples and noise"),
@@ -342,6 +408,7 @@ COMMANDS = dict(
     objective=objective_command,
     finetune=finetune_command,
     measure=measure_command,
+    needs=needs_command,
     ugd=ugd_command,
 )
 
