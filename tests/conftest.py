@@ -10,7 +10,6 @@ import zlib
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")        # of PyTorch and numpy: for arrays this small a second only waits
-os.environ["CUDA_VISIBLE_DEVICES"] = ""              # these tests are about the CPU
 
 import numpy as np  # noqa: E402
 import pytest
@@ -33,7 +32,10 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: long; run with -m slow")
     config.addinivalue_line("markers", "demo: the whole demos, 10 minutes; run with -m demo")
-    config.option.markexpr = config.option.markexpr or "not slow and not demo"
+    config.addinivalue_line("markers", "gpu: what only a GPU shows; run with -m gpu, others do not see a GPU")
+    config.option.markexpr = config.option.markexpr or "not slow and not demo and not gpu"
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""          # in time: importing torch does not look for GPUs
 
 
 @pytest.fixture
