@@ -244,7 +244,7 @@ def load(path, data=None):
     if config.get("dataset") == "shapes" and not data:
         images = built_in(model.img_size)
     else:
-        images = Packed(data or config.get("data", "data"))
+        images = Packed(data or config.get("data") or f"data/{config.get('dataset')}")
     images.flip = config.get("flip", False)
     found = images.channels, images.size, len(images.classes)
     expected = model.in_channels, model.img_size, model.num_classes or len(images.classes)
