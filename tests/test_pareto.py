@@ -500,7 +500,7 @@ def test_needs_is_the_step_of_the_best_weightings_end(command, tmp_path):
 
 
 PYTHON = """#!/bin/sh
-# Stands in for python: training makes a checkpoint, but for target v, which diverges, and seed 9, an error; measuring
+# Stands in for python: training makes a checkpoint, but target v diverges and seed 9 is an error; measuring
 # adds a line.
 echo "$@" >> commands
 case "$*" in *"--target v"*) exit 3;; *"--seed 9"*) exit 1;; esac
