@@ -1,4 +1,4 @@
-"""A small classifier of a data set's images, which tells whether samples are like them and show their labels."""
+"""A small classifier of a data set: do samples look like its images, and do they show their labels?"""
 import functools
 
 import torch
