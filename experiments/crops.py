@@ -1,6 +1,6 @@
 """Random crops of eight colour photographs as a packed data set; the class is the photograph.
 
-    pip install scikit-image                     # the photographs come with it; the package itself is not used
+    pip install scikit-image                     # brings the photographs and is not used otherwise
     python -m experiments.crops
     python train.py --dataset crops
 """

@@ -1,4 +1,4 @@
-"""A small classifier of a data set's images, which judges whether samples look like them and show their labels."""
+"""A small classifier of a data set: do samples look like its images, and do they show their labels?"""
 import functools
 
 import torch
@@ -12,11 +12,11 @@ IMAGES = 12_000                                  # that the classifier sees; it 
 
 
 def seen(data):
-    """Images float32 (n,3,S,S) in [-1,1] and labels (n,). Of the shapes they are some that no run trains on, of
-    a packed folder a random choice.
+    """Images float32 (n,3,S,S) in [-1,1] and labels (n,): of the shapes some that no run trains on, of a
+    packed folder a random choice.
     """
     if data.meta.get("dataset") == "shapes":
-        first = 1_000_000                                                    # training draws the first 100,000
+        first = 1_000_000                        # training draws the first 100,000
         return built_in(data.size, first + IMAGES).batch(range(first, first + IMAGES))
     order = torch.randperm(len(data), generator=generator("judge", 0, 0))
     return data.batch(order[:IMAGES].numpy())
@@ -70,7 +70,7 @@ def recognised(data, images, labels):
 
 
 def fd_judge(data, images, real):
-    """Frechet distance of the 64 features before the last layer, between two sets of uint8 images (N,3,S,S)."""
+    """Frechet distance of the 64 features before the last layer: two sets of uint8 images (N,3,S,S)."""
     network = judge(data)[:-1]
     moments = []
     for part in (images, real):

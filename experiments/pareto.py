@@ -3,7 +3,7 @@
     python -m experiments.pareto objective --ckpt out/shapes --out objective.csv    # figure 4
     python -m experiments.pareto finetune --ckpt out/shapes --out finetune.csv      # figure 2
     python -m experiments.pareto measure --ckpt out/shapes      # the run's snapshots, into its quality.csv
-    python -m experiments.pareto needs --runs out/min_snr/*/ --out needs.csv        # which weighting is the sooner
+    python -m experiments.pareto needs --runs out/min_snr/*/ --out needs.csv      # which is the sooner
     python -m experiments.pareto ugd --ckpt out/shapes --out w.csv                  # figure 3, train.py --weighting
 
 `python -m experiments.figures` draws the CSV files. Figure 3 is `ugd` repeated, with several --n and --seed. UGD
@@ -244,7 +244,7 @@ def load(path, data=None):
     if config.get("dataset") == "shapes" and not data:
         images = built_in(model.img_size)
     else:
-        images = Packed(data or config.get("data", "data"))
+        images = Packed(data or config.get("data") or f"data/{config.get('dataset')}")
     images.flip = config.get("flip", False)
     found = images.channels, images.size, len(images.classes)
     expected = model.in_channels, model.img_size, model.num_classes or len(images.classes)
@@ -304,16 +304,18 @@ def finetune_command(ckpt, K, n, seed, steps, out):
 
 
 def quality(model, config, diffusion, data, n):
-    """One line of quality.csv. n samples (Heun, 18 steps, no guidance, as many of each class) are compared with
-    2,048 random images of the data; x0 errors are means over n images in each of ten bins of t, low is t < T/2.
+    """One line of quality.csv. n samples (Heun, 18 steps, no guidance, as many of each class) are compared
+    with 2,048 random images of the data. x0 errors are means over n images in each of ten bins of t; low is
+    t < T/2.
     """
     batches = batches_of(range(n), 256 if diffusion.snr.is_cuda else 64)
     drawn = torch.cat([draw(model, config, ks, steps=18) for ks in batches])
     order = torch.randperm(len(data), generator=generator("real", 0, 0))
     real = data.images[order[:2048].numpy()]
     errors = bin_losses(model, diffusion, data, 10, n, "quality")
-    row = dict(step=config["step"], n=n, fd_pixels=fd_pixels(drawn, real), fd_judge=math.nan, recognised=math.nan,
-               x0_mse=errors.mean(), x0_mse_low=errors[:5].mean(), x0_mse_high=errors[5:].mean())
+    row = dict(step=config["step"], n=n, fd_pixels=fd_pixels(drawn, real), fd_judge=math.nan,
+               recognised=math.nan, x0_mse=errors.mean(), x0_mse_low=errors[:5].mean(),
+               x0_mse_high=errors[5:].mean())
     if model.num_classes:
         labels = torch.arange(n) % model.num_classes
         row.update(fd_judge=fd_judge(data, drawn, real), recognised=recognised(data, drawn, labels))
@@ -321,8 +323,9 @@ def quality(model, config, diffusion, data, n):
 
 
 def measure_command(ckpt, n):
-    """Add a line to a run's quality.csv for each snapshot and for ckpt.pt: FD-pixels, FD of the judge's features,
-    the share of samples that the judge recognises, x0 errors; EMA weights. Steps that are there are left out.
+    """Add a line to a run's quality.csv for each snapshot and for ckpt.pt, of the EMA weights: FD-pixels, FD
+    of the judge's features, the share of samples that the judge recognises, x0 errors. Steps that are there
+    are left out.
     """
     first, diffusion, data = load(ckpt)
     if data.latents:
@@ -339,7 +342,7 @@ def measure_command(ckpt, n):
             continue
         row = quality(to_device(model, diffusion.snr.device), config, diffusion, data, n)
         columns = dict.fromkeys(row, math.nan)
-        rows = [columns | before for before in rows]                         # files of before have fewer columns
+        rows = [columns | before for before in rows]     # files of before have fewer columns
         write_csv(file, [*rows, row])
         rows.append(row)
 
@@ -361,8 +364,8 @@ def needed(curve, goal):
 
 def needs_command(runs, out):
     """Errors of each weighting at the last step, and the steps at which its seeds get down to the mean of the
-    weighting that is then the best, for each data set and target. A run that did not get to the last step makes
-    its weighting's mean nan.
+    weighting that is then the best, for each data set and target. A run that did not get to the last step
+    makes its weighting's mean nan.
     """
     panels, rows = {}, []
     for folder in map(Path, runs):

@@ -4,16 +4,18 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from data import built_in
+from data import Images, Packed, built_in, generator
 from diffusion import TARGETS, Diffusion, loss_weight
-from experiments import figures, pareto
+from experiments import crops, figures, judge, pareto
 from files import BadInput
 from model_vit import ViT
 
@@ -279,13 +281,118 @@ def test_finetune_command_gives_the_change_of_every_bin(command):
     assert column("f.csv", "percent")[8:] == pytest.approx(100 * (after / before - 1))
 
 
-def test_measure_command_appends_a_line(command):
-    for _ in range(2):
-        command(pareto, "measure", "--ckpt", "run", "--n", 16)
-    expected = pareto.bin_losses(*pareto.load("run"), 10, 16, "quality").mean()
-    assert column("run/quality.csv", "step") == [7, 7]
-    assert column("run/quality.csv", "x0_mse") == pytest.approx([expected] * 2)
-    assert 0 < column("run/quality.csv", "fd_pixels")[0] < 1e3
+@pytest.fixture
+def measure(command, monkeypatch):
+    monkeypatch.setattr(judge, "IMAGES", 60)
+    return lambda: command(pareto, "measure", "--ckpt", "run", "--n", 16)
+
+
+def test_measure_command_measures_each_snapshot_once(measure):
+    state = torch.load("run/ckpt.pt")
+    for step in (3, 5):
+        torch.save({**state, "step": step}, f"run/snapshot_{step:06d}.pt")
+        measure()
+    assert column("run/quality.csv", "step") == [3, 7, 5]
+
+
+def test_measure_command_gives_distances_and_errors(measure):
+    measure()
+    [row] = figures.read_csv("run/quality.csv")
+    low, high = pareto.bin_losses(*pareto.load("run"), 10, 16, "quality").reshape(2, 5).mean(1)
+    found = [float(row[name]) for name in ("x0_mse", "x0_mse_low", "x0_mse_high")]
+    assert found == pytest.approx([(low + high) / 2, low, high])
+    assert 0 < float(row["fd_pixels"]) < 1e3
+    assert 0 < float(row["fd_judge"]) < 1e3
+    assert 0 <= float(row["recognised"]) < 1
+
+
+def test_measure_command_keeps_the_lines_of_older_files(measure):
+    Path("run/quality.csv").write_text("step,fd_pixels\n3,2.5\n")
+    measure()
+    assert column("run/quality.csv", "step") == [3, 7]
+    assert column("run/quality.csv", "fd_pixels")[0] == 2.5
+
+
+def test_without_classes_nothing_is_recognised_and_that_is_said(measure, capsys):
+    state = torch.load("run/ckpt.pt")
+    state["config"]["network"] = shape = {**SHAPE, "num_classes": 0}
+    torch.save({**state, "ema": ViT(**shape).state_dict()}, "run/ckpt.pt")
+    measure()
+    assert math.isnan(column("run/quality.csv", "recognised")[0])
+    assert "no classes: fd_judge and recognised are nan" in capsys.readouterr().out
+
+
+def two_greys(size=8):
+    """Dark images of class 0 and bright ones of class 1, as a packed folder would have them."""
+    labels = np.arange(120) % 2
+    noise = np.random.RandomState(0).randint(0, 100, (120, 3, size, size))
+    images = (noise + 150 * labels[:, None, None, None]).astype(np.uint8)
+    return Images(images, labels, dict(classes=["dark", "bright"]))
+
+
+def test_the_judge_recognises_labelled_images(capsys):
+    data = two_greys()
+    labels = torch.tensor(data.labels)
+    assert judge.recognised(data, torch.tensor(data.images), labels) == 1
+    assert judge.recognised(data, torch.tensor(data.images), 1 - labels) == 0
+    assert capsys.readouterr().out.count("100.0% of 20 real images") == 1    # trained once
+
+
+def test_the_judge_is_the_same_every_time_and_leaves_the_random_state():
+    torch.manual_seed(5)
+    one = judge.judge(two_greys())
+    drawn = torch.rand(3)
+    two = judge.judge(two_greys())
+    assert torch.equal(one[0].weight, two[0].weight)
+    assert torch.equal(drawn, torch.rand(3, generator=torch.Generator().manual_seed(5)))
+
+
+def test_fd_judge_tells_the_features_of_images_apart():
+    data = two_greys()
+    judge.judge(data)[-1].weight.zero_()                                     # behind the features
+    dark, bright = data.images[::2], data.images[1::2]
+    same = judge.fd_judge(data, torch.tensor(dark), dark)
+    assert same < 1e-3 < judge.fd_judge(data, torch.tensor(dark), bright)
+
+
+@pytest.fixture
+def packed_crops(command, monkeypatch, tmp_path):
+    """16 crops in data/crops. Stands in for the photographs: number k is of the grey 10 k."""
+    folder = tmp_path / "skimage/data"
+    folder.mkdir(parents=True)
+    (tmp_path / "skimage/__init__.py").touch()
+    for k, name in enumerate(crops.PHOTOGRAPHS):
+        Image.new("RGB", (40, 30), (10 * k,) * 3).save(folder / name)
+    monkeypatch.syspath_prepend(tmp_path)
+    command(crops, "--count", 16, "--size", 8)
+    return Packed("data/crops")
+
+
+def test_the_class_of_a_crop_is_its_photograph(packed_crops):
+    greys = packed_crops.images[:, 0, 0, 0] / 10                             # JPEG: 0.1 off at most
+    assert packed_crops.images.shape == (16, 3, 8, 8)
+    assert packed_crops.labels.tolist() == [*range(8), *range(8)]
+    assert greys.round().tolist() == packed_crops.labels.tolist()
+
+
+def test_the_images_of_a_run_are_found_where_train_looks(packed_crops):
+    state = torch.load("run/ckpt.pt")
+    state["config"].update(dataset="crops", data=None)                       # data/DATASET, without --data
+    torch.save(state, "run/ckpt.pt")
+    _, _, data = pareto.load("run")
+    assert data.classes == packed_crops.classes
+
+
+def test_crops_come_from_all_over_a_photograph():
+    photograph = np.arange(5 * 7).reshape(5, 7, 1)
+    corners = {int(crops.crop(photograph, 4, generator("crop", 0, k))[0, 0, 0]) for k in range(99)}
+    assert corners == {0, 1, 2, 3, 7, 8, 9, 10}                              # 2 rows, 4 columns
+
+
+def test_missing_photographs_are_asked_for(command, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BadInput, match="pip install scikit-image"):
+        command(crops)
 
 
 def test_checkpoints_that_are_not_finite_are_refused(command):
@@ -341,7 +448,7 @@ def test_bars_are_means_over_files(command, axes, tmp_path):
 
 def write_run(folder, target, weighting, quality):
     folder.mkdir()
-    config = dict(target=target, weighting=weighting, gamma=5.0)
+    config = dict(dataset="shapes", target=target, weighting=weighting, gamma=5.0)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "log.csv").write_text("step,x0_mse_2\n100,0.5\n")
     (folder / "quality.csv").write_text("step,fd_pixels\n" + quality)
@@ -379,24 +486,80 @@ def test_a_missing_matplotlib_is_asked_for(command, tmp_path, monkeypatch):
         command(figures, "bars", "a.csv", "--x", "x", "--y", "y", "--out", "a.png")
 
 
+def test_needs_is_the_step_of_the_best_weightings_end(command, tmp_path):
+    fds = dict(a=(8, 4, 3), b=(6, 2, 2), c=(3, 3, 4))
+    for name, weighting in dict(a="const", b="min_snr", c="min_snr").items():
+        write_run(tmp_path / name, "x0", weighting, "")
+        lines = [f"{step},{fd},nan,1,1" for step, fd in zip((100, 200, 400), fds[name])]
+        table = "\n".join(["step,fd_pixels,fd_judge,recognised,x0_mse", *lines])
+        (tmp_path / name / "quality.csv").write_text(table)
+    command(pareto, "needs", "--runs", *"abc", "--out", "n.csv")
+    assert column("n.csv", "mean")[:2] == [3, 3]
+    assert column("n.csv", "high")[:2] == [3, 4]
+    assert column("n.csv", "needs", str)[:4] == ["400", "168 <=100", "-", "- -"]     # 100 * 2 ** (3 / 4)
+
+
 PYTHON = """#!/bin/sh
-# Stands in for python: training makes a checkpoint, but for target v, which diverges; measuring adds a line.
+# Stands in for python: training makes a checkpoint, but target v diverges and seed 9 is an error; measuring
+# adds a line.
 echo "$@" >> commands
-case "$*" in *"--target v"*) exit 3;; esac
-mkdir -p $3
-case "$*" in train*) echo "$*," | sed 's/.*--steps //; s/ .*,/,/' > $3/ckpt.pt;; esac
+case "$*" in *"--target v"*) exit 3;; *"--seed 9"*) exit 1;; esac
+case "$*" in train*) mkdir -p $3; echo "$*," | sed 's/.*--steps //; s/ .*,/,/' > $3/ckpt.pt;; esac
 case "$*" in *measure*) cat $5/ckpt.pt >> $5/quality.csv;; esac
 """
 
 
-@pytest.mark.skipif(os.name == "nt", reason="a shell script")
-def test_min_snr_goes_on_after_a_kill_and_past_runs_that_diverge(tmp_path):
+@pytest.fixture
+def min_snr(tmp_path):
+    """min_snr(SEEDS="0 1") runs the script with the stand-in -> its exit code, the commands of training so far."""
     (tmp_path / "python").write_text(PYTHON)
     (tmp_path / "python").chmod(0o755)
-    path = dict(os.environ, PATH=f"{tmp_path}:{os.environ['PATH']}")
-    for _ in range(2):                                                       # the second goes on
-        subprocess.run(["sh", ROOT / "experiments/min_snr.sh"], cwd=tmp_path, env=path, check=True)
-    commands = (tmp_path / "commands").read_text().splitlines()
-    trained = [line for line in commands if "train.py" in line and "--target v" not in line]
-    assert len(trained) == 4 * 2 * 3 * 3                                     # nothing is trained twice
-    assert sum("--resume" in line for line in trained) == 4 * 2 * 3 * 2
+    path = f"{tmp_path}:{os.environ['PATH']}"
+
+    def call(**sizes):
+        words = ["sh", ROOT / "experiments/min_snr.sh"]
+        code = subprocess.run(words, cwd=tmp_path, env={**os.environ, "PATH": path, **sizes}).returncode
+        commands = (tmp_path / "commands").read_text().splitlines()
+        return code, [line for line in commands if line.startswith("train.py")]
+    return call
+
+
+shell = pytest.mark.skipif(os.name == "nt", reason="a shell script")
+
+
+@shell
+def test_min_snr_trains_nothing_twice_and_goes_past_runs_that_diverge(min_snr):
+    min_snr()
+    code, trained = min_snr()
+    assert code == 0
+    assert sum("--target v" not in line for line in trained) == 4 * 2 * 3
+
+
+@shell
+def test_min_snr_goes_on_after_an_error_and_reports_it(min_snr, capfd):
+    code, trained = min_snr(SEEDS="0 9 1", WEIGHTINGS="const", TARGETS="x0", JOBS="2")
+    assert code != 0
+    assert len(trained) == 3
+    assert "out/min_snr/shapes_x0_const_9: exit code 1 of python train.py" in capfd.readouterr().err
+
+
+@shell
+def test_min_snr_resumes_what_a_kill_left(min_snr, tmp_path):
+    folder = tmp_path / "out/min_snr/crops_x0_const_0"
+    folder.mkdir(parents=True)
+    (folder / "ckpt.pt").touch()
+    _, trained = min_snr(DATA="crops", SEEDS="0 1", WEIGHTINGS="const", TARGETS="x0")
+    assert ["--resume" in line for line in trained] == [True, False]
+    assert "-m experiments.crops\n" in (tmp_path / "commands").read_text()
+
+
+@shell
+@pytest.mark.slow
+def test_min_snr_in_small(tmp_path):
+    sizes = dict(WEIGHTINGS="const min_snr", TARGETS="x0", SEEDS="0", STEPS="2", EVERY="1", JOBS="2", N="16",
+                 OBJECTIVE="", FLAGS="--batch-size 32", OUT=str(tmp_path / "out"), PYTHON=sys.executable)
+    words = ["sh", "experiments/min_snr.sh"]
+    subprocess.run(words, cwd=ROOT, env=dict(os.environ, **sizes), check=True)
+    for weighting in ("const", "min_snr"):
+        assert column(tmp_path / f"out/shapes_x0_{weighting}_0/quality.csv", "step") == [1, 2]
+    assert column(tmp_path / "out/needs.csv", "weighting", str) == ["const", "min_snr 5"] * 4
