@@ -92,14 +92,13 @@ def test_a_network_is_golden_in_float32_and_near_that_in_tf32_and_bfloat16(name,
     (F.conv2d, (4, 64, 16, 16), (64, 64, 3, 3)),
 ])
 def test_products_are_shortened_where_tf32_is_allowed_and_nowhere_else(product, shape, other):
-    torch.manual_seed(0)
     factors = torch.randn(shape), torch.randn(other)
     expected = product(*(factor.double() for factor in factors))
     found = []
     for allowed in (False, True):
         allow_tf32(allowed)
-        shown = product(*(factor.to(DEVICE) for factor in factors))
-        found.append(relative(shown.cpu(), expected))
+        output = product(*(factor.to(DEVICE) for factor in factors))
+        found.append(relative(output.cpu(), expected))
     print(found)
     assert found[0] < 3e-5 < found[1]
 
@@ -109,7 +108,7 @@ def test_the_state_of_the_sampler_is_float64_under_autocast():
     y = torch.zeros(2, dtype=torch.long, device=DEVICE)
     with torch.autocast(DEVICE.type, torch.bfloat16):
         for _, x0 in trajectory(small(), Diffusion(), z, y, steps=3, cfg=1.5):
-            assert x0.dtype == torch.float64 and x0.device == z.device
+            assert x0.dtype == torch.float64
 
 
 @pytest.mark.parametrize("name", ["vit-tiny", "unet-tiny"])
@@ -127,7 +126,7 @@ def test_images_in_bfloat16_are_those_in_float32_but_for_a_few_grey_levels(name,
 # -------------------------------------------------------------------------------------------------- training
 
 def test_a_stopped_and_resumed_run_is_the_straight_run(tmp_path):
-    """To rounding, as a GPU may add gradients up in any order. Without AdamW's moments the distance is 5e-3."""
+    """To rounding, as a GPU may add numbers up in any order. Without AdamW's moments the distance is 5e-3."""
     command = f"{TINY} --steps 6 --dtype float32 --out"
     launch(tmp_path, f"{command} whole")
     launch(tmp_path, f"{command} parts", code=143, update=in_step(2, terminate))
@@ -155,12 +154,10 @@ def watched():
     torch.cuda.set_sync_debug_mode("default")
 
 
-MORE = "--accum 2 --grad-clip 1 --importance"
-
-
-@pytest.mark.parametrize("how", [*(f"--target {target}" for target in TARGETS), MORE])
-def test_no_step_between_two_log_lines_waits_for_the_gpu(how, watched, tmp_path):
-    launch(tmp_path, f"{TINY} {how} --steps 10 --out run", update=watched)
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_step_between_two_log_lines_waits_for_the_gpu(target, watched, tmp_path):
+    command = f"{TINY} --target {target} --accum 2 --grad-clip 1 --importance --steps 10 --out run"
+    launch(tmp_path, command, update=watched)
 
 
 def test_gradient_checkpointing_saves_memory_and_changes_no_gradient():
@@ -230,7 +227,6 @@ def test_a_compiled_runs_checkpoint_is_a_plain_one_and_samples(tmp_path):
 
 
 @pytest.mark.parametrize("model, dtype, how, tolerance", [
-    ("vit-tiny", "float32", "--accum 2 --grad-ckpt", 1e-5),
     ("vit-tiny", "float32", "--data-on-gpu", 1e-5),
     ("vit-tiny", "float32", "--compile", 1e-5),
     ("vit-tiny", "bfloat16", "--compile", 2e-3),
