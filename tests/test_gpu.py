@@ -132,7 +132,7 @@ def test_a_stopped_and_resumed_run_is_the_straight_run(tmp_path):
     launch(tmp_path, f"{command} parts", code=143, update=in_step(2, terminate))
     launch(tmp_path, "--resume --out parts")
     whole, parts = (flat(read(tmp_path / name)["model"].values()) for name in ("whole", "parts"))
-    distance = ((parts - whole).norm() / whole.norm()).item()
+    distance = (parts - whole).norm() / whole.norm()
     print("distance", distance, "equal to the bit:", torch.equal(parts, whole))
     assert distance < 1e-4
 
@@ -161,7 +161,6 @@ def test_no_step_between_two_log_lines_waits_for_the_gpu(target, watched, tmp_pa
 
 
 def test_gradient_checkpointing_saves_memory_and_changes_no_gradient():
-    torch.manual_seed(0)
     model = ViT(64, 4, 3, 0, **SIZES["vit-s"]).to(DEVICE)
     x = torch.randn(16, 3, 64, 64, device=DEVICE)
     t = torch.arange(16, device=DEVICE)
