@@ -1,4 +1,4 @@
-"""What only a GPU shows: `python -m pytest -m gpu -rP`, whose -rP prints the distances that were found."""
+"""What only a GPU shows: `python -m pytest -m gpu -s`, whose -s prints the distances that were found."""
 import numpy as np
 import pytest
 import torch
@@ -10,14 +10,13 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import sample
-from data import built_in
 from diffusion import TARGETS, Diffusion, trajectory
 from fid import load_inception
 from files import allow_tf32, leave_group, read
 from model_unet import from_adm
 from model_vit import SIZES, ViT, from_official
 from sample import draw, load_checkpoint, to_device
-from train import backward, compile_network, draw_step, update
+from train import backward, compile_network, update
 from vae import load_vae
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -48,7 +47,10 @@ def small():
 # ----------------------------------------------------------------------------------------------- precision
 
 HEADS = {"vit_cond": 4, "vit_uncond": 6}
-SHOWN = {"moments": "x", "decode": "z"}                                      # to the autoencoder's methods
+AUTOENCODER = {  # method: input, output
+    "moments": ("x", "compvis_moments"),
+    "decode": ("z", "compvis_decoded"),
+}
 
 
 def golden_case(name, golden):
@@ -58,11 +60,11 @@ def golden_case(name, golden):
         model = load_inception(formula(values["keys"], values["shapes"]))
         inputs = [torch.from_numpy(values["images_64"]).permute(0, 3, 1, 2)]
         return to_device(model, DEVICE), inputs, values["features_64"]
-    if name in SHOWN:
+    if name in AUTOENCODER:
         values = np.load(ROOT / "tests/golden/vae.npz")
-        model = to_device(load_vae(formula(values["compvis_keys"], values["compvis_shapes"])), DEVICE)
-        outputs = dict(moments="compvis_moments", decode="compvis_decoded")
-        return getattr(model, name), [torch.from_numpy(values[SHOWN[name]])], values[outputs[name]]
+        model = load_vae(formula(values["compvis_keys"], values["compvis_shapes"]))
+        given, expected = (values[key] for key in AUTOENCODER[name])
+        return getattr(to_device(model, DEVICE), name), [torch.from_numpy(given)], expected
     values, weights = golden(name)
     if name == "unet_ldm":
         weights["label_emb.weight"] = values["label_emb"].float()            # LDM keeps it elsewhere
@@ -70,7 +72,7 @@ def golden_case(name, golden):
     return to_device(model, DEVICE), [values[key] for key in "xty" if key in values], values["out"]
 
 
-@pytest.mark.parametrize("name", [*HEADS, "unet_adm", "unet_plain", "unet_ldm", *SHOWN, "inception"])
+@pytest.mark.parametrize("name", [*HEADS, "unet_adm", "unet_plain", "unet_ldm", *AUTOENCODER, "inception"])
 def test_a_network_is_golden_in_float32_and_near_that_in_tf32_and_bfloat16(name, golden):
     network, inputs, expected = golden_case(name, golden)
     inputs = [x.to(DEVICE) for x in inputs]
@@ -88,25 +90,25 @@ def test_a_network_is_golden_in_float32_and_near_that_in_tf32_and_bfloat16(name,
 @pytest.mark.parametrize("product, shape, other", [
     (torch.matmul, (512, 512), (512, 512)),
     (F.conv2d, (4, 64, 16, 16), (64, 64, 3, 3)),
-], ids=["matmul", "conv2d"])
+])
 def test_products_are_shortened_where_tf32_is_allowed_and_nowhere_else(product, shape, other):
-    torch.manual_seed(0)
     factors = torch.randn(shape), torch.randn(other)
     expected = product(*(factor.double() for factor in factors))
     found = []
     for allowed in (False, True):
         allow_tf32(allowed)
-        found.append(relative(product(*(factor.to(DEVICE) for factor in factors)).cpu(), expected))
+        output = product(*(factor.to(DEVICE) for factor in factors))
+        found.append(relative(output.cpu(), expected))
     print(found)
-    assert found[0] < 1e-5 < 3e-5 < found[1]
+    assert found[0] < 3e-5 < found[1]
 
 
 def test_the_state_of_the_sampler_is_float64_under_autocast():
     z = torch.randn(2, 3, 8, 8, device=DEVICE)
     y = torch.zeros(2, dtype=torch.long, device=DEVICE)
     with torch.autocast(DEVICE.type, torch.bfloat16):
-        steps = list(trajectory(small(), Diffusion(), z, y, steps=3, cfg=1.5))
-    assert {(x0.dtype, x0.device.type) for _, x0 in steps} == {(torch.float64, DEVICE.type)}
+        for _, x0 in trajectory(small(), Diffusion(), z, y, steps=3, cfg=1.5):
+            assert x0.dtype == torch.float64
 
 
 @pytest.mark.parametrize("name", ["vit-tiny", "unet-tiny"])
@@ -114,9 +116,9 @@ def test_images_in_bfloat16_are_those_in_float32_but_for_a_few_grey_levels(name,
     launch(tmp_path, f"{TINY} --size 16 --model {name} --lr 1e-3 --steps 40 --dtype float32 --out run")
     model, config = load_checkpoint(tmp_path / "run", raw=True)
     model = to_device(model, DEVICE)
-    exact, short = (draw(model, config, range(256), dtype=dtype, steps=5, cfg=1.5).float()
-                    for dtype in ("float32", "bfloat16"))
-    difference = (exact - short).abs().mean().item()
+    images = [draw(model, config, range(256), dtype=dtype, steps=5, cfg=1.5).float()
+              for dtype in ("float32", "bfloat16")]
+    difference = (images[0] - images[1]).abs().mean().item()
     print(name, difference)
     assert 0 < difference < 3
 
@@ -124,21 +126,21 @@ def test_images_in_bfloat16_are_those_in_float32_but_for_a_few_grey_levels(name,
 # -------------------------------------------------------------------------------------------------- training
 
 def test_a_stopped_and_resumed_run_is_the_straight_run(tmp_path):
-    """To rounding, since some gradients on a GPU are sums in any order. Without AdamW's moments: 1e-3."""
+    """To rounding, as a GPU may add numbers up in any order. Without AdamW's moments the distance is 5e-3."""
     command = f"{TINY} --steps 6 --dtype float32 --out"
     launch(tmp_path, f"{command} whole")
     launch(tmp_path, f"{command} parts", code=143, update=in_step(2, terminate))
     launch(tmp_path, "--resume --out parts")
     whole, parts = (flat(read(tmp_path / name)["model"].values()) for name in ("whole", "parts"))
-    distance = ((parts - whole).norm() / whole.norm()).item()
+    distance = (parts - whole).norm() / whole.norm()
     print("distance", distance, "equal to the bit:", torch.equal(parts, whole))
-    assert distance < 1e-5
+    assert distance < 1e-4
 
 
 @pytest.fixture
 def watched():
-    """An update() of train, for ten steps, the last of which is logged. From step 2 to step 8 it is an error if
-    the host waits for the GPU.
+    """An update() of train, for ten steps, the last of which is logged. From step 2 to step 8 it is an error
+    if the host waits for the GPU.
     """
     def watching(model, ema, optimizer, config, step):
         if step == 2:
@@ -152,14 +154,14 @@ def watched():
     torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("how", [*(f"--target {target}" for target in TARGETS), "--accum 2 --grad-clip 1 --importance"])
-def test_no_step_between_two_log_lines_waits_for_the_gpu(how, watched, tmp_path):
-    launch(tmp_path, f"{TINY} {how} --steps 10 --out run", update=watched)
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_step_between_two_log_lines_waits_for_the_gpu(target, watched, tmp_path):
+    command = f"{TINY} --target {target} --accum 2 --grad-clip 1 --importance --steps 10 --out run"
+    launch(tmp_path, command, update=watched)
 
 
 def test_gradient_checkpointing_saves_memory_and_changes_no_gradient():
-    torch.manual_seed(0)
-    model = ViT(64, 4, 3, 0, **SIZES["vit-s"] | dict(depth=4)).to(DEVICE)
+    model = ViT(64, 4, 3, 0, **SIZES["vit-s"]).to(DEVICE)
     x = torch.randn(16, 3, 64, 64, device=DEVICE)
     t = torch.arange(16, device=DEVICE)
     peaks, gradients = [], []
@@ -171,7 +173,7 @@ def test_gradient_checkpointing_saves_memory_and_changes_no_gradient():
         peaks.append(torch.cuda.max_memory_allocated() - before)
         gradients.append(flat(p.grad for p in model.parameters()))
     print("bytes", peaks)
-    assert peaks[1] < 0.6 * peaks[0]
+    assert peaks[1] < 0.5 * peaks[0]
     assert relative(gradients[1], gradients[0]) < 1e-5
 
 
@@ -188,14 +190,16 @@ def nccl():
 
 def test_gradients_that_nccl_exchanges_are_the_plain_ones(nccl):
     model, diffusion = small(), Diffusion().to(DEVICE)
-    config = dict(batch_size=8, seed=0, drop=0.1, importance=False, dtype="float32", T=1000)
-    batch = [part.to(DEVICE) for part in draw_step(built_in(8), config, diffusion, 0, slice(0, 8))]
+    config = dict(batch_size=8, dtype="float32", T=1000)
+    x = torch.randn(8, 3, 8, 8, device=DEVICE)
+    t = torch.arange(8, device=DEVICE)
+    batch = x, 100 * t, x.flip(0), t, torch.ones_like(t)                     # x0, t, noise, y, scale
     tally = torch.zeros(10, 4, dtype=torch.float64, device=DEVICE)
     backward(model, diffusion, batch, tally, config, accum=2)
     plain = flat(p.grad for p in model.parameters())
     model.zero_grad()
     net = DistributedDataParallel(model)
-    backward(net, diffusion, batch, tally, config, accum=2, world=2)         # twice that, as two would share it
+    backward(net, diffusion, batch, tally, config, accum=2, world=2)         # twice that: two would share
     assert relative(flat(p.grad for p in model.parameters()), 2 * plain) < 1e-5
 
 
@@ -216,22 +220,21 @@ def compile_or_fail(model):
 
 def test_a_compiled_runs_checkpoint_is_a_plain_one_and_samples(tmp_path):
     launch(tmp_path, f"{TINY} --steps 2 --compile --out run", compile_network=compile_or_fail)
-    assert read(tmp_path / "run")["ema"].keys() == small().state_dict().keys()
-    launch(tmp_path, "--ckpt run --n 2 --steps 1 --out grid.png", main=sample.main)
+    assert read(tmp_path / "run")["model"].keys() == small().state_dict().keys()
+    launch(tmp_path, "--ckpt run --raw --n 2 --steps 1 --out grid.png", main=sample.main)
     assert (tmp_path / "grid.png").exists()
 
 
 @pytest.mark.parametrize("model, dtype, how, tolerance", [
-    ("vit-tiny", "float32", "--accum 2 --grad-ckpt", 1e-5),
     ("vit-tiny", "float32", "--data-on-gpu", 1e-5),
     ("vit-tiny", "float32", "--compile", 1e-5),
-    ("vit-tiny", "bfloat16", "--compile", 2e-2),
-    ("unet-tiny", "bfloat16", "--compile", 2e-2),                            # the longest, 40 s
+    ("vit-tiny", "bfloat16", "--compile", 2e-3),
+    ("unet-tiny", "bfloat16", "--compile", 2e-3),                            # the longest, 40 s
 ])
 def test_how_a_run_is_computed_changes_its_losses_by_rounding_alone(model, dtype, how, tolerance, tmp_path):
     command = f"{TINY} --model {model} --dtype {dtype} --steps 3 --log-every 1"
     launch(tmp_path, f"{command} --out plain")
     launch(tmp_path, f"{command} {how} --out run", compile_network=compile_or_fail)
     plain, run = (np.array(log_of(tmp_path / name)[1:], float)[:, 1] for name in ("plain", "run"))
-    print(how, dtype, "relative differences of the losses:", run / plain - 1)
+    print(model, dtype, how, "relative differences of the losses:", run / plain - 1)
     assert run == pytest.approx(plain, rel=tolerance)
