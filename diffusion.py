@@ -183,7 +183,11 @@ class Diffusion:
         self.density()                                                       # refuses what is no density
 
     def to(self, device):
-        """Move the tables once, so that no step waits for a copy."""
+        """Move the tables once, so that no step waits for a copy. A Mac's GPU, mps, has no float64: the tables stay
+        where they are, and what is read from them there takes the images' dtype before it is moved.
+        """
+        if torch.device(device).type == "mps":
+            return self
         for name in ("alphas_cumprod", "snr", "weight", "factor"):
             setattr(self, name, getattr(self, name).to(device))
         return self
@@ -210,9 +214,9 @@ class Diffusion:
 
     def alpha_sigma(self, t, x):
         """alpha_t and sigma_t of each sample, (B,1,1,1), so that they multiply images; in x's dtype."""
-        a2 = self.alphas_cumprod.to(t.device)[t].view(-1, 1, 1, 1)
+        a2 = self.alphas_cumprod[t.to(self.alphas_cumprod.device)].view(-1, 1, 1, 1)
         sigma2 = 1 - a2
-        return a2.sqrt().to(x.dtype), sigma2.sqrt().to(x.dtype)
+        return a2.sqrt().to(x), sigma2.sqrt().to(x)
 
     def q_sample(self, x0, t, noise):
         """x_t = alpha_t x0 + sigma_t eps (eq. 2)."""
@@ -248,7 +252,7 @@ class Diffusion:
         target = {"x0": x0, "eps": noise, "v": v}[self.target]
         error = output.to(x0.dtype) - target                                 # out of autocast's bf16
         mse = error.square().flatten(1).mean(1)
-        weight = self.weight.to(t.device)[t].to(mse.dtype)
+        weight = self.weight[t.to(self.weight.device)].to(mse)
         return weight * mse, mse
 
 
@@ -311,8 +315,8 @@ def log_p_gradient(classifier, x_t, t, y):
 def trajectory(model, diffusion, z, y=None, steps=30, cfg=1.0, interval=None, solver="heun", classifier=None,
                classifier_scale=1.0, clip=False):
     """Sample from unit normal z (B,C,H,W), labels y (B,) long: yields (t, x0 estimate (B,C,H,W) float64) of
-    every step, the last of which is the sample. The network runs in z's dtype. A generator checks its arguments
-    when the first value is asked for.
+    every step, the last of which is the sample; on mps it is float32. The network runs in z's dtype. A generator
+    checks its arguments when the first value is asked for.
 
     solver: "heun" (EDM algorithm 1 without churn, 2 steps - 1 evaluations), "euler" (= DDIM) or "dpm++2m"
     (Lu et al. 2022, one evaluation a step, second order).
@@ -340,7 +344,7 @@ def trajectory(model, diffusion, z, y=None, steps=30, cfg=1.0, interval=None, so
             x0 = x0 + shift * log_p_gradient(classifier, x_t.to(z.dtype), t, y)
         return x0.clamp(-1, 1) if clip else x0
 
-    x = z.double() * sigmas[0]
+    x = (z.float() if z.is_mps else z.double()) * sigmas[0]
     previous = None
     for i, (t, sigma) in enumerate(zip(ts, sigmas)):
         x0 = denoise(x, sigma, t)
@@ -361,7 +365,7 @@ def trajectory(model, diffusion, z, y=None, steps=30, cfg=1.0, interval=None, so
 
 
 def sampler(*args, **how):
-    """Takes what `trajectory` takes and returns its last x0 estimate (B,C,H,W), float64: the sample."""
+    """Takes what `trajectory` takes and returns its last x0 estimate (B,C,H,W), the sample: float64, on mps float32."""
     for _, x0 in trajectory(*args, **how):
         pass
     return x0

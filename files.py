@@ -107,13 +107,17 @@ def env(name, default=0):
     return int(os.environ.get(name, default))
 
 
-def processes():
+def processes(kind=None):
     """-> rank, world, device: the number of this process, how many there are, and what it computes on. A GPU of
-    its own becomes the current one.
+    its own becomes the current one. kind: "cuda", "cpu" or "mps", a Mac's GPU, which is never taken unasked; by
+    default "cuda" where there is one, else "cpu". Raises BadInput for a device that is not there.
     """
     rank, world, local = env("RANK"), env("WORLD_SIZE", 1), env("LOCAL_RANK")
-    if not torch.cuda.is_available():
-        return rank, world, torch.device("cpu")
+    kind = kind or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.get_device_module(kind).is_available():
+        raise BadInput(f"--device {kind}: PyTorch finds none on this machine")
+    if kind != "cuda":
+        return rank, world, torch.device(kind)
     torch.cuda.set_device(local)
     return rank, world, torch.device("cuda", local)
 

@@ -20,7 +20,7 @@ import model_unet
 import model_vit
 from data import class_names, generator, load_image, tile
 from diffusion import SOLVERS, TARGETS, Diffusion, sampler, steps_run
-from files import (BadInput, NotFinite, Parser, allow_tf32, at_least, between, hash_file, processes,
+from files import (BadInput, NotFinite, Parser, allow_tf32, at_least, between, env, hash_file, processes,
                    progress, read, read_json, replace, run, say, write_json)
 from vae import load_vae
 
@@ -150,7 +150,8 @@ def start(seed, k, labels, model):
 
 def draw(model, config, ks, seed=0, labels="balanced", vae=None, dtype="float32", **how):
     """The images of numbers ks, uint8 (N,3,S,S); `how` is what `sampler` takes: steps, cfg, solver, ... With
-    dtype "bfloat16" the network runs under autocast; the sampler's state is float64 all the same. Raises NotFinite.
+    dtype "bfloat16" the network runs under autocast; the sampler's state is float64 all the same, but float32 on mps.
+    Raises NotFinite.
     """
     y, z = zip(*[start(seed, k, labels, model) for k in ks])
     weight = next(model.parameters())                                        # its device and dtype are used
@@ -194,7 +195,7 @@ def save_folder(folder, n, batch_size, images_of):
 
     A batch with a missing image is drawn again as a whole: alone, that image could differ in its last bit.
     """
-    rank, world, _ = processes()
+    rank, world = env("RANK"), env("WORLD_SIZE", 1)
     batches = batches_of(range(rank, n, world), batch_size)
     todo = [ks for ks in batches if not all(png(folder, k).exists() for k in ks)]
     total, done, since = sum(map(len, todo)), 0, time.monotonic()
@@ -240,7 +241,7 @@ def save_images(out, protocol, batch_size, model, config, how):
     n = protocol["n"]
     npz = out.suffix == ".npz"
     folder = out.with_name(out.name + ".parts") if npz else out
-    rank, *_ = processes()
+    rank = env("RANK")
     if npz and out.exists():
         if rank > 0:                             # a late process finds what rank 0 has just finished
             return
@@ -306,8 +307,9 @@ def parse():
         "image; balanced: k modulo the number of classes; data: drawn as often as the training data have them "
         "(default: balanced in a grid, else random)")
     add("--clip", action="store_true", help="clamp x0 estimates to [-1, 1] at every step; for pixels alone")
+    add("--device", choices=("cuda", "cpu", "mps"), help="default: cuda where there is one, else cpu; mps is to try")
     add("--dtype", choices=("float32", "tf32", "bfloat16"), help="of the network; tf32 is float32 with shorter "
-        "factors in products, which a GPU does faster", default="tf32" if torch.cuda.is_available() else "float32")
+        "factors in products, which a GPU does faster (default: tf32 on cuda, else float32)")
     add("--seed", type=at_least(0), default=0, help="of labels and noise")
     add("--raw", action="store_true", help="the weights themselves instead of their EMA")
     add("--batch-size", type=at_least(1), default=64, help="images at a time in each process")
@@ -345,7 +347,8 @@ def settle(args, model, config):
 
 def main():
     args = parse()
-    rank, _, device = processes()
+    rank, _, device = processes(args.device)
+    args.dtype = args.dtype or ("tf32" if device.type == "cuda" else "float32")
     ckpt = Path(args.ckpt)
     if ckpt.is_dir():
         ckpt = ckpt / "ckpt.pt"

@@ -71,16 +71,16 @@ DEFAULT = dict(weighting="min_snr", curriculum=50_000, schedule="cosine", T=1000
                warmup=0, decay=0.0, ema=.9999, flip=True)
 
 
-def preset(dataset, model=None, target=None):
+def preset(dataset, model=None, target=None, gpu=False):
     """The row of a data set, network and target, as a dict. Without a row of this network: the data set's first
-    one with this target, else its first. Without a row of this data set: a row "folder", on a CPU its second.
+    one with this target, else its first. Without a row of this data set: a row "folder", without a gpu its second.
     Betas and weight decay are those of the network's kind (ViT or UNet) unless the row sets them.
     """
     rows = [dict(zip(COLUMNS, row)) for row in PRESETS]
     own = [row for row in rows if row["dataset"] == dataset != "folder"]
     if not own:
         own = [row for row in rows if row["dataset"] == "folder"]
-        if not torch.cuda.is_available():
+        if not gpu:
             own.reverse()
     model = model or own[0]["model"]
     row = max(own, key=lambda row: (row["model"] == model, row["target"] == target))   # max takes the first of equals
@@ -98,7 +98,7 @@ def preset(dataset, model=None, target=None):
 # MACHINE is not in the config: where and how the run is computed, free at every start. FREE is in the config, so
 # that --resume remembers it, but a resumed run may change it. class_counts follows from the labels, which the
 # fingerprint covers, and older checkpoints lack it.
-MACHINE = "out resume accum compile grad_ckpt data_on_gpu dry_run".split()
+MACHINE = "out resume device accum compile grad_ckpt data_on_gpu dry_run".split()
 FREE = "steps cfg sample_steps data vae_file log_every save_every sample_every keep_every class_counts".split()
 
 
@@ -123,7 +123,6 @@ def parse():
     add = parser.add_argument
     count, switch = at_least(1), argparse.BooleanOptionalAction
     share = between(0, 1 - 1e-9, expected="a number from 0 to below 1")
-    bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     # the run
     add("--dataset", default="shapes", help=f"{', '.join(DATASETS)}, or any packed data/NAME")
     add("--model", choices=MODELS, help="network")
@@ -161,13 +160,13 @@ def parse():
     add("--grad-clip", type=positive, help="norm of the whole gradient to which a longer one is shortened")
     add("--drop", type=share, help="how often a label becomes the null label, for guidance")
     add("--ema", type=share, help="rate of the exponential moving average of the weights")
-    add("--dtype", choices=("float32", "bfloat16", "float64"), help="bfloat16 is autocast",
-        default="bfloat16" if bfloat16 else "float32")
+    add("--dtype", choices=("float32", "bfloat16", "float64"), help="bfloat16 is autocast")
     add("--seed", type=at_least(0), default=0, help="of everything random")
     # sample grids
     add("--cfg", type=between(0, 1000), help="guidance scale, 1 = none")
     add("--sample-steps", type=at_least(1, 10_000), help="Heun steps")
     # this machine and its output: none of these changes the weights but by rounding
+    add("--device", choices=("cuda", "cpu", "mps"), help="default: cuda where there is one, else cpu; mps is to try")
     add("--accum", type=count, default=1, help="micro-batches per step and process, for small memories")
     add("--compile", action=switch, help="torch.compile the network (default: on a GPU, but not for the built-in "
         "shapes, whose run is short)")
@@ -183,16 +182,22 @@ def parse():
     words = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
     # The first pass tells which run or which preset gives the defaults. The second applies the command line to them.
     known = parser.parse_args(words)
+    *_, device = processes(known.device)         # the GPU that is asked about bfloat16
+    gpu = device.type == "cuda"
+    bfloat16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    parser.set_defaults(dtype="bfloat16" if bfloat16 else "float32")
     out = known.out or Path("out") / known.dataset
     state = read(out) if known.resume else None
     if state and "optimizer" not in state:
         raise BadInput(f"{out}: its ckpt.pt is no checkpoint to resume from")
-    defaults = state["config"] if state else preset(known.dataset, known.model, known.target)
+    defaults = state["config"] if state else preset(known.dataset, known.model, known.target, gpu)
     parser.set_defaults(**defaults)
     args = parser.parse_args()
     args.out = out.resolve()
     if args.compile is None:
-        args.compile = torch.cuda.is_available() and args.dataset != "shapes"
+        args.compile = gpu and args.dataset != "shapes"
+    if args.dtype == "float64" and args.device == "mps":
+        raise BadInput("--dtype float64: --device mps has none")
     return args, state
 
 
@@ -345,6 +350,7 @@ def backward(net, diffusion, batch, tally, config, accum=1, world=1):
             loss = loss * scale.to(loss.dtype)                               # 1, or 1 / (q T)
             (loss.sum() * (world / config["batch_size"])).backward()         # DDP divides by world
         with torch.no_grad():
+            loss, mse, t = (part.to(tally.device) for part in (loss, mse, t))
             x0_mse = mse / diffusion.factor[t]
             sums = torch.stack([loss, mse, x0_mse, torch.ones_like(mse)], 1).double()
             sums = torch.where(sums.isfinite().all(1, keepdim=True), sums, 0)    # inf and nan have no part
@@ -438,7 +444,7 @@ def dry_run(config, model, ema, optimizer, diffusion, micro, world):
         n = max(1, min(micro, int(100 / forward)))
     x = torch.randn(n, C, S, S).to(weight)
     t = torch.zeros(n, dtype=torch.long, device=weight.device)
-    tally = torch.zeros(10, 4, dtype=torch.float64, device=weight.device)
+    tally = torch.zeros(10, 4, dtype=torch.float64, device=diffusion.factor.device)
     for _ in range(2):                                                       # the first is not warm
         since = time.monotonic()
         backward(model, diffusion, (x, t, x, t, torch.ones_like(t)), tally, config)
@@ -559,8 +565,8 @@ def stamp(ckpt):
 
 
 def main():
-    rank, world, device = processes()            # selects the GPU that parse() asks about bfloat16
     args, state = parse()
+    rank, world, device = processes(args.device)
     if (args.out / "ckpt.pt").exists() and not (args.resume or args.dry_run):
         raise BadInput(f"--out {args.out}: holds a run already; go on with --resume or choose another folder")
     micro, rest = divmod(args.batch_size, world * args.accum)
@@ -595,7 +601,7 @@ def main():
             dry_run(config, model, ema, optimizer, diffusion, micro, world)
         return
     state = state or dict(step=0, log=0, tally=torch.zeros(10, 4, dtype=torch.float64))
-    tally = state["tally"].to(device)                                        # sums since the last log line
+    tally = state["tally"].to(diffusion.factor.device)                       # sums since the last log line
     if rank > 0:
         tally.zero_()
     else:
@@ -611,7 +617,7 @@ def main():
 
 def train(args, config, data, diffusion, model, ema, optimizer, tally, first):
     """The training loop, from step `first` on."""
-    rank, world, device = processes()
+    rank, world, device = processes(args.device)
     ckpt = args.out / "ckpt.pt"
     steps, B = config["steps"], config["batch_size"]
     dtype = next(model.parameters()).dtype
@@ -632,7 +638,8 @@ def train(args, config, data, diffusion, model, ema, optimizer, tally, first):
         return config[what] and done % config[what] == 0                     # every 0 steps is never
 
     def make_batch(step):
-        parts = draw_step(data, config, diffusion, step, slice(rank * B // world, (rank + 1) * B // world))
+        *parts, scale = draw_step(data, config, diffusion, step, slice(rank * B // world, (rank + 1) * B // world))
+        parts.append(scale.to(dtype))                                        # mps takes no float64
         return [part.pin_memory() if gpu and part.is_cpu else part for part in parts]
     batches = ahead(make_batch, first, steps, threads=4 if gpu else 1)
     ours = stamp(ckpt)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import FORKS, ROOT
 
-from files import (BadInput, NotFinite, Parser, allow_tf32, at_least, between, hash_file, positive, read, read_json,
-                   replace, run, write_json)
+from files import (BadInput, NotFinite, Parser, allow_tf32, at_least, between, hash_file, positive, processes,
+                   read, read_json, replace, run, write_json)
 
 W = torch.arange(40.0)
 OUT_OF_MEMORY = "train.py: out of memory; try a smaller --batch-size, in train.py --accum 2 or --grad-ckpt\n"
@@ -147,6 +147,17 @@ def test_a_full_disk_is_one_line(old, write):
     with pytest.raises(BadInput, match=r"a.pt: cannot be written \(.*No space left on device\)"):
         replace(old, write)
     assert old.read_text() == "old"
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_refused(kind):
+    with pytest.raises(BadInput, match=f"--device {kind}: PyTorch finds none on this machine"):
+        processes(kind)
+
+
+def test_a_mac_s_gpu_is_taken_only_when_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.mps, "is_available", lambda: True)
+    assert [processes(kind)[2].type for kind in (None, "mps")] == ["cpu", "mps"]
 
 
 @pytest.mark.parametrize("allowed", [True, False])

@@ -107,9 +107,8 @@ def test_the_default_of_a_data_set_is_its_first_row(asked, network, target):
 
 
 @pytest.mark.parametrize("gpu, network, target", [(True, "vit-s", "x0"), (False, "unet-tiny", "v")])
-def test_your_own_images_get_a_network_that_suits_the_machine(gpu, network, target, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    row = preset("my photos")
+def test_your_own_images_get_a_network_that_suits_the_machine(gpu, network, target):
+    row = preset("my photos", gpu=gpu)
     assert (row["dataset"], row["model"], row["target"]) == ("my photos", network, target)
 
 
@@ -287,9 +286,11 @@ def test_blocks_that_are_alike_are_compiled_one_by_one(name, parts, monkeypatch)
     ("mine", True, True),
     ("mine --no-compile", True, False),
     ("mine", False, False),
+    ("mine --device cpu", True, False),
 ])
 def test_a_gpu_compiles_but_not_for_the_shapes(words, gpu, compiles, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda local: None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **how: True)
     monkeypatch.setattr(sys, "argv", ["train.py", "--dataset", *words.split()])
     args, _ = train.parse()

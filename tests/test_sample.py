@@ -212,6 +212,14 @@ def test_folder_and_npz_hold_the_same_images_and_protocol(main, refused):
     assert "exists already" in refused("--n 7 --out a.npz")
 
 
+@pytest.mark.parametrize("device, dtype", [("cuda", "tf32"), ("cpu", "float32"), ("mps", "float32")])
+def test_the_default_dtype_is_tf32_on_a_gpu_of_nvidia_alone(device, dtype, main, monkeypatch):
+    """No network is moved there."""
+    monkeypatch.setattr(sample, "processes", lambda kind: (0, 1, torch.device(kind)))
+    monkeypatch.setattr(sample, "to_device", lambda model, device: model)
+    assert f"labels balanced, {dtype}\n" in main(f"--n 1 --device {device}")
+
+
 def test_a_folder_says_the_label_of_each_image(main):
     main("--n 2 --out folder")
     main("--n 3 --out folder")
@@ -221,7 +229,7 @@ def test_a_folder_says_the_label_of_each_image(main):
 
 def test_the_first_process_waits_for_the_others(main, monkeypatch):
     """Here sleep stands for process 1, which comes with its image late."""
-    monkeypatch.setattr(sample, "processes", lambda: (0, 2, torch.device("cpu")))
+    monkeypatch.setenv("WORLD_SIZE", "2")
     white = Image.new("RGB", (8, 8), "white")
     monkeypatch.setattr(sample.time, "sleep", lambda _: white.save("a.npz.parts/000001.png"))
     main("--n 2 --out a.npz")
@@ -271,7 +279,8 @@ def test_a_batch_that_is_not_whole_is_drawn_anew(tmp_path, monkeypatch):
     def images_of(ks):
         asked.append(list(ks))
         return torch.full((len(ks), 3, 4, 4), len(asked), dtype=torch.uint8)
-    monkeypatch.setattr(sample, "processes", lambda: (1, 2, None))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     sample.save_folder(tmp_path, 10, 2, images_of)
     Path("000005.png").unlink()
     sample.save_folder(tmp_path, 10, 2, images_of)

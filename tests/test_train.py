@@ -648,12 +648,16 @@ def test_help_shows_the_defaults_of_the_preset_that_the_command_names():
         assert f"(default: {default})" in " ".join(found[flag].split())
 
 
-@pytest.mark.parametrize("native, dtype", [(True, "bfloat16"), (False, "float32")])
-def test_bfloat16_is_the_default_of_cards_that_have_it(native, dtype, monkeypatch):
-    card = SimpleNamespace(is_available=lambda: True,
+@pytest.mark.parametrize("device, native, dtype", [
+    ("cuda", True, "bfloat16"),
+    ("cuda", False, "float32"),
+    ("cpu", True, "float32"),
+])
+def test_bfloat16_is_the_default_of_cards_that_have_it(device, native, dtype, monkeypatch):
+    card = SimpleNamespace(is_available=lambda: True, set_device=lambda local: None,
                            is_bf16_supported=lambda including_emulation: including_emulation or native)
     monkeypatch.setattr(torch, "cuda", card)
-    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(sys, "argv", ["train.py", "--device", device])
     assert train.parse()[0].dtype == dtype
 
 
