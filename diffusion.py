@@ -177,6 +177,7 @@ class Diffusion:
         self.T = len(table)
         self.target = target
         self.snr = table / (1 - table)                                       # SNR = alpha^2 / sigma^2
+        self.snr_on_cpu = self.snr               # density reads it, in a thread that must not wait for a GPU
         self.weight = loss_weight(self.snr, weighting, target, gamma)
         self.factor = target_factor(self.snr, target)
         self.timesteps = timesteps
@@ -194,7 +195,7 @@ class Diffusion:
 
     def density(self, step=0):
         """q(t) of a step of training, float64 (T,), on the CPU."""
-        return timestep_density(self.timesteps, self.snr.cpu(), step)
+        return timestep_density(self.timesteps, self.snr_on_cpu, step)
 
     def draw(self, B, generator, step=0):
         """t (B,) long with density q, and 1 / (q T) (B,) float64, on the CPU.

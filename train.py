@@ -98,7 +98,7 @@ def preset(dataset, model=None, target=None, gpu=False):
 # MACHINE is not in the config: where and how the run is computed, free at every start. FREE is in the config, so
 # that --resume remembers it, but a resumed run may change it. class_counts follows from the labels, which the
 # fingerprint covers, and older checkpoints lack it.
-MACHINE = "out resume device accum compile grad_ckpt data_on_gpu dry_run".split()
+MACHINE = "out resume device accum compile graph grad_ckpt data_on_gpu dry_run".split()
 FREE = "steps cfg sample_steps data vae_file log_every save_every sample_every keep_every class_counts".split()
 
 
@@ -170,6 +170,8 @@ def parse():
     add("--accum", type=count, default=1, help="micro-batches per step and process, for small memories")
     add("--compile", action=switch, help="torch.compile the network (default: on a GPU, but not for the built-in "
         "shapes, whose run is short)")
+    add("--graph", action=switch, help="run a step as one CUDA graph, which spares a small network the launches of "
+        "its kernels (default: on a GPU, for the built-in shapes)")
     add("--grad-ckpt", action="store_true", help="keep the blocks' inputs and compute the rest again for the "
         "gradient: less memory, more time")
     add("--data-on-gpu", action="store_true", help="hold the whole data set in the device's memory")
@@ -196,6 +198,11 @@ def parse():
     args.out = out.resolve()
     if args.compile is None:
         args.compile = gpu and args.dataset != "shapes"
+    graph = gpu and not args.grad_ckpt and processes()[1] == 1
+    if args.graph and not graph:
+        raise BadInput("--graph: is for one process, on cuda, without --grad-ckpt")
+    if args.graph is None:
+        args.graph = graph and args.dataset == "shapes"
     if args.dtype == "float64" and args.device == "mps":
         raise BadInput("--dtype float64: --device mps has none")
     return args, state
@@ -345,7 +352,8 @@ def backward(net, diffusion, batch, tally, config, accum=1, world=1):
     for i, (x0, t, noise, y, scale) in enumerate(micro_batches):
         waits = world > 1 and i + 1 < accum
         with net.no_sync() if waits else contextlib.nullcontext():
-            with torch.autocast(x0.device.type, torch.bfloat16, enabled=config["dtype"] == "bfloat16"):
+            half = config["dtype"] == "bfloat16"
+            with torch.autocast(x0.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
                 loss, mse = diffusion.loss(net, x0, t, noise, y)
             loss = loss * scale.to(loss.dtype)                               # 1, or 1 / (q T)
             (loss.sum() * (world / config["batch_size"])).backward()         # DDP divides by world
@@ -364,13 +372,20 @@ def learning_rate(config, step):
     return config["lr"] * rise * fall
 
 
+def set_rate(optimizer, rate):
+    """A graph reads the learning rate from a tensor, and everyone else a number."""
+    for group in optimizer.param_groups:
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
 @torch.no_grad()
-def update(model, ema, optimizer, config, step):
+def update(model, ema, optimizer, config):
     """One step of AdamW and one of the moving average of the weights, both left out where a gradient is not
     finite. -> whether they were, a tensor (), so that the host need not wait for the device to know.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, step)
     averages, weights = list(ema.parameters()), list(model.parameters())
     grads = [p.grad for p in weights if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
@@ -448,7 +463,7 @@ def dry_run(config, model, ema, optimizer, diffusion, micro, world):
     for _ in range(2):                                                       # the first is not warm
         since = time.monotonic()
         backward(model, diffusion, (x, t, x, t, torch.ones_like(t)), tally, config)
-        update(model, ema, optimizer, config, 0).item()                      # waits for the device
+        update(model, ema, optimizer, config).item()                         # waits for the device
         rate = n * world / (time.monotonic() - since)
     step = config["batch_size"] / rate
     days = config["steps"] * step / 86_400
@@ -517,6 +532,8 @@ def make_networks(args, config, device, state=None):
         model.load_state_dict(state.pop("model"))
         ema.load_state_dict(state.pop("ema"))
         optimizer.load_state_dict(state.pop("optimizer"))
+        for group in optimizer.param_groups:     # a graph's are tensors
+            group["lr"] = float(group["lr"])
     return model, ema, optimizer
 
 
@@ -529,6 +546,38 @@ def compile_network(model):
     shapes = {tuple(p.shape for p in block.parameters()) for block in blocks}
     for part in blocks if len(shapes) == 1 else [model]:
         part.compile()
+
+
+def as_graph(step, optimizer):
+    """step(batch) -> the same function, which a GPU runs from the fourth call on as one CUDA graph: it replays the
+    kernels of that call on the tensors of that call, into which every batch is copied. Python then launches
+    one thing a step, and not hundreds. The first three calls are common ones, as a graph wants to be run in.
+    """
+    warm_up, graph, calls = torch.cuda.Stream(), torch.cuda.CUDAGraph(), 0
+    inputs = output = None
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(group["lr"], device="cuda")
+
+    def call(batch):
+        nonlocal calls, inputs, output
+        calls += 1
+        if calls <= 3:
+            warm_up.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(warm_up):
+                output = step(batch)
+            torch.cuda.current_stream().wait_stream(warm_up)
+            return output
+        if calls == 4:
+            inputs = [part.clone() for part in batch]
+            for group in optimizer.param_groups:
+                group["capturable"] = True
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):     # other threads prepare batches
+                output = step(inputs)
+        for still, part in zip(inputs, batch):
+            still.copy_(part)
+        graph.replay()
+        return output
+    return call
 
 
 def picture(ema, config, out, step, device):
@@ -626,6 +675,12 @@ def train(args, config, data, diffusion, model, ema, optimizer, tally, first):
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
         net = DistributedDataParallel(model)
+
+    def one_step(batch):
+        backward(net, diffusion, batch, tally, config, args.accum, world)
+        return update(model, ema, optimizer, config)
+    if args.graph:
+        one_step = as_graph(one_step, optimizer)
     signals = []
 
     def remember(number, frame):
@@ -655,8 +710,8 @@ def train(args, config, data, diffusion, model, ema, optimizer, tally, first):
         waited += time.monotonic() - now
 
         # loss and gradients, then update of weights and EMA
-        backward(net, diffusion, batch, tally, config, args.accum, world)
-        skipped += update(model, ema, optimizer, config, step)
+        set_rate(optimizer, learning_rate(config, step))
+        skipped += one_step(batch)
 
         # stop signal, agreed on by all processes
         done = step + 1

@@ -120,7 +120,7 @@ def our_steps(flags, config, batch, compiled):
     yield
     while True:
         train.backward(model, diffusion, batch, tally, config)
-        train.update(model, ema, optimizer, config, 0)
+        train.update(model, ema, optimizer, config)
         yield
 
 

@@ -16,7 +16,7 @@ from files import allow_tf32, leave_group, read
 from model_unet import from_adm
 from model_vit import SIZES, ViT, from_official
 from sample import draw, load_checkpoint, to_device
-from train import backward, compile_network, update
+from train import backward, compile_network, learning_rate
 from vae import load_vae
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -127,9 +127,9 @@ def test_images_in_bfloat16_are_those_in_float32_but_for_a_few_grey_levels(name,
 
 def test_a_stopped_and_resumed_run_is_the_straight_run(tmp_path):
     """To rounding, as a GPU may add numbers up in any order. Without AdamW's moments the distance is 5e-3."""
-    command = f"{TINY} --steps 6 --dtype float32 --out"
+    command = f"{TINY} --steps 10 --dtype float32 --out"
     launch(tmp_path, f"{command} whole")
-    launch(tmp_path, f"{command} parts", code=143, update=in_step(2, terminate))
+    launch(tmp_path, f"{command} parts", code=143, learning_rate=in_step(4, terminate))
     launch(tmp_path, "--resume --out parts")
     whole, parts = (flat(read(tmp_path / name)["model"].values()) for name in ("whole", "parts"))
     distance = (parts - whole).norm() / whole.norm()
@@ -139,25 +139,25 @@ def test_a_stopped_and_resumed_run_is_the_straight_run(tmp_path):
 
 @pytest.fixture
 def watched():
-    """An update() of train, for ten steps, the last of which is logged. From step 2 to step 8 it is an error
+    """A learning_rate() of train, for ten steps, the last of which is logged. From step 5 to step 8 it is an error
     if the host waits for the GPU.
     """
-    def watching(model, ema, optimizer, config, step):
-        if step == 2:
+    def watching(config, step):
+        if step == 5:
             torch.cuda.set_sync_debug_mode("error")
         if step == 8:
             with pytest.raises(RuntimeError, match="synchronizing"):         # it was watched until now
                 torch.ones((), device=DEVICE).item()
             torch.cuda.set_sync_debug_mode("default")
-        return update(model, ema, optimizer, config, step)
+        return learning_rate(config, step)
     yield watching
     torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_no_step_between_two_log_lines_waits_for_the_gpu(target, watched, tmp_path):
-    command = f"{TINY} --target {target} --accum 2 --grad-clip 1 --importance --steps 10 --out run"
-    launch(tmp_path, command, update=watched)
+@pytest.mark.parametrize("how", ["--graph", *(f"--no-graph --target {target}" for target in TARGETS)])
+def test_no_step_between_two_log_lines_waits_for_the_gpu(how, watched, tmp_path):
+    command = f"{TINY} {how} --accum 2 --grad-clip 1 --importance --steps 10 --out run"
+    launch(tmp_path, command, learning_rate=watched)
 
 
 def test_gradient_checkpointing_saves_memory_and_changes_no_gradient():
@@ -227,12 +227,16 @@ def test_a_compiled_runs_checkpoint_is_a_plain_one_and_samples(tmp_path):
 
 @pytest.mark.parametrize("model, dtype, how, tolerance", [
     ("vit-tiny", "float32", "--data-on-gpu", 1e-5),
+    ("vit-tiny", "float32", "--graph", 1e-5),
+    ("vit-tiny", "bfloat16", "--graph --accum 2 --grad-clip 1", 2e-3),
+    ("vit-tiny", "bfloat16", "--graph --compile --data-on-gpu", 2e-3),
     ("vit-tiny", "float32", "--compile", 1e-5),
     ("vit-tiny", "bfloat16", "--compile", 2e-3),
     ("unet-tiny", "bfloat16", "--compile", 2e-3),                            # the longest, 40 s
 ])
 def test_how_a_run_is_computed_changes_its_losses_by_rounding_alone(model, dtype, how, tolerance, tmp_path):
-    command = f"{TINY} --model {model} --dtype {dtype} --steps 3 --log-every 1"
+    """A graph begins in step 3."""
+    command = f"{TINY} --model {model} --dtype {dtype} --no-graph --steps 8 --log-every 1"
     launch(tmp_path, f"{command} --out plain")
     launch(tmp_path, f"{command} {how} --out run", compile_network=compile_or_fail)
     plain, run = (np.array(log_of(tmp_path / name)[1:], float)[:, 1] for name in ("plain", "run"))

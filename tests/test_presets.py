@@ -281,17 +281,24 @@ def test_blocks_that_are_alike_are_compiled_one_by_one(name, parts, monkeypatch)
     assert set(seen) == {parts}
 
 
-@pytest.mark.parametrize("words, gpu, compiles", [
-    ("shapes", True, False),
-    ("mine", True, True),
-    ("mine --no-compile", True, False),
-    ("mine", False, False),
-    ("mine --device cpu", True, False),
+@pytest.mark.parametrize("words, gpu, compiled, graph", [
+    ("shapes", True, False, True),
+    ("shapes --grad-ckpt", True, False, False),
+    ("shapes", False, False, False),
+    ("shapes --device cpu", True, False, False),
+    ("mine", True, True, False),
+    ("mine --no-compile --graph", True, False, True),
+    ("mine", False, False, False),
+    ("mine --device cpu", True, False, False),
 ])
-def test_a_gpu_compiles_but_not_for_the_shapes(words, gpu, compiles, monkeypatch):
+def test_a_gpu_compiles_or_runs_the_short_steps_of_the_shapes_as_a_graph(words, gpu, compiled, graph, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "set_device", lambda local: None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **how: True)
     monkeypatch.setattr(sys, "argv", ["train.py", "--dataset", *words.split()])
     args, _ = train.parse()
-    assert args.compile == compiles
+    assert (args.compile, args.graph) == (compiled, graph)
+
+
+def test_a_graph_is_for_a_gpu(tmp_path):
+    assert "on cuda" in launch(tmp_path, f"{TINY} --graph --steps 1 --out run", code=2)

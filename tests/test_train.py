@@ -62,13 +62,13 @@ def launch(folder, command, code=0, main=train.main, **functions):
 
 
 def in_step(number, act):
-    """An update() of train that calls act() first in the step of a number."""
-    update = train.update
+    """A learning_rate() of train that calls act() first in the step of a number."""
+    learning_rate = train.learning_rate
 
-    def wrapped(model, ema, optimizer, config, step):
+    def wrapped(config, step):
         if step == number:
             act()
-        return update(model, ema, optimizer, config, step)
+        return learning_rate(config, step)
     return wrapped
 
 
@@ -107,7 +107,7 @@ TWENTY = f"{TINY} --steps 20 --log-every 3 --save-every 10 --sample-every 10"
 
 
 def killed_in_step_13():
-    train.update = in_step(13, kill)
+    train.learning_rate = in_step(13, kill)
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,7 @@ def test_killed_while_saving(moment, step, one, tmp_path):
 
 
 def test_sigterm_saves_and_the_run_goes_on(tmp_path):
-    text = launch(tmp_path, f"{TINY} --steps 4 --out run", code=143, update=in_step(1, terminate))
+    text = launch(tmp_path, f"{TINY} --steps 4 --out run", code=143, learning_rate=in_step(1, terminate))
     assert "go on with --resume" in text
     assert step_of(tmp_path) == 2
     launch(tmp_path, "--resume --out run")
@@ -226,7 +226,7 @@ def test_accumulation_and_grad_ckpt_do_not_change_a_run(how, one, tmp_path):
 
 def stopped_in_step_2():
     if os.environ["RANK"] == "1":                                            # all stop where one is told to
-        train.update = in_step(2, terminate)
+        train.learning_rate = in_step(2, terminate)
 
 
 def test_two_processes_with_accumulation_are_stopped_and_one_goes_on(one, script, tmp_path):
@@ -239,12 +239,12 @@ def test_two_processes_with_accumulation_are_stopped_and_one_goes_on(one, script
 
 def killed_in_step_4():
     if os.environ["RANK"] == "1":
-        train.update = in_step(4, kill)
+        train.learning_rate = in_step(4, kill)
 
 
 def test_one_of_two_processes_dies_and_the_other_ends_with_one_line(one, tmp_path):
     command = f"{FIVE} --save-every 4 --out run"
-    launch(tmp_path, command, code=143, update=in_step(2, terminate))
+    launch(tmp_path, command, code=143, learning_rate=in_step(2, terminate))
     both = []
     for env in group(2):
         words = f"train.py {command} --resume".split()
@@ -374,7 +374,7 @@ def test_one_nan_ends_no_run_where_no_other_step_is_judged_with_it(every, tmp_pa
 def test_a_diverged_run_says_so_at_once_and_at_its_end_and_saves_no_more(every, since, stop, tmp_path):
     command = f"{TINY} --target eps --steps 8 --log-every {every} --save-every 2 --keep-every 2 --out run"
     text = launch(tmp_path, command, code=3, draw_step=noise_is("1e6", 4, 4),
-                  update=in_step(stop, terminate))
+                  learning_rate=in_step(stop, terminate))
     first, last = re.findall(f".*diverged since step {since}:.*", text)
     assert first.startswith("warning: ")
     assert text.endswith(f"{last}\n") and f"the checkpoint from before: {tmp_path}/run/ckpt.pt" in last
@@ -681,7 +681,7 @@ def test_every_flag_is_set_by_a_preset_or_used_by_a_test():
 def test_two_runs_in_one_folder_end_with_one_line(script, tmp_path):
     def other():
         script("train.py", "--resume", "--steps", 3, "--out", "run")
-    text = launch(tmp_path, f"{TINY} --steps 9 --save-every 2 --out run", code=2, update=in_step(3, other))
+    text = launch(tmp_path, f"{TINY} --steps 9 --save-every 2 --out run", code=2, learning_rate=in_step(3, other))
     assert "another run is writing there" in text
     assert step_of(tmp_path) == 3
 
