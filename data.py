@@ -118,6 +118,13 @@ def shapes(indices, size):
 
 # ----------------------------------------------------------------------------------------- batches (training)
 
+def send(tensor, device):
+    """A tensor of the CPU on the device. The host does not wait for a GPU to take it."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 class Images:
     """images, labels int64 (N,) and meta (dict), from anywhere, as batches for training.
 
@@ -130,6 +137,7 @@ class Images:
     def __init__(self, images, labels, meta, flip=False):
         self.images, self.labels = images, labels
         self.meta, self.flip = meta, flip
+        self.device = torch.device("cpu")                                    # where the images are
         self.latents = images.shape[1] == 8
         self.size = images.shape[2]
         self.channels = 4 if self.latents else 3
@@ -152,22 +160,26 @@ class Images:
         have seen there. Without a generator: no flips, and the posterior's mean.
         """
         chosen = np.asarray(indices)[rows]
-        x = torch.as_tensor(self.images[chosen]).float()
         y = torch.from_numpy(self.labels[chosen])
+        if self.device.type != "cpu":
+            chosen = send(torch.from_numpy(chosen), self.device)
+        x = torch.as_tensor(self.images[chosen]).float()
         if self.latents:
             mean, std = x.chunk(2, 1)
             if generator is not None:
                 noise = torch.randn(len(indices), *mean.shape[1:], generator=generator)[rows]
-                mean = mean + std * noise.to(mean.device)
+                mean = mean + std * send(noise, self.device)
             return mean * self.meta["scale"], y
         x.div_(127.5).sub_(1)
         if self.flip and generator is not None:
             flip = torch.rand(len(indices), generator=generator)[rows] < 0.5
-            x[flip] = x[flip].flip(3)
+            flip = send(flip, self.device)[:, None, None, None]
+            x = torch.where(flip, x.flip(3), x)
         return x, y
 
     def to(self, device):
         """Hold all the images in the device's memory."""
+        self.device = torch.device(device)
         self.images = torch.tensor(self.images[:], device=device)
         return self
 

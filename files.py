@@ -114,7 +114,7 @@ def processes(kind=None):
     """
     rank, world, local = env("RANK"), env("WORLD_SIZE", 1), env("LOCAL_RANK")
     kind = kind or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not torch.get_device_module(kind).is_available():
+    if not getattr(torch, kind).is_available():
         raise BadInput(f"--device {kind}: PyTorch finds none on this machine")
     if kind != "cuda":
         return rank, world, torch.device(kind)

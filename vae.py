@@ -219,18 +219,21 @@ def load_vae(path_or_state_dict):
 # ---------------------------------------------------------------------------- command line: images -> latents
 
 def make_encode(vae, device, dtype):
-    """-> encode(images uint8 (n,3,S,S)), the mean and std of their latents, float16 (n,8,S/8,S/8).
+    """-> encode(images uint8 (n,3,S,S)), the mean and std of their latents, float16 (n,8,S/8,S/8). The
+    autoencoder's weights become float32 or bfloat16.
 
     Threads may call it. A GPU takes one after the other, which bounds its memory. A CPU takes all at once,
     each on one core, as a convolution rounds differently on another number of cores.
     """
     turn = threading.Lock() if device.type == "cuda" else contextlib.nullcontext()
+    precision = getattr(torch, dtype)
+    vae.to(precision)
 
     def encode(images):
         torch.set_num_threads(1)                                             # of this thread
         x = torch.from_numpy(images).float().div_(127.5).sub_(1)
-        with turn, torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            moments = vae.moments(x.to(device)).float()
+        with turn:
+            moments = vae.moments(x.to(device, precision)).float()
         return torch.cat(mean_std(moments), 1).half().cpu().numpy()
     return encode
 
@@ -252,6 +255,9 @@ def main():
     rank, world, device = processes()
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     vae = load_vae(args.vae).to(device)
+    if device.type == "cuda":
+        torch._dynamo.config.suppress_errors = True      # without a compiler, as it is
+        vae.encoder.compile()
     pack(args.src, args.size, args.out, args.split, args.dataset, encode=make_encode(vae, device, dtype),
          rank=rank, world=world, labelled=args.classes is None, skip_broken=args.skip_broken,
          vae=hash_file(args.vae), vae_file=os.path.abspath(args.vae), scale=SCALE, dtype=dtype,

@@ -154,7 +154,10 @@ def watched():
     torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("how", ["--graph", *(f"--no-graph --target {target}" for target in TARGETS)])
+HOWS = ["--graph --data-on-gpu --flip", *(f"--no-graph --target {target}" for target in TARGETS)]
+
+
+@pytest.mark.parametrize("how", HOWS)
 def test_no_step_between_two_log_lines_waits_for_the_gpu(how, watched, tmp_path):
     command = f"{TINY} {how} --accum 2 --grad-clip 1 --importance --steps 10 --out run"
     launch(tmp_path, command, learning_rate=watched)
@@ -225,20 +228,19 @@ def test_a_compiled_runs_checkpoint_is_a_plain_one_and_samples(tmp_path):
     assert (tmp_path / "grid.png").exists()
 
 
-@pytest.mark.parametrize("model, dtype, how, tolerance", [
-    ("vit-tiny", "float32", "--data-on-gpu", 1e-5),
-    ("vit-tiny", "float32", "--graph", 1e-5),
-    ("vit-tiny", "bfloat16", "--graph --accum 2 --grad-clip 1", 2e-3),
-    ("vit-tiny", "bfloat16", "--graph --compile --data-on-gpu", 2e-3),
-    ("vit-tiny", "float32", "--compile", 1e-5),
-    ("vit-tiny", "bfloat16", "--compile", 2e-3),
-    ("unet-tiny", "bfloat16", "--compile", 2e-3),                            # the longest, 40 s
+@pytest.mark.parametrize("dtype, how, tolerance", [
+    ("float32", "--data-on-gpu", 1e-5),
+    ("float32", "--graph", 1e-5),
+    ("float32", "--graph --accum 2", 1e-4),
+    ("bfloat16", "--graph --compile --data-on-gpu", 2e-3),
+    ("float32", "--compile", 1e-5),
+    ("bfloat16", "--compile", 2e-3),
 ])
-def test_how_a_run_is_computed_changes_its_losses_by_rounding_alone(model, dtype, how, tolerance, tmp_path):
+def test_how_a_run_is_computed_changes_its_losses_by_rounding_alone(dtype, how, tolerance, tmp_path):
     """A graph begins in step 3."""
-    command = f"{TINY} --model {model} --dtype {dtype} --no-graph --steps 8 --log-every 1"
+    command = f"{TINY} --dtype {dtype} --no-graph --steps 8 --log-every 1"
     launch(tmp_path, f"{command} --out plain")
     launch(tmp_path, f"{command} {how} --out run", compile_network=compile_or_fail)
     plain, run = (np.array(log_of(tmp_path / name)[1:], float)[:, 1] for name in ("plain", "run"))
-    print(model, dtype, how, "relative differences of the losses:", run / plain - 1)
+    print(dtype, how, "relative differences of the losses:", run / plain - 1)
     assert run == pytest.approx(plain, rel=tolerance)

@@ -518,7 +518,7 @@ def min_snr(tmp_path):
 
     def call(**sizes):
         words = ["sh", ROOT / "experiments/min_snr.sh"]
-        code = subprocess.run(words, cwd=tmp_path, env={**os.environ, "PATH": path, **sizes}).returncode
+        code = subprocess.run(words, cwd=tmp_path, env=dict(sizes, PATH=path)).returncode
         commands = (tmp_path / "commands").read_text().splitlines()
         return code, [line for line in commands if line.startswith("train.py")]
     return call
