@@ -152,8 +152,8 @@ def start(seed, k, labels, model):
 def draw(model, config, ks, seed=0, labels="balanced", vae=None, dtype="float32", shown=(), **how):
     """The images of numbers ks, uint8 (N,3,S,S); `how` is what `sampler` takes: steps, cfg, solver, ... With
     dtype "bfloat16" the network runs under autocast; the sampler's state is float64 all the same, but float32 on mps.
-    With `shown`, some of the sampler's t, the images are (N (1 + len(shown)),3,S,S): of each number the noise, then
-    the x0 estimates at these t, decoded and clipped as images are. Raises NotFinite.
+    With `shown`, some of the sampler's t, there are 1 + len(shown) images of each number: its noise and its x0
+    estimates at these t, decoded and clipped as images are. Raises NotFinite.
     """
     y, z = zip(*[start(seed, k, labels, model) for k in ks])
     weight = next(model.parameters())                                        # its device and dtype are used
@@ -185,32 +185,36 @@ def steps_of_strip(diffusion, steps):
     return ts[places.long()].tolist()
 
 
-def headed(sheet, titles):
-    """The sheet of images with a line above each column, whose letters are a quarter of an image's width high."""
-    width = sheet.width // len(titles)
-    sheet = ImageOps.expand(sheet, (0, width // 3, 0, 0), "white")           # at the top alone
+def save_sheet(path, images, columns, titles=(), side=64):
+    """uint8 (N,3,S,S) -> one PNG, `columns` to a row; images are shown larger while no wider than `side`. A title may
+    stand above each column, of as many lines as the first; a letter is a quarter of an image high.
+    """
+    sheet = tile(images.numpy(), columns)
+    scale = max(1, side // images.shape[-1])
+    sheet = sheet.resize((sheet.width * scale, sheet.height * scale), Image.NEAREST)
+    width = sheet.width // columns
+    if titles:
+        lines = len(titles[0].splitlines())
+        sheet = ImageOps.expand(sheet, (0, lines * width // 3, 0, 0), "white")           # at the top alone
     for column, title in enumerate(titles):
         ImageDraw.Draw(sheet).text((column * width, 0), title, "black", font_size=width // 4)
-    return sheet
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    replace(path, lambda file: sheet.save(file, "PNG"))
 
 
 def grid(model, config, path, n=None, batch_size=64, shown=(), **how):
-    """Draw n images (8 rows by default) into one PNG, one class to a column where they fit. With `shown` an image
+    """Draw n images (8 rows by default) into one PNG, one class to a column where they fit. With `shown` each image
     is a row (4 by default), which begins with its noise and its x0 estimates at these t: a strip.
     """
-    titles = ["noise", *[f"t {t}" for t in shown]]
     columns = model.num_classes if 2 <= model.num_classes <= 16 else 8
     n = n or (4 if shown else 8 * columns)
-    columns = len(titles) if shown else min(columns, n)
     batches = batches_of(range(n), batch_size)
     images = torch.cat([draw(model, config, ks, shown=shown, **how) for ks in batches])
-    sheet = tile(images.numpy(), columns)
-    scale = max(1, 64 // images.shape[-1])                                   # small images are shown larger
-    sheet = sheet.resize((sheet.width * scale, sheet.height * scale), Image.NEAREST)
     if shown:
-        sheet = headed(sheet, titles)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    replace(path, lambda file: sheet.save(file, "PNG"))
+        titles = ["noise", *[f"t {t}" for t in shown]]
+        save_sheet(path, images, len(titles), titles)
+    else:
+        save_sheet(path, images, min(columns, n))
     return path
 
 
@@ -321,10 +325,10 @@ def parse():
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint, run folder, or released weights")
     add("--out", type=Path, help="grid .png (default: samples.png beside --ckpt), .npz, or folder of PNGs")
-    add("--strip", action="store_true", help="draw a .png (default: strip.png beside --ckpt) with a row for each image: "
-        "the noise, then the x0 estimates of at most 12 steps, the last of which is the image")
-    add("--n", "--count", type=at_least(1), help="number of images (default: 8 rows in a grid, 4 in a strip, else 64); "
-        "--count under torchrun, whose own parser stumbles over --n")
+    add("--strip", action="store_true", help="draw a .png (default: strip.png beside --ckpt) with a row for each "
+        "image: the noise, then the x0 estimates of at most 12 steps, the last of which is the image")
+    add("--n", "--count", type=at_least(1), help="number of images (default: 8 rows in a grid, 4 in a strip, else "
+        "64); --count under torchrun, whose own parser stumbles over --n")
     add("--cfg", type=between(0, 1000), help="guidance scale, 1 = none (default: the checkpoint's)")
     add("--steps", type=at_least(1, 10_000), help="sampling steps (default: the checkpoint's)")
     add("--solver", choices=SOLVERS, default="heun",
