@@ -152,8 +152,8 @@ def start(seed, k, labels, model):
 def draw(model, config, ks, seed=0, labels="balanced", vae=None, dtype="float32", shown=(), **how):
     """The images of numbers ks, uint8 (N,3,S,S); `how` is what `sampler` takes: steps, cfg, solver, ... With
     dtype "bfloat16" the network runs under autocast; the sampler's state is float64 all the same, but float32 on mps.
-    With `shown`, some of the sampler's t, there are 1 + len(shown) images of each number: its noise and its x0
-    estimates at these t, decoded and clipped as images are. Raises NotFinite.
+    With `shown`, some of the sampler's t, there are 1 + len(shown) images of each number: its noise and its
+    x0 estimates at these t, decoded and clipped as images are. Raises NotFinite.
     """
     y, z = zip(*[start(seed, k, labels, model) for k in ks])
     weight = next(model.parameters())                                        # its device and dtype are used
@@ -186,8 +186,8 @@ def steps_of_strip(diffusion, steps):
 
 
 def save_sheet(path, images, columns, titles=(), side=64):
-    """uint8 (N,3,S,S) -> one PNG, `columns` to a row; images are shown larger while no wider than `side`. A title may
-    stand above each column, of as many lines as the first; a letter is a quarter of an image high.
+    """uint8 (N,3,S,S) -> one PNG, `columns` to a row; small images are shown larger, at most `side` wide. Above
+    each column may stand a title, of as many lines as the first; a letter is a quarter of an image high.
     """
     sheet = tile(images.numpy(), columns)
     scale = max(1, side // images.shape[-1])
@@ -203,8 +203,8 @@ def save_sheet(path, images, columns, titles=(), side=64):
 
 
 def grid(model, config, path, n=None, batch_size=64, shown=(), **how):
-    """Draw n images (8 rows by default) into one PNG, one class to a column where they fit. With `shown` each image
-    is a row (4 by default), which begins with its noise and its x0 estimates at these t: a strip.
+    """Draw n images (8 rows by default) into one PNG, one class to a column where they fit. With `shown` it is a
+    strip: each image has a row (4 by default) of its noise and its x0 estimates at these t.
     """
     columns = model.num_classes if 2 <= model.num_classes <= 16 else 8
     n = n or (4 if shown else 8 * columns)
@@ -325,10 +325,10 @@ def parse():
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint, run folder, or released weights")
     add("--out", type=Path, help="grid .png (default: samples.png beside --ckpt), .npz, or folder of PNGs")
-    add("--strip", action="store_true", help="draw a .png (default: strip.png beside --ckpt) with a row for each "
-        "image: the noise, then the x0 estimates of at most 12 steps, the last of which is the image")
-    add("--n", "--count", type=at_least(1), help="number of images (default: 8 rows in a grid, 4 in a strip, else "
-        "64); --count under torchrun, whose own parser stumbles over --n")
+    add("--strip", action="store_true", help="draw a .png (default: strip.png beside --ckpt) with a row for "
+        "each image: the noise, then the x0 estimates of at most 12 steps, the last of which is the image")
+    add("--n", "--count", type=at_least(1), help="number of images (default: 8 rows in a grid, 4 in a strip, "
+        "else 64); --count under torchrun, whose own parser stumbles over --n")
     add("--cfg", type=between(0, 1000), help="guidance scale, 1 = none (default: the checkpoint's)")
     add("--steps", type=at_least(1, 10_000), help="sampling steps (default: the checkpoint's)")
     add("--solver", choices=SOLVERS, default="heun",

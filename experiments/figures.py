@@ -3,7 +3,7 @@
     python -m experiments.figures curves w4.csv w256.csv --x t --y weight --out figure3.png
     python -m experiments.figures bars objective.csv --x weighting --y over_optimum --logy --out figure4.png
     python -m experiments.figures runs out/min_snr/*/ --y fd_pixels --logy --out figure5.png
-    python -m experiments.figures teach --out assets/teach               # from the formulas alone, for a lecture
+    python -m experiments.figures teach --out assets/teach           # from formulas alone, for a lecture
 
 A curve is the mean of all the values at one x, such as those of several seeds; the band around it is their
 range. `--by` names the columns that tell curves apart, `--panel` those that tell panels apart. `runs` draws
@@ -34,7 +34,7 @@ LOOKS = [  # colour, line, marker, hatch: they are told apart in grey, too
     ("#56b4e9", (0, (1, 1)), "X", "\\\\\\"),
 ]
 
-# width and height of a panel in inches. Letters have 9 points on both: shown as wide, those of SLIDE are larger
+# Width and height of a panel in inches. Letters have 9 points: the smaller the panel, the larger they look.
 PAPER = (4.2, 3.2)
 SLIDE = (2.3, 2.1)
 
@@ -154,7 +154,7 @@ def draw_curves(rows, args, size=PAPER):
     save(figure, args.out)
 
 
-# -------------------------------------------------------------------------- of lectures, by the formulas alone
+# ------------------------------------------------------------------------ of lectures, by the formulas alone
 # Rows of a table. The first column tells curves apart, the second is x, and each of the others is a panel.
 
 def schedules():
@@ -162,15 +162,18 @@ def schedules():
     for name in ("cosine", "linear"):
         d = Diffusion(name)
         for t, (a2, snr) in enumerate(zip(d.alphas_cumprod, d.snr)):
-            yield {"schedule": name, "t": t, "alpha": a2.sqrt(), "sigma": (1 - a2).sqrt(), "log SNR": snr.log()}
+            drawn = {"alpha": a2.sqrt(), "sigma": (1 - a2).sqrt(), "log SNR": snr.log()}
+            yield {"schedule": name, "t": t, **drawn}
 
 
 def weightings():
     """Every weighting at gamma 5, as it weights the x0, the eps and the v loss."""
     for name in WEIGHTINGS:
         for log_snr in torch.linspace(-10, 10, 101, dtype=torch.float64):
-            weights = {f"weight on {target} loss": loss_weight(log_snr.exp(), name, target) for target in TARGETS}
-            yield {"weighting": called(name, 5), "log SNR": log_snr, **weights}
+            row = {"weighting": called(name, 5), "log SNR": log_snr}
+            for target in TARGETS:
+                row[f"weight on {target} loss"] = loss_weight(log_snr.exp(), name, target)
+            yield row
 
 
 def shares():
@@ -183,8 +186,8 @@ def shares():
 
 
 def densities():
-    """q(t) T of every density, with the cosine schedule: 1 where t is drawn as often as by the uniform one. clts
-    is at the end of its curriculum.
+    """q(t) T of every density, with the cosine schedule: 1 where t is drawn as often as by the uniform one.
+    clts is at the end of its curriculum.
     """
     snr = Diffusion().snr
     for name in DENSITIES:
@@ -251,7 +254,7 @@ def runs(args):
 
 
 def teach(args):
-    """Figures for a lecture, from the formulas alone: the cosine schedule but where both are drawn, T = 1000."""
+    """Figures for a lecture, from the formulas alone: with T = 1000."""
     for table in (schedules, weightings, shares, densities):
         rows = list(table())
         by, x, *y = rows[0]
