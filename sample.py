@@ -3,6 +3,7 @@
     python sample.py --ckpt CKPT --n 50000 --out DIR          # PNG files, for FID; or --out FILE.npz
     torchrun --nproc-per-node 8 sample.py --ckpt CKPT --count 50000 --out DIR   # the same images, sooner
     python sample.py --ckpt ema_0.9999_large.pt               # released weights, which are recognised
+    python sample.py --ckpt out/shapes --strip                # the way from noise to image, step by step
 
 Image k = 0, 1, ... depends on the checkpoint, on k, and on the flags that protocol.json lists. The batch size and
 the number of processes change it by rounding at most; with the same of both, a stop in between changes nothing.
@@ -14,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageOps
 
 import model_unet
 import model_vit
 from data import class_names, generator, load_image, tile
-from diffusion import SOLVERS, TARGETS, Diffusion, sampler, steps_run
+from diffusion import SOLVERS, TARGETS, Diffusion, sampler, sampling_timesteps, steps_run, trajectory
 from files import (BadInput, NotFinite, Parser, allow_tf32, at_least, between, env, hash_file, processes,
                    progress, read, read_json, replace, run, say, write_json)
 from vae import load_vae
@@ -148,10 +149,11 @@ def start(seed, k, labels, model):
     return labels[k % len(labels)], noise
 
 
-def draw(model, config, ks, seed=0, labels="balanced", vae=None, dtype="float32", **how):
+def draw(model, config, ks, seed=0, labels="balanced", vae=None, dtype="float32", shown=(), **how):
     """The images of numbers ks, uint8 (N,3,S,S); `how` is what `sampler` takes: steps, cfg, solver, ... With
     dtype "bfloat16" the network runs under autocast; the sampler's state is float64 all the same, but float32 on mps.
-    Raises NotFinite.
+    With `shown`, some of the sampler's t, there are 1 + len(shown) images of each number: its noise and its
+    x0 estimates at these t, decoded and clipped as images are. Raises NotFinite.
     """
     y, z = zip(*[start(seed, k, labels, model) for k in ks])
     weight = next(model.parameters())                                        # its device and dtype are used
@@ -159,7 +161,11 @@ def draw(model, config, ks, seed=0, labels="balanced", vae=None, dtype="float32"
     y = torch.tensor(y, device=weight.device) if model.num_classes else None
     diffusion = Diffusion(config["schedule"], config["T"], config["target"])
     with torch.autocast(weight.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        x = sampler(model, diffusion, z, y, **how)
+        if shown:
+            x0 = dict(trajectory(model, diffusion, z, y, **how))
+            x = torch.stack([z, *[x0[t] for t in shown]], dim=1).flatten(0, 1)
+        else:
+            x = sampler(model, diffusion, z, y, **how)
     if vae:
         x = vae.decode_latent(x.float())
     if not x.isfinite().all():
@@ -171,18 +177,44 @@ def batches_of(ks, size):
     return [ks[i:i + size] for i in range(0, len(ks), size)]
 
 
-def grid(model, config, path, n=None, batch_size=64, **how):
-    """Draw n images (8 rows by default) into one PNG, one class to a column where they fit."""
-    columns = model.num_classes if 2 <= model.num_classes <= 16 else 8
-    n = n or 8 * columns
-    columns = min(columns, n)
-    batches = batches_of(range(n), batch_size)
-    images = torch.cat([draw(model, config, ks, **how) for ks in batches])
+def steps_of_strip(diffusion, steps):
+    """The t of at most 12 sampling steps, evenly chosen, the first and the last among them."""
+    ts = sampling_timesteps(diffusion, steps)
+    places = torch.linspace(0, len(ts) - 1, min(12, len(ts)))
+    say(f"columns: the noise, then the x0 estimates of {len(places)} of {len(ts)} steps")
+    return ts[places.long()].tolist()
+
+
+def save_sheet(path, images, columns, titles=(), side=64):
+    """uint8 (N,3,S,S) -> one PNG, `columns` to a row; small images are shown larger, at most `side` wide. Above
+    each column may stand a title, of as many lines as the first; a letter is a quarter of an image high.
+    """
     sheet = tile(images.numpy(), columns)
-    scale = max(1, 64 // images.shape[-1])                                   # small images are shown larger
+    scale = max(1, side // images.shape[-1])
     sheet = sheet.resize((sheet.width * scale, sheet.height * scale), Image.NEAREST)
+    width = sheet.width // columns
+    if titles:
+        lines = len(titles[0].splitlines())
+        sheet = ImageOps.expand(sheet, (0, lines * width // 3, 0, 0), "white")           # at the top alone
+    for column, title in enumerate(titles):
+        ImageDraw.Draw(sheet).text((column * width, 0), title, "black", font_size=width // 4)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     replace(path, lambda file: sheet.save(file, "PNG"))
+
+
+def grid(model, config, path, n=None, batch_size=64, shown=(), **how):
+    """Draw n images (8 rows by default) into one PNG, one class to a column where they fit. With `shown` it is a
+    strip: each image has a row (4 by default) of its noise and its x0 estimates at these t.
+    """
+    columns = model.num_classes if 2 <= model.num_classes <= 16 else 8
+    n = n or (4 if shown else 8 * columns)
+    batches = batches_of(range(n), batch_size)
+    images = torch.cat([draw(model, config, ks, shown=shown, **how) for ks in batches])
+    if shown:
+        titles = ["noise", *[f"t {t}" for t in shown]]
+        save_sheet(path, images, len(titles), titles)
+    else:
+        save_sheet(path, images, min(columns, n))
     return path
 
 
@@ -293,8 +325,10 @@ def parse():
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint, run folder, or released weights")
     add("--out", type=Path, help="grid .png (default: samples.png beside --ckpt), .npz, or folder of PNGs")
-    add("--n", "--count", type=at_least(1), help="number of images (default: 8 rows in a grid, else 64); "
-        "--count under torchrun, whose own parser stumbles over --n")
+    add("--strip", action="store_true", help="draw a .png (default: strip.png beside --ckpt) with a row for "
+        "each image: the noise, then the x0 estimates of at most 12 steps, the last of which is the image")
+    add("--n", "--count", type=at_least(1), help="number of images (default: 8 rows in a grid, 4 in a strip, "
+        "else 64); --count under torchrun, whose own parser stumbles over --n")
     add("--cfg", type=between(0, 1000), help="guidance scale, 1 = none (default: the checkpoint's)")
     add("--steps", type=at_least(1, 10_000), help="sampling steps (default: the checkpoint's)")
     add("--solver", choices=SOLVERS, default="heun",
@@ -352,7 +386,9 @@ def main():
     ckpt = Path(args.ckpt)
     if ckpt.is_dir():
         ckpt = ckpt / "ckpt.pt"
-    args.out = args.out or ckpt.parent / "samples.png"
+    args.out = args.out or ckpt.parent / ("strip.png" if args.strip else "samples.png")
+    if args.strip and args.out.suffix != ".png":
+        raise BadInput(f"--strip: found --out {args.out}, expected a .png")
     if args.out.suffix not in ("", ".png", ".npz") and not args.out.is_dir():
         raise BadInput(f"--out {args.out}: expected a .png grid, an .npz, or a folder for PNGs")
     model, config = load_checkpoint(ckpt, args.raw, args.target)
@@ -384,6 +420,8 @@ def main():
         how["classifier"] = to_device(find_classifier(args.classifier, model), device)
         how["classifier_scale"] = args.classifier_scale
         protocol["classifier"] = hash_file(args.classifier)
+    if args.strip:
+        how["shown"] = steps_of_strip(levels, steps)
     if args.out.suffix != ".png":
         protocol["checkpoint"] = hash_file(ckpt)
         save_images(args.out, protocol, args.batch_size, model, config, how)

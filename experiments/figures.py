@@ -3,6 +3,7 @@
     python -m experiments.figures curves w4.csv w256.csv --x t --y weight --out figure3.png
     python -m experiments.figures bars objective.csv --x weighting --y over_optimum --logy --out figure4.png
     python -m experiments.figures runs out/min_snr/*/ --y fd_pixels --logy --out figure5.png
+    python -m experiments.figures teach --out assets/teach           # from formulas alone, for a lecture
 
 A curve is the mean of all the values at one x, such as those of several seeds; the band around it is their
 range. `--by` names the columns that tell curves apart, `--panel` those that tell panels apart. `runs` draws
@@ -11,10 +12,16 @@ columns of log.csv and quality.csv against the step; there, --by and --panel nam
 import csv
 import io
 import math
+from argparse import Namespace
 from pathlib import Path
 from statistics import fmean
 
+import torch
+
+from data import generator, shapes
+from diffusion import DENSITIES, TARGETS, WEIGHTINGS, Diffusion, loss_weight, timestep_density
 from files import BadInput, Parser, read_json, replace, run
+from sample import save_sheet, to_uint8
 
 LOOKS = [  # colour, line, marker, hatch: they are told apart in grey, too
     ("#000000", "-", "o", ""),
@@ -26,6 +33,10 @@ LOOKS = [  # colour, line, marker, hatch: they are told apart in grey, too
     ("#e69f00", (0, (3, 1, 1, 1)), "P", "+++"),
     ("#56b4e9", (0, (1, 1)), "X", "\\\\\\"),
 ]
+
+# Width and height of a panel in inches. Letters have 9 points: the smaller the panel, the larger they look.
+PAPER = (4.2, 3.2)
+SLIDE = (2.3, 2.1)
 
 # ---------------------------------------------------------------------------------------------------- tables
 
@@ -69,7 +80,7 @@ def called(weighting, gamma):
 
 # --------------------------------------------------------------------------------------------------- drawing
 
-def canvas(panels, columns):
+def canvas(panels, columns, size=PAPER):
     """-> figure and a list of its axes, `columns` in a row. Raises BadInput where matplotlib is missing."""
     try:
         import matplotlib
@@ -79,7 +90,8 @@ def canvas(panels, columns):
     matplotlib.rcParams.update({"font.size": 9, "legend.fontsize": 7, "axes.grid": True, "grid.alpha": 0.3})
     from matplotlib.figure import Figure
     rows = math.ceil(panels / columns)
-    figure = Figure(figsize=(4.2 * columns, 3.2 * rows), layout="constrained")
+    width, height = size
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)[:panels]
 
 
@@ -111,7 +123,7 @@ def draw_curve(ax, values, name, look):
     ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-def draw_curves(rows, args):
+def draw_curves(rows, args, size=PAPER):
     """Draw columns args.y of the rows: a panel for each y and its args.panel, a curve for each args.by."""
     panels, names = {}, []
     for row in rows:
@@ -125,7 +137,7 @@ def draw_curves(rows, args):
     if not panels:
         raise BadInput("found no rows to draw")
     names = list(dict.fromkeys(names))                                       # each once, in order
-    figure, axes = canvas(len(panels), min(4, len(panels)))
+    figure, axes = canvas(len(panels), min(4, len(panels)), size)
     for ax, ((title, y), drawn) in zip(axes, panels.items()):
         for name, values in drawn.items():
             draw_curve(ax, values, name, LOOKS[names.index(name) % len(LOOKS)])
@@ -134,8 +146,61 @@ def draw_curves(rows, args):
             ax.set_xscale("log")
         if args.logy:
             ax.set_yscale("log" if ax.dataLim.y0 > 0 else "symlog")
-        ax.legend()
+        if size == PAPER:
+            ax.legend()
+    if size == SLIDE:                            # one legend, which hides no curve and has a place of its own
+        figure.set_figwidth(figure.get_figwidth() + 1.5)
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside right center", fontsize=9)
     save(figure, args.out)
+
+
+# ------------------------------------------------------------------------ of lectures, by the formulas alone
+# Rows of a table. The first column tells curves apart, the second is x, and each of the others is a panel.
+
+def schedules():
+    """alpha, sigma and log SNR of both schedules."""
+    for name in ("cosine", "linear"):
+        d = Diffusion(name)
+        for t, (a2, snr) in enumerate(zip(d.alphas_cumprod, d.snr)):
+            drawn = {"alpha": a2.sqrt(), "sigma": (1 - a2).sqrt(), "log SNR": snr.log()}
+            yield {"schedule": name, "t": t, **drawn}
+
+
+def weightings():
+    """Every weighting at gamma 5, as it weights the x0, the eps and the v loss."""
+    for name in WEIGHTINGS:
+        for log_snr in torch.linspace(-10, 10, 101, dtype=torch.float64):
+            row = {"weighting": called(name, 5), "log SNR": log_snr}
+            for target in TARGETS:
+                row[f"weight on {target} loss"] = loss_weight(log_snr.exp(), name, target)
+            yield row
+
+
+def shares():
+    """How much of all the weight on the x0 loss lies at 0 .. t, in per cent, with the cosine schedule."""
+    snr = Diffusion().snr
+    for name, gamma in [("const", 5), ("snr", 5), ("min_snr", 1), ("min_snr", 5), ("min_snr", 20)]:
+        sums = loss_weight(snr, name, "x0", gamma).cumsum(0)
+        for t, part in enumerate(sums / sums[-1]):
+            yield {"weighting": called(name, gamma), "t": t, "% of all weight, up to t": 100 * part}
+
+
+def densities():
+    """q(t) T of every density, with the cosine schedule: 1 where t is drawn as often as by the uniform one.
+    clts is at the end of its curriculum.
+    """
+    snr = Diffusion().snr
+    for name in DENSITIES:
+        for t, q in enumerate(timestep_density(name, snr, step=50_000)):
+            yield {"density": name, "t": t, "q(t) T": q * len(snr)}
+
+
+def noisy(t, index=6, size=60):
+    """x_t of one shape at every t (N,) long, all with the same noise: uint8 (N,3,size,size)."""
+    images, _ = shapes([index], size)
+    x0 = torch.from_numpy(images) / 127.5 - 1
+    noise = torch.randn(x0.shape, generator=generator("teach", 0, index))
+    return to_uint8(Diffusion().q_sample(x0, t, noise))
 
 
 # -------------------------------------------------------------------------------------------------- commands
@@ -188,6 +253,21 @@ def runs(args):
     draw_curves(rows, args)
 
 
+def teach(args):
+    """Figures for a lecture, from the formulas alone: with T = 1000."""
+    for table in (schedules, weightings, shares, densities):
+        rows = list(table())
+        by, x, *y = rows[0]
+        out = Path(args.out, f"{table.__name__}.png")
+        logy = table is weightings
+        draw_curves(rows, Namespace(by=[by], panel=[], x=x, y=y, logx=False, logy=logy, out=out), SLIDE)
+    t = torch.linspace(0, 999, 10).long()
+    titles = [f"t {at}\nlog SNR\n{snr.log():.1f}" for at, snr in zip(t, Diffusion().snr[t])]
+    out = Path(args.out, "noise.png")
+    save_sheet(out, noisy(t), len(t), titles, side=128)
+    print(out)
+
+
 def main():
     parser = Parser(__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -206,6 +286,9 @@ def main():
             command.set_defaults(by=["weighting"], panel=["target"])
         add("--logy", action="store_true", help="logarithmic y")
         add("--out", required=True, help=".png or .svg")
+    command = commands.add_parser("teach", doc=teach.__doc__)
+    command.set_defaults(call=teach)
+    command.add_argument("--out", required=True, help="folder of the figures")
     args = parser.parse_args()
     args.call(args)
 

@@ -17,7 +17,7 @@ import model_unet
 import model_vit
 import sample
 from data import tile
-from diffusion import Diffusion, sampler, steps_run
+from diffusion import Diffusion, sampler, sampling_timesteps, steps_run, trajectory
 from files import BadInput, NotFinite
 from model_vit import SIZES, ViT
 from sample import load_checkpoint, parse_classes, start, to_uint8
@@ -196,6 +196,24 @@ def test_bfloat16_draws_nearly_the_same_images_and_is_in_the_protocol(main):
 def test_a_grid_of_few_images_has_no_empty_places(main):
     main("--n 2 --out few.png")
     assert Image.open("few.png").size == (2 * 64, 64)
+
+
+def test_a_strip_goes_from_the_noise_over_the_estimates_to_the_image(main):
+    main("--strip --n 2")
+    model, _ = load_checkpoint("ckpt.pt")
+    y, z = start(0, 1, "balanced", model)                                    # of the second row
+    path = trajectory(model, Diffusion("linear", 200, "v"), z[None], torch.tensor([y]), **SETTINGS)
+    images = to_uint8(torch.cat([z[None], *[x0 for _, x0 in path]]))
+    found = Image.open("strip.png").crop((0, 21 + 64, 5 * 64, 21 + 2 * 64))  # the titles are 21 high
+    assert near(found.reduce(8), tile(images.numpy(), 5))
+
+
+def test_a_long_strip_shows_twelve_steps_evenly_chosen(main):
+    diffusion = Diffusion("linear", 200)
+    ts = sampling_timesteps(diffusion, 23).tolist()
+    assert len(ts) == 23
+    assert sample.steps_of_strip(diffusion, 23) == ts[::2]
+    assert "x0 estimates of 12 of 23 steps" in main("--strip --n 1 --steps 23")
 
 
 # ------------------------------------------------------------------------------------------------ on disk
@@ -421,6 +439,8 @@ def test_classes_of_a_network_without_any_are_refused():
     "--seeds 1",
     "--interval -1 9",
     "--interval 0 9 --cfg 1",
+    "--strip --out a.npz",
+    "--strip --out folder",
 ])
 def test_a_bad_flag_is_one_line_that_names_it(refused, flags):
     assert flags.split()[0] in refused(flags)
@@ -469,6 +489,9 @@ def test_latents_are_decoded_by_the_vae_of_the_data(main, monkeypatch):
     model, _ = load_checkpoint("ckpt.pt")
     assert near(pictures("a.npz"), by_hand(model, 3, "random", **SETTINGS)[..., :3])
     assert "vae" in read_json("a.protocol.json")
+    main("--strip --n 1 --labels random")
+    image = Image.open("strip.png").crop((4 * 64, 21, 5 * 64, 21 + 64))
+    assert near(image.reduce(8), pictures("a.npz")[0])
 
 
 def test_a_latent_model_asks_for_its_vae(refused):
