@@ -40,13 +40,13 @@ FULL = [
 SHORT = [
     ("tests", 60, "-m pytest -q -m gpu tests"),
     ("vit-tiny", 120, f"{BENCH} train --batch-size 16 --compile"),
-    ("convergence", 120, STUDY),
+    ("convergence", 150, STUDY),
 ]
 # What min_snr.sh reads: twelve runs at a time, as each alone leaves most of the GPU idle.
 LONG_STUDY = dict(DATA="shapes crops", WEIGHTINGS="const min_snr", TARGETS="x0", SEEDS="0 1 2", STEPS="5000",
                   EVERY="1250", EMA="0.999", N="1024", JOBS="12", FLAGS="--data-on-gpu --compile --graph")
 SHORT_STUDY = dict(DATA="shapes", WEIGHTINGS="const min_snr", TARGETS="x0 v", SEEDS="0", STEPS="20",
-                   EVERY="10", EMA="0.9", N="64", JOBS="2")
+                   EVERY="20", EMA="0.9", N="64", JOBS="2")
 
 
 def run_part(name, limit, words, out, env):
