@@ -11,18 +11,11 @@ import copy
 import torch
 from torch import nn
 
-from data import generator
 
+def train(batches, path, resume=False):
+    """Train on batches, (steps,16,4), one a step, and save the run in path -> model, its moving average.
 
-def batch(step):
-    """x (16,4) of step 0, 1, ...: it depends on the step alone, so it need not be saved."""
-    return torch.randn(16, 4, generator=generator("step", 0, step))
-
-
-def train(steps, path, resume=False):
-    """Train until `steps` steps are done and save the run in path -> model, its moving average.
-
-    With resume=True the run goes on from the one in path, and does only the steps that are left.
+    With resume=True the run in path goes on. It was a run of the first few batches and does only those that are left.
     """
     torch.manual_seed(0)
     model = nn.Linear(4, 4)
@@ -35,14 +28,14 @@ def train(steps, path, resume=False):
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
-    for step in range(first, steps):
-        x = batch(step)
+    for step in range(first, len(batches)):
+        x = batches[step]
         loss = (model(x) - x.flip(1)).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         for average, weight in zip(ema.parameters(), model.parameters()):
             average.data.lerp_(weight.data, 0.1)
-    state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=steps)
+    state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=len(batches))
     torch.save(state, path)
     return model, ema
