@@ -1,0 +1,23 @@
+"""Lecture 6: the sampler and guidance.
+
+1. `step` is Euler's: its error halves when the steps double. Make it Heun's, whose error falls to a quarter: evaluate
+   the slope dx / dsigma = (x - x0) / sigma once more where Euler's step lands, and go along the mean of both slopes.
+   A step to sigma = 0 stays Euler's.
+2. Something in `guide` is wrong: scale 1 should mean no guidance, so it should return cond, and scale 0 uncond.
+Read `trajectory` and `guided_x0` in diffusion.py.
+Check with `python -m pytest exercises -k lecture6`.
+"""
+
+
+def step(x, sigma, next_sigma, denoise):
+    """x at noise level sigma -> x at next_sigma, which is lower, perhaps 0.
+
+    x = x0 + sigma eps. denoise(x, sigma) returns the estimate of x0, like x.
+    """
+    slope = (x - denoise(x, sigma)) / sigma
+    return x + (next_sigma - sigma) * slope
+
+
+def guide(cond, uncond, scale):
+    """The x0 estimates with and without the class, like each other -> the guided estimate."""
+    return cond + scale * (cond - uncond)

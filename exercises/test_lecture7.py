@@ -1,0 +1,17 @@
+"""Lecture 7: a set has distance 0 from itself, and from a moved one the least that moving it takes."""
+import torch
+from lecture7 import frechet
+
+A = (torch.arange(40.0).double() ** 2).sin().view(5, 8)  # fewer images than features
+
+
+def test_set_has_distance_0_from_itself():
+    assert 0 <= frechet(A, A) < 1e-6
+
+
+def test_distance_is_the_mean_square_of_the_moves():
+    """A map that is symmetric and positive moves a Gaussian by the shortest way, so its moves are the distance."""
+    moves = A @ (A.T @ A) + 1
+    expected = moves.var(0).sum() + moves.mean(0).square().sum()
+    for found in frechet(A, A + moves), frechet(A + moves, A):
+        assert abs(found / expected - 1) < 1e-6
