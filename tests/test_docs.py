@@ -1,10 +1,12 @@
 """README and docs: links lead somewhere, quoted code is the project's, commands have the flags they name."""
 import importlib
 import re
+import shlex
 import sys
 
 import pytest
 from conftest import ROOT
+from files import Parser
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = {page.name: page.read_text() for page in PAGES}
@@ -48,3 +50,41 @@ def test_a_flag_in_the_docs_is_one_of_its_script(module, flag, first, monkeypatc
     with pytest.raises(SystemExit):
         importlib.import_module(module).main()
     assert re.search(rf"{flag}\b", capsys.readouterr().out)
+
+
+# ------------------------------------------------------------------------------------------------ the course
+
+COURSE = TEXT["course.md"]
+FUNCTIONS = re.findall(r"\[`(?:\w+\.)?(\w+)`\]\(\.\./(.+?)\)", COURSE)
+
+
+@pytest.mark.parametrize("name, file", sorted(set(FUNCTIONS)))
+def test_a_function_that_the_course_links_is_in_its_file(name, file):
+    source = (ROOT / file).read_text()
+    assert re.search(rf"^ *(def|class) {name}\b|^{name} = ", source, re.M)
+
+
+class Parsed(Exception):
+    """The command line was accepted."""
+
+
+@pytest.mark.parametrize("command", re.findall(r"(?:^|`)(python [^`\n]+)", COURSE, re.M))
+def test_a_command_of_the_course_parses(command, monkeypatch):
+    _, first, *words = shlex.split(command, comments=True)
+    if first == "-c":
+        compile(words[0], command, "exec")
+        return
+    if words[0] == "pytest":
+        assert f"](../exercises/{words[-1]}.py)" in COURSE                   # and a link's file exists
+        return
+    if first == "-m":
+        first, *words = words
+    parse_args = Parser.parse_args
+
+    def parse_and_stop(*line):
+        parse_args(*line)
+        raise Parsed
+    monkeypatch.setattr(Parser, "parse_args", parse_and_stop)
+    monkeypatch.setattr(sys, "argv", [first, *words])
+    with pytest.raises(Parsed):
+        importlib.import_module(first.removesuffix(".py")).main()
