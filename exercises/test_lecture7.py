@@ -10,7 +10,7 @@ def test_set_has_distance_0_from_itself():
 
 
 def test_distance_is_the_mean_square_of_the_moves():
-    """A map that is symmetric and positive moves a Gaussian by the shortest way, so its moves are the distance."""
+    """A symmetric positive map moves a Gaussian by the shortest way, so its moves are the distance."""
     moves = A @ (A.T @ A) + 1
     expected = moves.var(0).sum() + moves.mean(0).square().sum()
     for found in frechet(A, A + moves), frechet(A + moves, A):

@@ -7,7 +7,7 @@ def test_resumed_run_is_the_straight_run(tmp_path):
     batches, path = torch.arange(640.0).sin().view(10, 16, 4), tmp_path / "run.pt"
     straight = train(batches, path)
     train(batches[:4], path)
-    batches[:4] = torch.nan                              # those steps are done, and nobody is to do them again
+    batches[:4] = torch.nan                              # whoever does a step again is lost
     resumed = train(batches, path, resume=True)
     for found, expected in zip(resumed, straight):
-        assert torch.equal(found.weight, expected.weight), "weights or moving averages differ; nan: a step is repeated"
+        assert torch.equal(found.weight, expected.weight), "the runs differ; nan: a step was repeated"

@@ -8,7 +8,7 @@ from conftest import ROOT
 
 
 def check(folder):
-    """-> pytest's exit code and text for the exercises in a folder: 0 is green, 1 is red, 2 is an import error."""
+    """-> pytest's exit code, which is 0 if green, 1 if red, 2 if a file does not import, and its text."""
     command = [sys.executable, "-m", "pytest", folder]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return result.returncode, result.stdout

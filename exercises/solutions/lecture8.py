@@ -15,7 +15,7 @@ from torch import nn
 def train(batches, path, resume=False):
     """Train on batches, (steps,16,4), one a step, and save the run in path -> model, its moving average.
 
-    With resume=True the run in path goes on. It was a run of the first few batches and does only those that are left.
+    With resume=True the run in path, of the first few batches, goes on with those that are left.
     """
     torch.manual_seed(0)
     model = nn.Linear(4, 4)
@@ -36,6 +36,7 @@ def train(batches, path, resume=False):
         optimizer.step()
         for average, weight in zip(ema.parameters(), model.parameters()):
             average.data.lerp_(weight.data, 0.1)
-    state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=len(batches))
+    state = dict(model=model.state_dict(), ema=ema.state_dict(), step=len(batches))
+    state["optimizer"] = optimizer.state_dict()
     torch.save(state, path)
     return model, ema
