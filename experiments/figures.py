@@ -144,7 +144,7 @@ def draw_curves(rows, args, size=PAPER):
         ax.set(title=title, xlabel=args.x, ylabel=y)
         if args.logx:
             ax.set_xscale("log")
-        if args.logy:
+        if args.logy and math.isfinite(ax.dataLim.y0):                       # inf: there is no finite value
             ax.set_yscale("log" if ax.dataLim.y0 > 0 else "symlog")
         if size == PAPER:
             ax.legend()

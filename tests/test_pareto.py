@@ -438,6 +438,12 @@ def test_a_curve_is_the_mean_and_its_band_the_range(command, axes, tmp_path):
     assert p.get_linestyle() != q.get_linestyle()                            # told apart in grey
 
 
+def test_a_panel_without_a_finite_value_is_drawn_empty(command, tmp_path):
+    (tmp_path / "a.csv").write_text("step,loss\n0,nan\n10,nan\n")
+    command(figures, "curves", "a.csv", "--y", "loss", "--logy", "--out", "a.png")
+    assert (tmp_path / "a.png").exists()
+
+
 def test_bars_are_means_over_files(command, axes, tmp_path):
     (tmp_path / "a.csv").write_text("weighting,over\nugd,1\nsnr,2\n")
     (tmp_path / "b.csv").write_text("weighting,over\nugd,1\nsnr,4\n")
