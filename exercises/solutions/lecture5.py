@@ -7,7 +7,8 @@ Read model_vit.py: `sinusoids` turns t into numbers that are alike for neighbour
 is an embedding with one row more than there are classes, which is the null label and also stands for y =
 None.
 Check with `python -m pytest exercises -k lecture5`, which trains for 60 steps on the built-in shapes.
-When it is green, make it a row of `MODELS` in sample.py, and train.py trains it.
+When it is green, copy it into a file beside sample.py, import it there, make it a row of `MODELS`, and train.py
+trains it, in a few hundred steps.
 """
 import torch
 from torch import nn
