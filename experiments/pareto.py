@@ -371,6 +371,8 @@ def needs_command(runs, out):
     for folder in map(Path, runs):
         config, file = read_json(folder / "config.json"), folder / "quality.csv"
         lines = read_csv(file) if file.exists() else []
+        if not lines:
+            say(f"warning: {folder} has no quality.csv: its weighting's mean is nan")
         for line in lines:
             line["not_recognised"] = 1 - entry(line, "recognised", float)
         for column in ("fd_pixels", "fd_judge", "not_recognised", "x0_mse"):

@@ -505,6 +505,13 @@ def test_needs_is_the_step_of_the_best_weightings_end(command, tmp_path):
     assert column("n.csv", "needs", str)[:4] == ["400", "168 <=100", "-", "- -"]     # 100 * 2 ** (3 / 4)
 
 
+def test_needs_names_a_run_that_was_not_measured(command, tmp_path, capsys):
+    write_run(tmp_path / "a", "x0", "const", "")
+    (tmp_path / "a/quality.csv").unlink()
+    command(pareto, "needs", "--runs", "a", "--out", "n.csv")
+    assert "warning: a has no quality.csv" in capsys.readouterr().out
+
+
 PYTHON = """#!/bin/sh
 # Stands in for python: training makes a checkpoint, but target v diverges and seed 9 is an error; measuring
 # adds a line.
