@@ -5,9 +5,9 @@
     python train.py --resume                                    # go on where out/shapes was stopped
     python train.py --init out/shapes --out out/tuned           # a new run that starts from another's weights
 
-A run depends on its flags and --seed. The number of processes, --accum and --compile change rounding alone, and a
-stop and --resume nothing. Whether there is a GPU decides the defaults of --dtype and --compile, and the preset of
-your own images.
+A run depends on its flags and --seed. The number of processes, --accum, --compile and --graph change rounding
+alone, and a stop and --resume nothing. Whether there is a GPU decides the defaults of --dtype, --compile and
+--graph, and the preset of your own images.
 """
 import argparse
 import contextlib
@@ -373,7 +373,7 @@ def learning_rate(config, step):
 
 
 def set_rate(optimizer, rate):
-    """A graph reads the learning rate from a tensor, and everyone else a number."""
+    """Set the learning rate: a number, but in a CUDA graph a tensor, which the graph reads anew in every step."""
     for group in optimizer.param_groups:
         if torch.is_tensor(group["lr"]):
             group["lr"].fill_(rate)
@@ -532,8 +532,8 @@ def make_networks(args, config, device, state=None):
         model.load_state_dict(state.pop("model"))
         ema.load_state_dict(state.pop("ema"))
         optimizer.load_state_dict(state.pop("optimizer"))
-        for group in optimizer.param_groups:     # a graph's are tensors
-            group["lr"] = float(group["lr"])
+        for group in optimizer.param_groups:     # as_graph makes them otherwise
+            group["lr"], group["capturable"] = float(group["lr"]), False
     return model, ema, optimizer
 
 
@@ -549,9 +549,11 @@ def compile_network(model):
 
 
 def as_graph(step, optimizer):
-    """step(batch) -> the same function, which a GPU runs from the fourth call on as one CUDA graph: it replays the
-    kernels of that call on the tensors of that call, into which every batch is copied. Python then launches
-    one thing a step, and not hundreds. The first three calls are common ones, as a graph wants to be run in.
+    """step(batch) -> the same function as a CUDA graph, so that Python launches one thing a step instead of hundreds.
+
+    The fourth call is recorded, and from then on the GPU replays its kernels. They read the batch from the same
+    tensors every time, so each new batch is copied there. The first three calls run as usual: what is recorded
+    must find its libraries loaded and the optimizer's state made.
     """
     warm_up, graph, calls = torch.cuda.Stream(), torch.cuda.CUDAGraph(), 0
     inputs = output = None
