@@ -341,7 +341,7 @@ def parse():
         "image; balanced: k modulo the number of classes; data: drawn as often as the training data have them "
         "(default: balanced in a grid, else random)")
     add("--clip", action="store_true", help="clamp x0 estimates to [-1, 1] at every step; for pixels alone")
-    add("--device", choices=("cuda", "cpu", "mps"), help="default: cuda where there is one, else cpu; mps is to try")
+    add("--device", choices=("cuda", "cpu", "mps"), help="default: cuda where there is one, else cpu; mps is untested")
     add("--dtype", choices=("float32", "tf32", "bfloat16"), help="of the network; tf32 is float32 with shorter "
         "factors in products, which a GPU does faster (default: tf32 on cuda, else float32)")
     add("--seed", type=at_least(0), default=0, help="of labels and noise")

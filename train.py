@@ -166,12 +166,12 @@ def parse():
     add("--cfg", type=between(0, 1000), help="guidance scale, 1 = none")
     add("--sample-steps", type=at_least(1, 10_000), help="Heun steps")
     # this machine and its output: none of these changes the weights but by rounding
-    add("--device", choices=("cuda", "cpu", "mps"), help="default: cuda where there is one, else cpu; mps is to try")
+    add("--device", choices=("cuda", "cpu", "mps"), help="default: cuda where there is one, else cpu; mps is untested")
     add("--accum", type=count, default=1, help="micro-batches per step and process, for small memories")
     add("--compile", action=switch, help="torch.compile the network (default: on a GPU, but not for the built-in "
         "shapes, whose run is short)")
-    add("--graph", action=switch, help="run a step as one CUDA graph, which spares a small network the launches of "
-        "its kernels (default: on a GPU, for the built-in shapes)")
+    add("--graph", action=switch, help="run a step as one CUDA graph, which is faster for small networks (default: "
+        "on a GPU, for the built-in shapes)")
     add("--grad-ckpt", action="store_true", help="keep the blocks' inputs and compute the rest again for the "
         "gradient: less memory, more time")
     add("--data-on-gpu", action="store_true", help="hold the whole data set in the device's memory")
@@ -353,12 +353,13 @@ def backward(net, diffusion, batch, tally, config, accum=1, world=1):
         waits = world > 1 and i + 1 < accum
         with net.no_sync() if waits else contextlib.nullcontext():
             half = config["dtype"] == "bfloat16"
+            # without its cache: a CUDA graph must not depend on weights that were cast before it
             with torch.autocast(x0.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
                 loss, mse = diffusion.loss(net, x0, t, noise, y)
             loss = loss * scale.to(loss.dtype)                               # 1, or 1 / (q T)
             (loss.sum() * (world / config["batch_size"])).backward()         # DDP divides by world
         with torch.no_grad():
-            loss, mse, t = (part.to(tally.device) for part in (loss, mse, t))
+            loss, mse, t = (part.to(tally.device) for part in (loss, mse, t))    # on a Mac the tally is on the CPU
             x0_mse = mse / diffusion.factor[t]
             sums = torch.stack([loss, mse, x0_mse, torch.ones_like(mse)], 1).double()
             sums = torch.where(sums.isfinite().all(1, keepdim=True), sums, 0)    # inf and nan have no part
@@ -468,7 +469,7 @@ def dry_run(config, model, ema, optimizer, diffusion, micro, world):
     step = config["batch_size"] / rate
     days = config["steps"] * step / 86_400
     print(f"dry run: {rate:,.2f} images/s, {step * 1e3:,.0f} ms a step, {rate * 3 * forward / 1e3:,.2f} "
-          f"TFLOP/s; measured with {n} images at a time, without data and communication")
+          f"TFLOP/s; measured with {n} images at a time, without data, communication and --graph")
     print(f"{config['steps']:,} steps: {24 * days:,.1f} hours, {days:,.1f} days")
 
 
@@ -573,7 +574,7 @@ def as_graph(step, optimizer):
             inputs = [part.clone() for part in batch]
             for group in optimizer.param_groups:
                 group["capturable"] = True
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):     # other threads prepare batches
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):     # other threads may use the GPU
                 output = step(inputs)
         for still, part in zip(inputs, batch):
             still.copy_(part)

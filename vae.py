@@ -256,7 +256,7 @@ def main():
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     vae = load_vae(args.vae).to(device)
     if device.type == "cuda":
-        torch._dynamo.config.suppress_errors = True      # without a compiler, as it is
+        torch._dynamo.config.suppress_errors = True      # no compiler: it runs as it is
         vae.encoder.compile()
     pack(args.src, args.size, args.out, args.split, args.dataset, encode=make_encode(vae, device, dtype),
          rank=rank, world=world, labelled=args.classes is None, skip_broken=args.skip_broken,

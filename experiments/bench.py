@@ -83,7 +83,7 @@ def compare(name, n, ours, other, baseline):
     dtype = torch.bfloat16 if GPU else torch.float32
     matrices = torch.randn(2, PRODUCT, PRODUCT, device=DEVICE).to(dtype)
     product = functools.partial(torch.matmul, *matrices)
-    for call in (other, other, product):                                     # warm; training first builds a network
+    for call in (other, other, product):                                     # a training's first call builds its networks
         call()
     rounds = []
     for _ in range(ROUNDS):

@@ -1,10 +1,10 @@
-"""What this project does on a GPU, as one table: its tests there, its speeds, the demo, and the paper's claim.
+"""What this project does on a GPU, as one table: its tests there, its speeds, the demo, and const beside min-SNR.
 
-    python -m experiments.gpu            # 8 minutes of an H100 or H200; no data, no network
+    python -m experiments.gpu            # at most 12 minutes of an H100 or H200, without a network; pip install scikit-image
     python -m experiments.gpu --short    # the same code in small, on a CPU: 3 minutes
 
-Each part is a command that anybody can type. A part that fails or runs out of its time is said to, and the others
-run all the same. --out gets gpu.md (the table), gpu.json (the same for programs), and each part's whole output.
+Each part is a command that anybody can type. A part that fails or runs out of its time is reported, and the others
+still run. --out gets gpu.md (the table), gpu.json (the same for programs), and each part's whole output.
 """
 import contextlib
 import os
@@ -87,7 +87,7 @@ def main():
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     parts, study = (SHORT, SHORT_STUDY) if args.short else (FULL, LONG_STUDY)
-    if parts is FULL and not torch.cuda.is_available():
+    if not args.short and not torch.cuda.is_available():
         raise BadInput("there is no GPU here; expected one, or --short")
     env = dict(os.environ, **study, OUT=str(out / "min_snr"), OBJECTIVE="", PYTHON=sys.executable)
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

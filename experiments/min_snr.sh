@@ -1,5 +1,5 @@
 #!/bin/sh
-# Figures 4 to 6 of the Min-SNR paper in small, and how soon each weighting gets where. Started again after
+# Figures 4 to 6 of the Min-SNR paper in small, and when each weighting gets to the best one's error. Started again after
 # a kill, it goes on. Sizes come from the environment:
 #
 #   DATA="shapes crops" WEIGHTINGS="const min_snr" TARGETS=x0 STEPS=10000 EVERY=1250 sh experiments/min_snr.sh

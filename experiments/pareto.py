@@ -400,7 +400,7 @@ def ugd_command(ckpt, K, n, seed, lam, out):
 
 
 FLAGS = dict(
-    ckpt=dict(required=True, help="run folder of train.py; but for measure, a checkpoint too"),
+    ckpt=dict(required=True, help="run folder of train.py; for all but measure, a checkpoint too"),
     runs=dict(required=True, nargs="+", help="run folders that were measured"),
     K=dict(type=at_least(1), default=50, help="bins of t"),
     n=dict(type=at_least(2), default=256, help="samples a bin; measure: images, too"),
