@@ -17,6 +17,13 @@ def test_p_50_is_min_snr_but_for_a_factor_between_2_to_the_minus_1_over_50_and_1
     assert (ratio - 1).abs().max() < 0.014, "SNR^-50 overflows"
 
 
+def test_corner_is_rounded_off():
+    """At SNR = gamma the two terms are equal."""
+    at_gamma = torch.tensor([5.0], dtype=torch.float64)
+    for p in 8, 50:
+        assert abs(smooth_min(at_gamma, 5.0, p).item() / (5 * 2 ** (-1 / p)) - 1) < 1e-9
+
+
 def test_row_has_p_8():
     diffusion = Diffusion(weighting="smooth_min", gamma=3.0)
-    assert torch.equal(diffusion.weight, smooth_min(diffusion.snr, 3.0, 8))
+    assert torch.allclose(diffusion.weight, smooth_min(diffusion.snr, 3.0, 8), rtol=1e-9, atol=0)
