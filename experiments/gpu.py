@@ -40,7 +40,7 @@ FULL = [
 SHORT = [
     ("tests", 60, "-m pytest -q -m gpu tests"),
     ("vit-tiny", 120, f"{BENCH} train --batch-size 16 --compile"),
-    ("convergence", 150, STUDY),
+    ("convergence", 300, STUDY),
 ]
 # What min_snr.sh reads: twelve runs at a time, as each alone leaves most of the GPU idle.
 LONG_STUDY = dict(DATA="shapes crops", WEIGHTINGS="const min_snr", TARGETS="x0", SEEDS="0 1 2", STEPS="5000",
