@@ -520,7 +520,8 @@ def begin(out, meta, rank):
     Raises BadInput where it holds something else.
     """
     notes, labels = out / "meta.json", out / "labels.npy"
-    foreign = any(out.glob("*.npy"))             # asked first: rank 0 may write all between these two lines
+    # asked first, as rank 0 may write all between these lines; a kill may have left a .part
+    foreign = out.exists() and any(file.suffix != ".part" for file in out.iterdir())
     if notes.exists():
         foreign = fingerprint(read_json(notes)) != fingerprint(meta)
     if foreign:

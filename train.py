@@ -184,7 +184,7 @@ def parse():
     words = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
     # The first pass tells which run or which preset gives the defaults. The second applies the command line to them.
     known = parser.parse_args(words)
-    *_, device = processes(known.device)         # the GPU that is asked about bfloat16
+    _, world, device = processes(known.device)   # the GPU that is asked about bfloat16
     gpu = device.type == "cuda"
     bfloat16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     parser.set_defaults(dtype="bfloat16" if bfloat16 else "float32")
@@ -198,7 +198,7 @@ def parse():
     args.out = out.resolve()
     if args.compile is None:
         args.compile = gpu and args.dataset != "shapes"
-    graph = gpu and not args.grad_ckpt and processes()[1] == 1
+    graph = gpu and world == 1 and not args.grad_ckpt
     if args.graph and not graph:
         raise BadInput("--graph: is for one process, on cuda, without --grad-ckpt")
     if args.graph is None:
@@ -556,19 +556,19 @@ def as_graph(step, optimizer):
     tensors every time, so each new batch is copied there. The first three calls run as usual: what is recorded
     must find its libraries loaded and the optimizer's state made.
     """
-    warm_up, graph, calls = torch.cuda.Stream(), torch.cuda.CUDAGraph(), 0
+    side_stream, graph, calls = torch.cuda.Stream(), torch.cuda.CUDAGraph(), 0
     inputs = output = None
     for group in optimizer.param_groups:
-        group["lr"] = torch.tensor(group["lr"], device="cuda")
+        group["lr"] = torch.tensor(group["lr"], device="cuda", dtype=torch.float32)      # AdamW takes no other
 
-    def call(batch):
+    def run_step(batch):
         nonlocal calls, inputs, output
         calls += 1
         if calls <= 3:
-            warm_up.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(warm_up):
+            side_stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side_stream):
                 output = step(batch)
-            torch.cuda.current_stream().wait_stream(warm_up)
+            torch.cuda.current_stream().wait_stream(side_stream)
             return output
         if calls == 4:
             inputs = [part.clone() for part in batch]
@@ -576,11 +576,11 @@ def as_graph(step, optimizer):
                 group["capturable"] = True
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):     # other threads may use the GPU
                 output = step(inputs)
-        for still, part in zip(inputs, batch):
-            still.copy_(part)
+        for recorded, part in zip(inputs, batch, strict=True):
+            recorded.copy_(part)
         graph.replay()
         return output
-    return call
+    return run_step
 
 
 def picture(ema, config, out, step, device):

@@ -1,7 +1,7 @@
 """What this project does on a GPU, as one table: its tests there, its speeds, the demo, and const beside min-SNR.
 
-    python -m experiments.gpu            # at most 12 minutes of an H100 or H200, without a network; pip install scikit-image
-    python -m experiments.gpu --short    # the same code in small, on a CPU: 3 minutes
+    python -m experiments.gpu            # at most 13 minutes of an H100 or H200; pip install scikit-image
+    python -m experiments.gpu --short    # the same code in small, on a CPU: about 2 minutes
 
 Each part is a command that anybody can type. A part that fails or runs out of its time is reported, and the others
 still run. --out gets gpu.md (the table), gpu.json (the same for programs), and each part's whole output.
@@ -46,7 +46,7 @@ SHORT = [
 LONG_STUDY = dict(DATA="shapes crops", WEIGHTINGS="const min_snr", TARGETS="x0", SEEDS="0 1 2", STEPS="5000",
                   EVERY="1250", EMA="0.999", N="1024", JOBS="12", FLAGS="--data-on-gpu --compile --graph")
 SHORT_STUDY = dict(DATA="shapes", WEIGHTINGS="const min_snr", TARGETS="x0 v", SEEDS="0", STEPS="20",
-                   EVERY="20", EMA="0.9", N="64", JOBS="2")
+                   EVERY="20", EMA="0.9", N="64", JOBS="2", FLAGS="")
 
 
 def run_part(name, limit, words, out, env):
@@ -85,10 +85,12 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="folder")
     args = parser.parse_args()
     out = args.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
     parts, study = (SHORT, SHORT_STUDY) if args.short else (FULL, LONG_STUDY)
     if not args.short and not torch.cuda.is_available():
         raise BadInput("there is no GPU here; expected one, or --short")
+    if out.exists() and any(out.iterdir()):
+        raise BadInput(f"--out {out}: holds an earlier measurement; choose a new folder")
+    out.mkdir(parents=True, exist_ok=True)
     env = dict(os.environ, **study, OUT=str(out / "min_snr"), OBJECTIVE="", PYTHON=sys.executable)
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     text = f"# {card}, PyTorch {torch.__version__}, {date.today()}\n"

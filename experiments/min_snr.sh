@@ -5,14 +5,13 @@
 #   DATA="shapes crops" WEIGHTINGS="const min_snr" TARGETS=x0 STEPS=10000 EVERY=1250 sh experiments/min_snr.sh
 #
 # EVERY: steps between snapshots, which are measured with N samples. JOBS: runs at a time. FLAGS: more of
-# train.py's. OBJECTIVE: empty for no figure 4, which takes minutes. OUT: the folder; another EMA or other
-# FLAGS need another one.
+# train.py's. OBJECTIVE: empty for no figure 4, which takes minutes. OUT: the folder; another EMA or N, or other
+# FLAGS, need another one.
 export DATA="${DATA:-shapes}" TARGETS="${TARGETS:-x0 eps v}" SEEDS="${SEEDS:-0 1 2}"
 export WEIGHTINGS="${WEIGHTINGS:-const snr max_snr min_snr}"
 export STEPS="${STEPS:-600}" EVERY="${EVERY:-200}" EMA="${EMA:-.99}" N="${N:-256}" FLAGS
 export JOBS="${JOBS:-1}" OBJECTIVE="${OBJECTIVE-1}" OUT="${OUT:-out/min_snr}" PYTHON="${PYTHON:-python}"
 [ "$JOBS" -eq 1 ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"      # several runs share the cores
-python=$PYTHON
 
 try() {                      # a command; its code 3 says that the run has diverged, which is no failure
     "$@" && return
@@ -23,19 +22,19 @@ try() {                      # a command; its code 3 says that the run has diver
 one_run() {                                      # data, weighting, target, seed
     out=$OUT/$1_$3_$2_$4
     [ "$2" = max_snr ] && gamma=1 || gamma=5
-    if ! grep -qs "^$STEPS," $out/quality.csv; then                      # else it is measured already
+    if ! grep -qs "^$STEPS,$N," $out/quality.csv; then                   # else it is measured already
         [ -e $out/ckpt.pt ] && resume=--resume || resume=
         # a folder's preset is another than that of the shapes, so all that differs is given
-        try $python train.py --out $out --dataset $1 --weighting $2 --gamma $gamma --target $3 --seed $4 \
+        try $PYTHON train.py --out $out --dataset $1 --weighting $2 --gamma $gamma --target $3 --seed $4 \
             --model vit-tiny --batch-size 64 --lr 2e-3 --warmup 100 --decay 0 --betas .9 .99 \
             --weight-decay .03 --ema $EMA --drop .1 --no-flip --no-compile --cfg 1 --sample-steps 1 \
             --log-every $(((STEPS + 19) / 20)) --steps $STEPS --keep-every $EVERY --save-every $EVERY \
             $FLAGS $resume
         [ -e $out/ckpt.pt ] || return 0                                  # diverged before the first was saved
-        try $python -m experiments.pareto measure --ckpt $out --n $N
+        try $PYTHON -m experiments.pareto measure --ckpt $out --n $N
     fi
     if [ "$OBJECTIVE" ] && [ "$2 $3" = "min_snr x0" ] && [ ! -e $out/objective.csv ]; then
-        try $python -m experiments.pareto objective --ckpt $out --out $out/objective.csv
+        try $PYTHON -m experiments.pareto objective --ckpt $out --out $out/objective.csv
     fi
 }
 
@@ -43,17 +42,17 @@ if [ $# -gt 0 ]; then                            # started by xargs below
     one_run "$@"
     exit
 fi
-case " $DATA " in *" crops "*) [ -e data/crops/sheet.png ] || $python -m experiments.crops || exit;; esac
+case " $DATA " in *" crops "*) [ -e data/crops/sheet.png ] || $PYTHON -m experiments.crops || exit;; esac
 for seed in $SEEDS; do for data in $DATA; do for target in $TARGETS; do for weighting in $WEIGHTINGS; do
     echo $data $weighting $target $seed
 done; done; done; done | xargs -n 4 -P "$JOBS" sh "$0"
 failed=$?
-$python -m experiments.pareto needs --runs $OUT/*/ --out $OUT/needs.csv || failed=1
-if ! $python -c "import matplotlib" 2>/dev/null; then
+$PYTHON -m experiments.pareto needs --runs $OUT/*/ --out $OUT/needs.csv || failed=1
+if ! $PYTHON -c "import matplotlib" 2>/dev/null; then
     echo "no figures: they need pip install matplotlib"
     exit $failed
 fi
-draw="$python -m experiments.figures"
+draw="$PYTHON -m experiments.figures"
 runs="$draw runs $OUT/*/ --panel dataset target --logy"
 for data in $DATA; do
     set -- $OUT/${data}_x0_min_snr_*/objective.csv

@@ -327,14 +327,20 @@ def measure_command(ckpt, n):
     of the judge's features, the share of samples that the judge recognises, x0 errors. Steps that are there
     are left out.
     """
-    first, diffusion, data = load(ckpt)
-    if data.latents:
-        raise BadInput(f"--ckpt {ckpt}: draws latents, expected pixels")
-    if not first.num_classes:
-        say("the run has no classes: fd_judge and recognised are nan")
     folder = Path(ckpt)
+    if folder.is_file():
+        raise BadInput(f"--ckpt {ckpt}: is a file, expected the folder of a run")
     file = folder / "quality.csv"
     rows = read_csv(file) if file.exists() else []
+    for row in rows:
+        entry(row, "step", int)
+        if row.get("n", str(n)) not in (str(n), "nan"):                      # the distances depend on n
+            raise BadInput(f"--n {n}: {file} has lines of {row['n']} samples; remove it, or keep to that number")
+    model, diffusion, data = load(ckpt)
+    if data.latents:
+        raise BadInput(f"--ckpt {ckpt}: draws latents, expected pixels")
+    if not model.num_classes:
+        say("the run has no classes: fd_judge and recognised are nan")
     for path in [*sorted(folder.glob("snapshot_*.pt")), folder / "ckpt.pt"]:
         model, config = load_checkpoint(path)
         if config["step"] in [int(row["step"]) for row in rows]:
@@ -342,7 +348,7 @@ def measure_command(ckpt, n):
             continue
         row = quality(to_device(model, diffusion.snr.device), config, diffusion, data, n)
         columns = dict.fromkeys(row, math.nan)
-        rows = [columns | before for before in rows]     # files of before have fewer columns
+        rows = [columns | before for before in rows]                         # older files lack columns
         write_csv(file, [*rows, row])
         rows.append(row)
 
@@ -368,7 +374,7 @@ def needs_command(runs, out):
     makes its weighting's mean nan.
     """
     panels, rows = {}, []
-    for folder in map(Path, runs):
+    for folder in dict.fromkeys(map(Path, runs)):                            # each once
         config, file = read_json(folder / "config.json"), folder / "quality.csv"
         lines = read_csv(file) if file.exists() else []
         if not lines:

@@ -80,10 +80,11 @@ def test_a_compiled_network_has_a_line_of_its_own(small, monkeypatch, capsys):
 def parts_of(monkeypatch, tmp_path, *parts):
     """What gpu.json says, and gpu.md, after these parts."""
     monkeypatch.setattr(gpu, "SHORT", parts)
-    monkeypatch.setattr(sys, "argv", ["gpu", "--short", "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["gpu", "--short", "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit):
         gpu.main()
-    return json.loads((tmp_path / "gpu.json").read_text())["parts"], (tmp_path / "gpu.md").read_text()
+    out = tmp_path / "out"
+    return json.loads((out / "gpu.json").read_text())["parts"], (out / "gpu.md").read_text()
 
 
 def test_a_part_that_fails_does_not_stop_the_others(monkeypatch, tmp_path):
@@ -99,12 +100,20 @@ def test_a_part_whose_time_is_over_ends_with_the_processes_that_it_started(monke
     [part], table = parts_of(monkeypatch, tmp_path, ("endless", 2, str(script)))
     assert len(set(part["lines"])) == 2                                      # two processes wrote
     assert part["code"] is None and "not done in 2 s" in table
-    before = (tmp_path / "endless.txt").stat().st_size
+    before = (tmp_path / "out/endless.txt").stat().st_size
     time.sleep(0.5)
-    assert (tmp_path / "endless.txt").stat().st_size == before
+    assert (tmp_path / "out/endless.txt").stat().st_size == before
+
+
+def test_an_earlier_measurement_is_not_overwritten(monkeypatch, tmp_path):
+    (tmp_path / "gpu.md").write_text("earlier")
+    monkeypatch.setattr(sys, "argv", ["gpu", "--short", "--out", str(tmp_path)])
+    with pytest.raises(BadInput, match="an earlier measurement"):
+        gpu.main()
 
 
 def test_without_a_gpu_only_the_short_form_runs(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path / "new")])
     with pytest.raises(BadInput, match="no GPU here"):
         gpu.main()
+    assert not (tmp_path / "new").exists()

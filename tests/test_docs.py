@@ -33,7 +33,7 @@ def commands():
     """(module, words) of every command of this project in the pages and shell scripts."""
     texts = [*TEXT.values(), *(script.read_text() for script in SCRIPTS)]
     text = "\n".join(texts).replace("\\\n", " ")
-    for words in re.findall(r"(?:python|torchrun)(?: +[^#`|\n]+)", text):
+    for words in re.findall(r"(?:python|PYTHON|torchrun)(?: +[^#`|\n]+)", text):
         found = re.search(r" (?:-m (experiments\.\w+)|(\w+)\.py)((?: [^#`|;\n]*)?)", words)
         if found:
             yield found[1] or found[2], found[3].split()

@@ -313,6 +313,21 @@ def test_measure_command_keeps_the_lines_of_older_files(measure):
     assert column("run/quality.csv", "fd_pixels")[0] == 2.5
 
 
+@pytest.mark.parametrize("table, message", [
+    ("step,n\n3,1024\n", "quality.csv has lines of 1024 samples"),
+    ("step,n\nx,8\n", "column step: found 'x'"),
+])
+def test_measure_refuses_lines_that_do_not_compare(table, message, measure):
+    Path("run/quality.csv").write_text(table)
+    with pytest.raises(BadInput, match=message):
+        measure()
+
+
+def test_measure_wants_a_folder(command):
+    with pytest.raises(BadInput, match="is a file, expected the folder of a run"):
+        command(pareto, "measure", "--ckpt", "run/ckpt.pt")
+
+
 def test_without_classes_nothing_is_recognised_and_that_is_said(measure, capsys):
     state = torch.load("run/ckpt.pt")
     state["config"]["network"] = shape = {**SHAPE, "num_classes": 0}
@@ -505,6 +520,13 @@ def test_needs_is_the_step_of_the_best_weightings_end(command, tmp_path):
     assert column("n.csv", "needs", str)[:4] == ["400", "168 <=100", "-", "- -"]     # 100 * 2 ** (3 / 4)
 
 
+def test_a_run_given_twice_counts_once(command, tmp_path):
+    write_run(tmp_path / "a", "x0", "const", "")
+    (tmp_path / "a/quality.csv").write_text("step,fd_pixels,fd_judge,recognised,x0_mse\n100,3,nan,1,1")
+    command(pareto, "needs", "--runs", "a", "a", "--out", "n.csv")
+    assert column("n.csv", "needs", str)[0] == "<=100"
+
+
 def test_needs_names_a_run_that_was_not_measured(command, tmp_path, capsys):
     write_run(tmp_path / "a", "x0", "const", "")
     (tmp_path / "a/quality.csv").unlink()
@@ -518,7 +540,7 @@ PYTHON = """#!/bin/sh
 echo "$@" >> commands
 case "$*" in *"--target v"*) exit 3;; *"--seed 9"*) exit 1;; esac
 case "$*" in train*) mkdir -p $3; echo "$*," | sed 's/.*--steps //; s/ .*,/,/' > $3/ckpt.pt;; esac
-case "$*" in *measure*) cat $5/ckpt.pt >> $5/quality.csv;; esac
+case "$*" in *measure*) echo "$(cat $5/ckpt.pt)$7," >> $5/quality.csv;; esac
 """
 
 
