@@ -609,7 +609,7 @@ def test_half_the_images_are_flipped_and_rows_are_a_part_of_the_whole():
     same = (flipped == x).flatten(1).all(1)
     mirrored = (flipped == x.flip(3)).flatten(1).all(1)
     assert (same | mirrored).all()
-    assert 200 < mirrored.sum() < 300                                        # 251 expected, sd 11
+    assert torch.equal(mirrored, torch.rand(502, generator=generator("test", 0, 1)) < 0.5)
     for rows in (slice(0, 100), slice(400, 502)):
         part, _ = pool.batch(indices, generator("test", 0, 1), rows)
         assert torch.equal(part, flipped[rows])

@@ -306,6 +306,17 @@ def test_measure_command_gives_distances_and_errors(measure):
     assert 0 <= float(row["recognised"]) < 1
 
 
+def test_samples_of_every_class_are_judged_beside_random_images(measure, monkeypatch):
+    seen = []
+    monkeypatch.setattr(pareto, "recognised", lambda data, images, labels: seen.append(labels.tolist()))
+    monkeypatch.setattr(pareto, "fd_judge", lambda data, images, real: seen.append(real))
+    measure()
+    real, labels = seen
+    first = built_in(8).images[np.arange(len(real))]
+    assert labels == [k % SHAPE["num_classes"] for k in range(16)]
+    assert len(real) == 2048 and not np.array_equal(real, first)
+
+
 def test_measure_command_keeps_the_lines_of_older_files(measure):
     Path("run/quality.csv").write_text("step,fd_pixels\n3,2.5\n")
     measure()
@@ -370,6 +381,22 @@ def test_fd_judge_tells_the_features_of_images_apart():
     assert same < 1e-3 < judge.fd_judge(data, torch.tensor(dark), bright)
 
 
+def test_the_features_are_what_the_judges_last_layer_gets(monkeypatch):
+    data, seen = two_greys(), []
+    monkeypatch.setattr(judge, "frechet_distance", lambda *moments: seen.append(moments[0]))
+    judge.fd_judge(data, torch.tensor(data.images), data.images)
+    network = judge.judge(data)
+    logits = network(torch.tensor(data.images) / 127.5 - 1).mean(0)
+    assert torch.allclose(network[-1](seen[0].float()), logits, atol=1e-4)
+
+
+def test_the_judge_of_the_shapes_sees_none_that_a_run_trains_on(monkeypatch):
+    monkeypatch.setattr(judge, "IMAGES", 3)
+    x, _ = judge.seen(built_in(8))
+    expected, _ = built_in(8, 1_000_003).batch(range(1_000_000, 1_000_003))
+    assert torch.equal(x, expected)
+
+
 @pytest.fixture
 def packed_crops(command, monkeypatch, tmp_path):
     """16 crops in data/crops. Stands in for the photographs: number k is of the grey 10 k."""
@@ -388,6 +415,20 @@ def test_the_class_of_a_crop_is_its_photograph(packed_crops):
     assert packed_crops.images.shape == (16, 3, 8, 8)
     assert packed_crops.labels.tolist() == [*range(8), *range(8)]
     assert greys.round().tolist() == packed_crops.labels.tolist()
+
+
+def test_the_seed_chooses_the_places(command, monkeypatch, packed_crops, tmp_path):
+    stripes = Image.fromarray(np.arange(120, dtype=np.uint8).repeat(3).reshape(4, 30, 3).repeat(10, 0))
+    for name in crops.PHOTOGRAPHS:
+        stripes.save(tmp_path / "skimage/data" / name, "PNG")
+    for seed in (0, 1):
+        command(crops, "--count", 16, "--size", 8, "--seed", seed, "--out", f"seed{seed}")
+    assert not np.array_equal(Packed("seed0").images, Packed("seed1").images)
+
+
+def test_crops_are_not_packed_into_a_run(command, packed_crops):
+    with pytest.raises(BadInput, match="holds other images"):
+        command(crops, "--count", 16, "--size", 8, "--out", "run")
 
 
 def test_the_images_of_a_run_are_found_where_train_looks(packed_crops):
@@ -508,16 +549,16 @@ def test_a_missing_matplotlib_is_asked_for(command, tmp_path, monkeypatch):
 
 
 def test_needs_is_the_step_of_the_best_weightings_end(command, tmp_path):
-    fds = dict(a=(8, 4, 3), b=(6, 2, 2), c=(3, 3, 4))
+    fds = dict(a=(8, 4, 4), b=(6, 2, 2), c=(3, 3, 4))
     for name, weighting in dict(a="const", b="min_snr", c="min_snr").items():
         write_run(tmp_path / name, "x0", weighting, "")
         lines = [f"{step},{fd},nan,1,1" for step, fd in zip((100, 200, 400), fds[name])]
         table = "\n".join(["step,fd_pixels,fd_judge,recognised,x0_mse", *lines])
         (tmp_path / name / "quality.csv").write_text(table)
     command(pareto, "needs", "--runs", *"abc", "--out", "n.csv")
-    assert column("n.csv", "mean")[:2] == [3, 3]
-    assert column("n.csv", "high")[:2] == [3, 4]
-    assert column("n.csv", "needs", str)[:4] == ["400", "168 <=100", "-", "- -"]     # 100 * 2 ** (3 / 4)
+    assert column("n.csv", "mean")[:2] == [4, 3]
+    assert column("n.csv", "high")[:2] == [4, 4]
+    assert column("n.csv", "needs", str)[:4] == ["-", "168 <=100", "-", "- -"]       # 100 * 2 ** (3 / 4)
 
 
 def test_a_run_given_twice_counts_once(command, tmp_path):

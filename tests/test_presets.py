@@ -302,3 +302,23 @@ def test_a_gpu_compiles_or_runs_the_short_steps_of_the_shapes_as_a_graph(words, 
 
 def test_a_graph_is_for_a_gpu(tmp_path):
     assert "on cuda" in launch(tmp_path, f"{TINY} --graph --steps 1 --out run", code=2)
+
+
+def test_several_processes_have_no_graph(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda local: None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **how: True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert not train.parse()[0].graph
+
+
+def test_a_run_with_a_graph_goes_on_without_one(tmp_path):
+    launch(tmp_path, f"{TINY} --steps 1 --decay 0 --out run")
+    state = torch.load(tmp_path / "run/ckpt.pt")
+    [group] = state["optimizer"]["param_groups"]
+    group.update(lr=torch.tensor(group["lr"]), capturable=True)              # as a graph leaves them
+    torch.save(state, tmp_path / "run/ckpt.pt")
+    launch(tmp_path, "--resume --steps 2 --out run")
+    [group] = torch.load(tmp_path / "run/ckpt.pt")["optimizer"]["param_groups"]
+    assert (type(group["lr"]), group["capturable"]) == (float, False)
