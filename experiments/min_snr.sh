@@ -61,5 +61,5 @@ for data in $DATA; do
 done
 $runs --y fd_pixels --out $OUT/figure5.png || failed=1
 $runs --y x0_mse_0 x0_mse_2 x0_mse_6 x0_mse_8 --out $OUT/figure6.png || failed=1
-$runs --y fd_pixels fd_judge recognised x0_mse --out $OUT/convergence.png || failed=1
+$runs --y fd_pixels fd_judge recognised x0_mse --out $OUT/quality.png || failed=1
 exit $failed
