@@ -204,10 +204,10 @@ def parse():
             raise BadInput(f"{out}: its ckpt.pt is no checkpoint to resume from")
         defaults = state["config"]
 
-    demo = defaults["dataset"] == "shapes"
+    demo = defaults["dataset"] == "shapes"       # too short for a compiler, and its network small enough for a graph
     can_graph = gpu and world == 1 and not asked.grad_ckpt
-    bfloat16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    parser.set_defaults(dtype="bfloat16" if bfloat16 else "float32", compile=gpu and not demo,
+    has_bfloat16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    parser.set_defaults(dtype="bfloat16" if has_bfloat16 else "float32", compile=gpu and not demo,
                         graph=can_graph and demo)
     parser.set_defaults(**defaults)
     args = parser.parse_args()                                               # or show the help, with these defaults
@@ -340,7 +340,7 @@ def draw_step(data, config, diffusion, step, rows):
     """
     B, N, seed = config["batch_size"], len(data), config["seed"]
     g = generator("step", seed, step)
-    places = range(step * B, (step + 1) * B)                                 # of all epochs in one row
+    places = range(step * B, (step + 1) * B)                                 # counted on from epoch to epoch
     indices = [epoch_order(N, seed, place // N)[place % N] for place in places]
     x0, y = data.batch(indices, g, rows)
     t, ratio = diffusion.draw(B, g, step)
@@ -353,7 +353,9 @@ def draw_step(data, config, diffusion, step, rows):
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(N, seed, epoch):
-    """Permutation of 0 .. N-1 for one epoch, a numpy array (N,)."""
+    """Permutation of 0 .. N-1 for one epoch, a numpy array (N,). Two are kept, as a batch may end one epoch and
+    begin the next.
+    """
     return torch.randperm(N, generator=generator("epoch", seed, epoch)).numpy()
 
 
@@ -379,11 +381,11 @@ def backward(net, diffusion, batch, tally, config, accum=1, world=1):
     for i, (x0, t, noise, y, scale) in enumerate(micro_batches):
         waits = world > 1 and i + 1 < accum      # DDP exchanges gradients once a step, after the last micro-batch
         with net.no_sync() if waits else contextlib.nullcontext():
-            # without its cache: a CUDA graph must not depend on weights that were cast before it
+            # No cache: a CUDA graph must cast the weights itself, and not find them cast before it was recorded.
             with torch.autocast(x0.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
                 loss, mse = diffusion.loss(net, x0, t, noise, y)
             loss = loss * scale
-            (loss.sum() * (world / config["batch_size"])).backward()         # DDP divides by world
+            (loss.sum() * (world / config["batch_size"])).backward()         # the global mean: DDP divides by world
         with torch.no_grad():
             loss, mse, t = (part.to(tally.device) for part in (loss, mse, t))    # on a Mac the tally is on the CPU
             x0_mse = mse / diffusion.factor[t]
@@ -439,14 +441,16 @@ def metrics_of(step, tally):
 
 
 def mean_square(diffusion, s):
-    """The mse of output 0: the mean square of the target, for t of the density at step 0. s is that of the data."""
+    """The mse of a network whose output is 0: the mean square of the target, under the density of t at step 0. s is
+    the mean square of the data.
+    """
     alpha2 = diffusion.density() @ diffusion.alphas_cumprod.cpu()
     return float({"x0": s, "eps": 1, "v": alpha2 + (1 - alpha2) * s}[diffusion.target])
 
 
 def diverged(mse, images, mse_of_zero):
-    """Whether the mse, a sum over images, is above twice what output 0 would get. 32 images without error are
-    counted in, as the mean of a few may be far from the truth.
+    """Whether the mse, a sum over images, is above twice what output 0 would get. The mean of a few images may be
+    far from the truth: 32 images without error are added to them.
     """
     return mse > 2 * mse_of_zero * (images + 32)
 
@@ -532,10 +536,10 @@ def initialise(model, config):
     weights that were trained otherwise or do not fit.
     """
     path = Path(config["init"])
-    source, known = load_checkpoint(path, target=config["target"])
+    source, trained = load_checkpoint(path, target=config["target"])
     for key in ("schedule", "T"):
-        if known[key] != config[key]:
-            raise BadInput(f"--{key} {config[key]}: {path} was trained with {known[key]}")
+        if trained[key] != config[key]:
+            raise BadInput(f"--{key} {config[key]}: {path} was trained with {trained[key]}")
     weights, drawn = source.state_dict(), model.state_dict()
     if "time_embedding.weight" in weights:                                   # released files have 4,000 rows
         weights["time_embedding.weight"] = weights["time_embedding.weight"][:config["T"]]
@@ -543,7 +547,7 @@ def initialise(model, config):
     if bool(theirs) != bool(ours):
         raise BadInput(f"--init {path}: was trained with {theirs} classes, the data have {ours}: expected both with "
                        "classes, or both without")
-    others = known["class_names"] not in ([], config["class_names"])         # []: a released file without names
+    others = trained["class_names"] not in ([], config["class_names"])         # []: a released file without names
     if theirs != ours or others:
         say(f"warning: the {theirs} classes of {path} are not the {ours} of the data: their table is drawn anew")
         for name in ("class_embedding.weight", "label_emb.weight"):          # of a ViT, of a UNet
@@ -554,7 +558,7 @@ def initialise(model, config):
     except RuntimeError as error:
         raise BadInput(f"--init {path}: not the weights of this {config['model']}: {error!s:.300}") from None
     config["init_sha256"] = hash_file(path / "ckpt.pt" if path.is_dir() else path)
-    say(f"starts from {path}, weights: {known['weights']} @ step {known['step']}")
+    say(f"starts from {path}, weights: {trained['weights']} @ step {trained['step']}")
 
 
 def make_networks(args, config, device, state=None):
@@ -589,7 +593,7 @@ def compile_network(model):
     """
     torch._dynamo.config.suppress_errors = True
     parts = getattr(model, "blocks", [])
-    kinds = {tuple(p.shape for p in part.parameters()) for part in parts}
+    kinds = {str(part) for part in parts}        # its layers and their widths
     if len(kinds) != 1:
         parts = [model]
     for part in parts:
@@ -606,7 +610,7 @@ def as_graph(step, optimizer):
     side_stream, graph, calls = torch.cuda.Stream(), torch.cuda.CUDAGraph(), 0
     inputs = output = None
     for group in optimizer.param_groups:
-        group["lr"] = torch.tensor(group["lr"], device="cuda", dtype=torch.float32)      # AdamW takes no other
+        group["lr"] = torch.tensor(group["lr"], device="cuda", dtype=torch.float32)      # fused AdamW takes no other
 
     def run_step(batch):
         nonlocal calls, inputs, output
