@@ -1,7 +1,7 @@
 """Why timesteps conflict, and which weights serve them all: sections 3.2 to 3.4 of the Min-SNR paper.
 
-    python -m experiments.pareto objective --ckpt out/shapes --out objective.csv    # figure 4
-    python -m experiments.pareto finetune --ckpt out/shapes --out finetune.csv      # figure 2
+    python -m experiments.pareto objective --ckpt out/shapes --out objective.csv    # how far from optimal: figure 4
+    python -m experiments.pareto finetune --ckpt out/shapes --out finetune.csv      # one tenth alone: figure 2
     python -m experiments.pareto measure --ckpt out/shapes                    # how good each snapshot of a run is
     python -m experiments.pareto needs --runs out/min_snr/*/ --out needs.csv  # which weighting gets there sooner
     python -m experiments.pareto ugd --ckpt out/shapes --out w.csv            # weights, for train.py --weighting
@@ -12,9 +12,9 @@
 
 Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy", ICCV 2023; equation numbers are that
 paper's. The timesteps 0 .. T-1 are cut into K bins of neighbours; for K = T each timestep is a bin. g_k is the
-gradient, by all the network's parameters, of the mean unweighted x0 loss in bin k. All that follows needs only the
-inner products of these gradients, the Gram matrix G (K,K), G_jk = <g_j, g_k>. UGD, unconstrained gradient descent,
-is the paper's way to the weights of the g_k that make the shortest sum.
+gradient, by all the network's parameters, of the mean unweighted x0 loss in bin k. The Pareto problem asks for
+weights w_k >= 0 of sum 1 that make sum_k w_k g_k the shortest. It needs only the gradients' inner products, the Gram
+matrix G (K,K), G_jk = <g_j, g_k>. UGD, unconstrained gradient descent, is the paper's way to solve it.
 """
 import copy
 import inspect
@@ -64,7 +64,7 @@ def draw_bin(data, T, K, k, n, seed):
     g = generator("pareto", seed, k)
     low, high = edges(T, K)[k:k + 2]
     indices = torch.randint(len(data), (n,), generator=g)
-    x0, y = data.batch(indices.numpy(), g)
+    x0, y = data.batch(indices, g)
     t = torch.randint(low, high, (n,), generator=g)
     noise = torch.randn(x0.shape, generator=g)
     return zip(*[values.split(64) for values in (x0, t, noise, y)])
@@ -127,7 +127,7 @@ def objective(G, w, lam=0.0):
 
 def typical(G):
     """The median of |g_t|^2, the unit of --lam. A single bin with a huge gradient would dominate the mean."""
-    return float(np.median(np.diagonal(G)))
+    return float(np.median(G.diagonal()))
 
 
 def regularised(G, lam):
@@ -286,7 +286,7 @@ def objective_command(ckpt, K, n, seed, lam, out):
 def fine_tuned(model, diffusion, data, tenth, steps, seed, lr=1e-4):
     """A copy of the model, trained on one tenth of the timesteps alone, 0 to 9, with 64 samples a step."""
     model = copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr, (0.9, 0.99), weight_decay=0)
+    optimizer = torch.optim.Adam(model.parameters(), lr, (0.9, 0.99))
     for step in range(steps):
         [samples] = draw_bin(data, diffusion.T, 10, tenth, 64, f"{seed} {step}")         # others in each step
         optimizer.zero_grad()
@@ -338,9 +338,9 @@ def measure_command(ckpt, n):
     if folder.is_file():
         raise BadInput(f"--ckpt {ckpt}: is a file, expected the folder of a run")
     file = folder / "quality.csv"
-    lines = read_csv(file) if file.exists() else []
-    rows = {entry(line, "step", int): line for line in lines}
-    for row in lines:
+    rows = {}                                                                # of each step that is measured
+    for row in read_csv(file) if file.exists() else []:
+        rows[entry(row, "step", int)] = row
         if entry(row, "n") != str(n):                                        # the distances depend on n
             raise BadInput(f"--n {n}: {file} has lines of {row['n']} samples; remove it, or keep to that number")
     model, diffusion, data = load(ckpt)

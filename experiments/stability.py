@@ -272,13 +272,12 @@ def interpolate(args):
             if len(theta_a) != len(theta_b):
                 raise BadInput(f"--ckpt: {path_b} has {name} of {len(theta_b):,} parameters, {path_a} has none; "
                                "expected pairs of one network")
-            which = dict(b=path_b, a=path_a, loss=name)
             curve = []
             for alpha in np.linspace(0, 1, 21):
                 theta = alpha * theta_a + (1 - alpha) * theta_b
                 value = loss(theta).item()
                 curve.append(value)
-                rows.append(dict(which, alpha=alpha, value=value))
+                rows.append(dict(b=path_b, a=path_a, loss=name, alpha=alpha, value=value))
             print(f"{path_b} {name}: roughness {roughness(curve):.3f}", flush=True)
     write_csv(args.out, rows)
 
