@@ -132,7 +132,7 @@ def send(tensor, device):
 
 
 class Images:
-    """A data set in batches for training, made of images, labels int64 (N,) and a dict, meta.
+    """A data set that gives batches for training. It holds images, labels int64 (N,) and a dict, meta.
 
     images are uint8 (N,3,S,S), or the autoencoder's latents: float16 (N,8,S,S), 4 channels of means and 4
     of standard deviations, unscaled. Any object serves that has a shape and is indexed by an array of row
@@ -143,7 +143,6 @@ class Images:
     def __init__(self, images, labels, meta, flip=False):
         self.images, self.labels = images, labels
         self.meta, self.flip = meta, flip
-        self.device = torch.device("cpu")        # where the images are
         self.latents = images.shape[1] == 8
         self.size = images.shape[2]
         self.channels = 4 if self.latents else 3
@@ -168,25 +167,24 @@ class Images:
         """
         chosen = np.asarray(indices)[rows]
         y = torch.from_numpy(self.labels[chosen])
-        if self.device.type != "cpu":
-            chosen = send(torch.from_numpy(chosen), self.device)
+        if torch.is_tensor(self.images):                                     # on a device
+            chosen = send(torch.from_numpy(chosen), self.images.device)
         x = torch.as_tensor(self.images[chosen]).float()
         if self.latents:
             mean, std = x.chunk(2, 1)
             if generator is not None:
                 noise = torch.randn(len(indices), *mean.shape[1:], generator=generator)[rows]
-                mean = mean + std * send(noise, self.device)
+                mean = mean + std * send(noise, x.device)
             return mean * self.meta["scale"], y
         x.div_(127.5).sub_(1)
         if self.flip and generator is not None:
             flip = torch.rand(len(indices), generator=generator)[rows] < 0.5
-            flip = send(flip, self.device)[:, None, None, None]
+            flip = send(flip, x.device)[:, None, None, None]
             x = torch.where(flip, x.flip(3), x)
         return x, y
 
     def to(self, device):
         """Copy all the images to the device's memory, from which batches are then taken."""
-        self.device = torch.device(device)
         self.images = torch.tensor(self.images[:], device=device)
         return self
 
@@ -373,7 +371,7 @@ def say_left_out(root, images, others):
     kinds = collections.Counter(Path(name).suffix.lower() or "without suffix" for name in files)
     if kinds:
         counts = ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items()))
-        say(f"left out: {counts}; labels are read from sub-folders or a dataset.json alone")
+        say(f"left out: {counts}; labels come from sub-folders or a dataset.json alone")
     parents = {os.path.dirname(name) for name in [*images, *folders]}
     warn("folders without images", folders - parents)
 
@@ -381,9 +379,9 @@ def say_left_out(root, images, others):
 def by_folder(names):
     """-> the label of each image, and the names of the classes.
 
-    The classes are the folders next below the one that holds all images, sorted by name. Images that lie in one
-    folder have no classes. Raises BadInput for an image beside class folders, and for folders that are parts of
-    a data set: train, val, ..., or 00000, 01000, ...
+    The classes are the folders next below the one that holds all images, sorted by name. Images that all lie
+    in one folder have no classes. Raises BadInput for an image beside class folders, and for folders that are
+    parts of a data set: train, val, ..., or 00000, 01000, ...
     """
     own = [os.path.dirname(name) for name in names]
     shared = os.path.commonpath(own)
@@ -395,8 +393,9 @@ def by_folder(names):
         say(f"all images are in one folder, {shared or '.'}: no classes; sub-folders would be classes")
         return labels, []
     parts = [name for name in classes if re.fullmatch(rf"\d*000|{SPLIT}", name)]
-    above = any(len(folders) > 1 and re.fullmatch(SPLIT, folders[0]) for folders in below)   # train/cat/1.png
-    if above or parts == classes:
+    # in train/cat/1.png the class is below the part, so one such folder is enough
+    deeper = any(len(folders) > 1 and re.fullmatch(SPLIT, folders[0]) for folders in below)
+    if deeper or parts == classes:
         raise BadInput(f"--src: the folders {', '.join(parts[:3])} are parts of a data set, no classes; "
                        f"give one of them, .../{parts[0]}, or add --classes 0 to pack all without labels")
     if "" in classes:
@@ -431,7 +430,7 @@ def by_json(file, names):
 
 
 def imagenet():
-    """ImageNet's 1,000 classes, {wnid: name}, in the order of the labels. The wnid is the folder of a class."""
+    """ImageNet's 1,000 classes, {wnid: name}, in the order of the labels. A class's folder is its wnid."""
     table = Path(__file__).parent / "assets" / "imagenet.txt"
     rows = [line.split(" ", 2) for line in table.read_text().splitlines()]
     return {wnid: name for wnid, _, name in rows}                            # _: the number in the ILSVRC kit
@@ -478,7 +477,7 @@ CELEBA = {  # first and last image of each split, as in list_eval_partition.txt
 def label(root, names, others, dataset):
     """-> the label of each image, and the names of the classes, by dataset.json or else by folders.
 
-    Raises BadInput where they are not to be had so, or are not ImageNet's though the data set is.
+    Raises BadInput for labels that are missing or wrong, and for classes of ImageNet that are not its 1,000.
     """
     table = root / "dataset.json"
     nested = [name for name in others if name.endswith("/dataset.json")]
@@ -542,7 +541,7 @@ CROPS = {  # words of meta.json; any other data set's crop is ADM's
 
 
 def fingerprint(meta):
-    """A hash of a pack's meta without the names of data set and autoencoder: of equal content, it is equal."""
+    """A hash of a pack's meta without the names of its data set and autoencoder: the same for equal content."""
     content = {key: meta[key] for key in meta if key not in ("dataset", "vae_file")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -577,7 +576,7 @@ def in_chunks(items):
 
 
 def in_threads(what, function, chunks):
-    """Call function(chunk) for each chunk, several at once. The line of progress counts what is in the chunks."""
+    """Call function(chunk) for each chunk, several at once, and show how many items of chunks are done."""
     done, total, since = 0, sum(map(len, chunks)), time.monotonic()
     with ThreadPoolExecutor() as pool:
         for chunk, _ in zip(chunks, pool.map(function, chunks)):
@@ -617,9 +616,9 @@ def pack(src, size, out, split="train", dataset=None, encode=None, rank=0, world
 
     dataset is the name of the folder unless given; the papers' data sets are read as the papers read them.
     encode(images uint8 (n,3,S,S)) returns what is stored in their place; several threads call it. The process
-    of number `rank` among `world` makes every `world`-th chunk. Without `labelled` there are no classes. Images
-    that cannot be read are left out with skip_broken; else a BadInput names them when all others are packed.
-    `more` goes into meta.json.
+    of number `rank` among `world` makes every `world`-th chunk. Without `labelled` there are no classes.
+    Images that cannot be read are left out with skip_broken; else a BadInput names them when all others are
+    packed. `more` goes into meta.json.
     """
     src, out = Path(src), Path(out)
     if out.resolve().is_relative_to(src.resolve()):
@@ -643,7 +642,8 @@ def pack(src, size, out, split="train", dataset=None, encode=None, rank=0, world
 
     def make(rows):
         images = np.array([read(names[row]) for row in rows])
-        labels[[row for row in rows if names[row] in broken]] = -1
+        failed = [row for row in rows if names[row] in broken]
+        labels[failed] = -1                      # they stay to be done
         return encode(images) if encode else images
 
     begin(out, meta, rank)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-SCALE = 0.18215      # the authors' factor, which gives latents about unit variance; defined here and nowhere else
+SCALE = 0.18215      # the authors' factor, which gives latents about unit variance; defined here alone
 
 
 def norm(channels):
@@ -84,7 +84,7 @@ class Upsample(nn.Module):
 
 
 def chain(*blocks, **modules):
-    """Modules that run in the order given: blocks, which are named 0, 1, ..., then those with names of their own.
+    """Modules that run in the order given: blocks, which are named 0, 1, ..., then those of other names.
 
     Chains within chains give the parameters CompVis's names, such as decoder.up.3.block.0.conv1.weight.
     """
@@ -142,7 +142,7 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def in_parts(self, first, second, x, pixels):
-        """second(first(x)), computed for a few images at a time, each of so many `pixels` outside the latents."""
+        """second(first(x)), for a few images at a time; pixels: of one image, decoded."""
         at_once = 2 ** 20 if x.is_cuda else 2 ** 17                          # 16 or 2 images of 256 x 256
         x = x.contiguous(memory_format=torch.channels_last)
         parts = x.split(max(1, at_once // pixels))
@@ -160,7 +160,7 @@ class VAE(nn.Module):
         return self.in_parts(self.post_quant_conv, self.decoder, z, 64 * z.shape[2] * z.shape[3])
 
     def encode_latent(self, x, noise):
-        """x (B,3,H,W) in [-1,1], normal noise (B,4,H/8,W/8) -> z = (mean + std noise) SCALE, shaped as noise."""
+        """x (B,3,H,W) in [-1,1], unit normal noise (B,4,H/8,W/8) -> z = (mean + std noise) SCALE."""
         mean, std = mean_std(self.moments(x))
         assert noise.shape == mean.shape, noise.shape
         return (mean + std * noise) * SCALE

@@ -295,7 +295,7 @@ def test_what_is_left_out_is_said(script, tmp_path):
     for name in ("cat/1.heic", "cat/2.HEIC", "zebra/raw", "cat/1.cls", "labels.csv", ".hidden"):
         (tmp_path / "src" / name).touch()
     said = script(*PACK)
-    assert "left out: 1 .cls, 1 .csv, 2 .heic, 1 without suffix; labels are read from" in said
+    assert "left out: 1 .cls, 1 .csv, 2 .heic, 1 without suffix; labels come from" in said
     assert "warning: folders without images, 1: zebra\n" in said
 
 
