@@ -172,7 +172,7 @@ def test_pack(script, tmp_path):
     found = contents(tmp_path / "data/pets")
     assert sorted(found) == ["images.npy", "labels.npy", "meta.json", "sheet.png"]
     assert Image.open(tmp_path / "data/pets/sheet.png").size == (128, 16)
-    assert "was packed already, nothing was read" in script(*words)
+    assert "was packed already, nothing is left to do" in script(*words)
     assert contents(tmp_path / "data/pets") == found
 
 
@@ -295,9 +295,8 @@ def test_what_is_left_out_is_said(script, tmp_path):
     for name in ("cat/1.heic", "cat/2.HEIC", "zebra/raw", "cat/1.cls", "labels.csv", ".hidden"):
         (tmp_path / "src" / name).touch()
     said = script(*PACK)
-    assert "left out: 2 .heic, 1 without suffix\n" in said
-    assert "warning: no labels are read from 1 .cls, 1 .csv\n" in said
-    assert "warning: classes without images, 1: zebra\n" in said
+    assert "left out: 1 .cls, 1 .csv, 2 .heic, 1 without suffix; labels come from" in said
+    assert "warning: folders without images, 1: zebra\n" in said
 
 
 def test_one_folder_has_no_classes_and_jpegs_have_many_suffixes(script, tmp_path):
@@ -336,10 +335,18 @@ def test_an_encrypted_zip_is_one_line(script, tmp_path):
     assert "encrypted" in script(*PACK, "--src", "src.zip", code=2)
 
 
+def test_a_dataset_json_below_the_top_is_refused(script, tmp_path):
+    edm(tmp_path / "src/ffhq", [[name, 0] for name in NAMES], *NAMES)
+    assert "ffhq/dataset.json is not read" in script(*PACK, code=2)
+    script(*PACK, "--src", "src/ffhq")
+    script(*PACK, "--out", "without", "--classes", 0)
+    assert Packed(tmp_path / "without").classes == []
+
+
 def test_a_class_whose_images_are_all_broken_is_named(script, tmp_path):
     pictures(tmp_path / "src", "cat/1.png", "dog/1.png")
     os.truncate(tmp_path / "src/dog/1.png", 100)
-    assert "classes without images, 1: dog\n" in script(*PACK, "--skip-broken")
+    assert "folders without images, 1: dog\n" in script(*PACK, "--skip-broken")
 
 
 def test_a_zip_with_backslashes_is_refused(script, tmp_path):
