@@ -44,7 +44,7 @@ one_run() {                                      # data, weighting, target, seed
 }
 
 if [ $# -gt 0 ]; then                            # started by xargs below
-    one_run "$@" 2>&3
+    one_run "$@"
     exit
 fi
 for size in STEPS EVERY N JOBS; do
@@ -55,12 +55,11 @@ for size in STEPS EVERY N JOBS; do
 done
 [ $JOBS -eq 1 ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"        # several runs share the cores
 case " $DATA " in *" crops "*) [ -e data/crops/sheet.png ] || $PYTHON -m experiments.crops || exit;; esac
-# where a run stops xargs, the run has said why, so xargs need not; the runs' errors go around it, by way of 3
 for seed in $SEEDS; do for data in $DATA; do for target in $TARGETS; do for weighting in $WEIGHTINGS; do
     echo $data $weighting $target $seed
-done; done; done; done | xargs -n 4 -P $JOBS sh "$0" 3>&2 2>/dev/null
+done; done; done; done | xargs -n 4 -P $JOBS sh "$0"
 failed=$?
-[ $failed -ne 124 ] || exit 2                    # a run met a mistake
+[ $failed -ne 124 ] || exit 2                    # xargs has stopped after a mistake
 $PYTHON -m experiments.pareto needs --runs $OUT/*/ --out $OUT/needs.csv || failed=1
 if ! $PYTHON -c "import matplotlib" 2>/dev/null; then
     echo "no figures: they need pip install matplotlib"
