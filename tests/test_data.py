@@ -27,7 +27,7 @@ FACE = Image.open(io.BytesIO(CROPS["face"].tobytes()))       # 178 x 218
 
 
 def picture(number=0, size=(40, 30)):
-    """A part of a photograph, different for each number."""
+    """A part of a photograph, another one for each number."""
     right, lower = number + size[0], number + size[1]
     return WIDE.crop((number, number, right, lower))
 
@@ -73,7 +73,7 @@ def test_shapes_are_the_same_scene_at_any_size():
 
 # -------------------------------------------------------------------------------- image files and their crops
 
-def saved(path, image, **how):
+def through_a_file(path, image, **how):
     image.save(path, **how)
     return np.asarray(load_image(path)).astype(int)
 
@@ -89,14 +89,14 @@ def saved(path, image, **how):
 def test_every_colour_mode_becomes_rgb(tmp_path, name, mode, error):
     image = picture().convert(mode)
     expected = np.asarray(image.convert("RGB")).astype(int)
-    found = saved(tmp_path / name, image)
+    found = through_a_file(tmp_path / name, image)
     assert np.abs(found - expected).mean() <= error
 
 
 @pytest.mark.parametrize("name", ["deep.png", "deep.tif"])
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path, name):
     values = np.array([[0, 128, 257, 1000, 30000, 40000, 65000, 65535]], dtype=np.uint16)
-    found = saved(tmp_path / name, Image.fromarray(values))
+    found = through_a_file(tmp_path / name, Image.fromarray(values))
     assert np.array_equal(found[..., 0], np.round(values / 257))
 
 
@@ -118,7 +118,7 @@ def test_transparency_goes_on_white(tmp_path):
     rgba = np.zeros((1, 3, 4), np.uint8)
     rgba[..., 0] = 200                                                       # a hidden red under everything
     rgba[..., 3] = 255, 128, 0
-    found = saved(tmp_path / "alpha.png", Image.fromarray(rgba))
+    found = through_a_file(tmp_path / "alpha.png", Image.fromarray(rgba))
     expected = [[200, 0, 0], [227, 127, 127], [255, 255, 255]]
     assert np.abs(found[0] - expected).max() <= 1
 
@@ -136,13 +136,13 @@ def test_exif_turns_users_images_and_not_the_papers(tmp_path, orientation, turn)
     exif, file = Image.Exif(), tmp_path / "turned.png"
     exif[0x0112] = orientation
     stored = picture().transpose(turn)
-    assert np.array_equal(saved(file, stored, exif=exif), picture())
+    assert np.array_equal(through_a_file(file, stored, exif=exif), picture())
     assert np.array_equal(load_image(file, plain=True), stored)
 
 
 @pytest.mark.parametrize("name, size", [("wide", 64), ("wide", 128), ("wide", 256), ("face", 64)])
 def test_adm_crop_of_a_photograph_to_the_bit(name, size):
-    """Golden: guided-diffusion's own function, from enlarging nothing to halving twice."""
+    """Golden values of guided-diffusion's own function; these sizes take no, one and two halvings."""
     image = {"wide": WIDE, "face": FACE}[name]
     assert np.array_equal(center_crop(image, size), CROPS[f"{name}_{size}"])
 
@@ -153,7 +153,7 @@ def test_images_of_any_size_are_cropped_to_a_square(size):
 
 
 def test_celebas_crop_is_scoresdes_antialiased_bilinear():
-    """Golden: jax.image.resize of the central 140 x 140, as float."""
+    """Golden values of jax.image.resize, as float, of the central 140 x 140."""
     error = celeba_crop(FACE, 64) - CROPS["celeba_64"]
     assert np.abs(error).max() < 1
 

@@ -122,7 +122,7 @@ def share_in_a_ball(points, centres):
     """The balls reach from each centre to the third nearest of the others."""
     among = (centres[:, None] - centres).norm(dim=2)     # (C,C)
     radius = among.sort(1).values[:, 3]
-    inside = (points[:, None] - centres).norm(dim=2) <= radius      # (P,C)
+    inside = (points[:, None] - centres).norm(dim=2) <= radius           # (P,C)
     return inside.any(1).double().mean().item()
 
 
@@ -181,7 +181,10 @@ def write_pngs(folder, images):
 
 @pytest.fixture
 def sets(tmp_path):
-    """The same 20 images as a folder, a .zip, an npz and with statistics of others, as ADM has; and 30 others."""
+    """Twenty images as a folder a, as a.zip and as a.npz; thirty others as b.npz.
+
+    batch.npz is ADM's kind of file: the twenty images beside statistics that are not theirs.
+    """
     images, _ = shapes(range(50), 24)
     images = images.transpose(0, 2, 3, 1)
     write_pngs(tmp_path / "a", images[:20])
@@ -252,7 +255,7 @@ def test_grey_images_are_read_as_rgb(channel, script, sets):
     assert parsed(text)["result"]["FD-pixels-20"] == pytest.approx(0, abs=1e-6)
 
 
-def diverge():
+def divide_by_0():
     fid.pixels = lambda images: torch.ones(len(images), 192) / 0
 
 
@@ -261,7 +264,7 @@ def test_statistics_that_are_not_finite(script, mistakes):
 
 
 def test_features_that_are_not_finite(script, sets):
-    assert "a: mu holds inf or nan" in script("fid.py", "a", "b.npz", *PIXELS, code=3, change=diverge)
+    assert "a: mu holds inf or nan" in script("fid.py", "a", "b.npz", *PIXELS, code=3, change=divide_by_0)
 
 
 def test_a_pack_has_the_score_of_its_images(script, sets):
@@ -299,18 +302,19 @@ def test_all_metrics_are_those_of_their_formulas(script, sets, inception, incept
         "KID_std": std}, rel=1e-3)
 
 
-def tell():
+def print_tf32():
     fid.allow_tf32 = lambda allowed: print("tf32", allowed)
 
 
 @pytest.mark.parametrize("flags, said", [((), "tf32 True"), (("--exact",), "tf32 False")])
 def test_products_are_tf32_unless_exact(flags, said, script, sets):
-    assert said in script("fid.py", "a", "b.npz", *PIXELS, *flags, change=tell)
+    assert said in script("fid.py", "a", "b.npz", *PIXELS, *flags, change=print_tf32)
 
 
 def test_images_beyond_the_protocol_are_said(script, sets):
     (sets / "a/protocol.json").write_text(json.dumps(dict(n=18)))
-    assert "a: holds 20 images, 18 of them by its protocol; measured are 18 of these" in script("fid.py", "a", "b.npz", *PIXELS)
+    text = script("fid.py", "a", "b.npz", *PIXELS)
+    assert "a: holds 20 images, 18 of them by its protocol; measured are 18 of these" in text
 
 
 @pytest.mark.slow

@@ -281,9 +281,11 @@ def test_blocks_that_are_alike_are_compiled_one_by_one(name, parts, monkeypatch)
 def parsed(monkeypatch):
     """parsed("--dataset mine", gpu=True) -> the flags of a command line on a machine with a GPU, or without one."""
     def call(words, gpu, bfloat16=True, processes=1):
+        def is_bf16_supported(including_emulation):
+            return including_emulation or bfloat16
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
         monkeypatch.setattr(torch.cuda, "set_device", lambda local: None)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or bfloat16)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
         monkeypatch.setenv("WORLD_SIZE", str(processes))
         monkeypatch.setattr(sys, "argv", ["train.py", *words.split()])
         args, _ = train.parse()

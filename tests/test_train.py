@@ -119,7 +119,7 @@ def runs(tmp_path_factory):
     process.join()
     assert read(folder / "parts")["step"] == 10
     with open(folder / "parts/log.csv", "a") as file:
-        file.write("1")                                                      # of step 13, cut short
+        file.write("1")                                                      # the line of a later step, cut short
     launch(folder, "--out parts --resume")                                   # the run remembers its flags
     return folder
 
@@ -193,7 +193,7 @@ def stopped_in_step_2():
         train.learning_rate = in_step(2, terminate)
 
 
-def test_two_processes_with_accumulation_are_stopped_and_one_goes_on(one, script, tmp_path):
+def test_two_processes_with_accumulation_are_stopped_and_one_goes_on_to_the_same_run(one, script, tmp_path):
     words = f"train.py {FIVE} --accum 2 --out run".split()
     script(*words, processes=2, change=stopped_in_step_2, code=143)
     assert step_of(tmp_path) == 3
@@ -217,7 +217,7 @@ def test_one_of_two_processes_dies_and_the_other_ends_with_one_line(one, tmp_pat
     text = (tmp_path / "0").read_text()
     assert both[0].exitcode == 1 and "Traceback" not in text
     assert "another process of this run has ended" in text.splitlines()[-1]
-    launch(tmp_path, "--resume --out run")                                   # steps 0 to 2; 3 by two; 4
+    launch(tmp_path, "--resume --out run")                                   # the last step, alone as the first three
     assert_same_run(one, tmp_path / "run")
 
 
@@ -315,7 +315,7 @@ def test_the_learning_rate_rises_in_the_warm_up_stays_and_falls_to_0_at_the_end(
 ALONE = f"{TINY} --batch-size 1 --steps 9 --save-every 2 --out run"
 
 
-@pytest.mark.parametrize("every, first", [(2, 4), (1, 4), (9, 2)])           # the last: not all of them
+@pytest.mark.parametrize("every, first", [(2, 4), (1, 4), (9, 2)])           # the last: most are nan, not all
 def test_a_run_whose_losses_are_nan_ends_and_leaves_its_last_checkpoint(every, first, tmp_path):
     text = launch(tmp_path, f"{ALONE} --log-every {every}", code=3, draw_step=noise_is("nan", first, 9))
     assert "to 6 are not finite; the checkpoint from before" in text
@@ -328,7 +328,7 @@ def test_one_nan_ends_no_run_where_no_other_step_is_judged_with_it(every, tmp_pa
     assert step_of(tmp_path) == 9
 
 
-@pytest.mark.parametrize("every, since, stop", [(2, 5, 9), (8, 1, 6)])       # the second: between two log lines
+@pytest.mark.parametrize("every, since, stop", [(2, 5, 9), (8, 1, 6)])       # the second: seen between two log lines
 def test_a_diverged_run_says_so_at_once_and_at_its_end_and_saves_no_more(every, since, stop, tmp_path):
     command = f"{TINY} --target eps --steps 8 --log-every {every} --save-every 2 --keep-every 2 --out run"
     text = launch(tmp_path, command, code=3, draw_step=noise_is("1e6", 4, 4),
@@ -349,7 +349,8 @@ def test_a_run_that_diverges_at_once_has_no_good_checkpoint(tmp_path):
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_healthy_run_does_not_diverge_in_a_single_step(target, tmp_path):
     """Not even where two images and a high rate reach four times the mean square of the data."""
-    launch(tmp_path, f"{TINY} --target {target} --batch-size 2 --warmup 0 --lr 2e-2 --steps 20 --log-every 1 --out run")
+    words = "--batch-size 2 --warmup 0 --lr 2e-2 --steps 20 --log-every 1"
+    launch(tmp_path, f"{TINY} --target {target} {words} --out run")
 
 
 def test_output_0_gets_the_mean_square_of_the_target():
@@ -537,8 +538,9 @@ OTHER = ["--batch-size 4", "--size 16", "--classes 0", "--target v", "--gamma 2"
 def test_another_flag_than_the_runs_is_refused(words, runs):
     flag = words.split()[0]
     text = launch(runs, f"--resume --out whole {words}", code=2)
+    init_takes_it = flag not in ("--target", "--schedule", "--T")
     assert f"{flag}: found" in text
-    assert (f"--init {runs / 'whole'}" in text) == (flag not in ("--target", "--schedule", "--T"))
+    assert (f"--init {runs / 'whole'}" in text) == init_takes_it
 
 
 def test_a_resumed_run_takes_on_and_remembers_the_flags_that_may_change(runs):

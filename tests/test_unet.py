@@ -83,7 +83,7 @@ def attention_blocks(model):
     ("unet-b",      4, 1000, 129_146_692, 15),
     ("unet-ldm",    4, 1000, 395_496_708, 16),
 ])
-def test_each_size_has_its_parameters_and_attends_on_the_same_levels_at_any_side(name, channels, classes, parameters, attention):
+def test_sizes_have_the_papers_parameters_and_attend_on_fixed_levels(name, channels, classes, parameters, attention):
     """The paper's 395.0M leaves out the class table, 1,001 rows of 512. 421.5M and 295.9M have it in."""
     row = SIZES[name]
     with torch.device("meta"):
