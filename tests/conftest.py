@@ -24,7 +24,6 @@ from files import run  # noqa: E402
 from model_vit import ViT  # noqa: E402
 
 SMALL = ViT, dict(dim=32, depth=2, heads=2, short_run=True)       # stands for vit-tiny in most tests
-WHOLE = sample.MODELS["vit-tiny"]
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
@@ -114,51 +113,41 @@ def script(tmp_path, monkeypatch, capsys):
     A refusal (code 2) runs in this process and must be one line. Anything else is a fork, in which change() is
     called first, or as many forks as torchrun would start for `processes`. vit-tiny is SMALL, unless `whole`.
     """
-    def call(*words, code=0, processes=1, env=(), timeout=240, change=None, whole=False):
+    def call(*words, code=0, processes=1, timeout=240, change=None, whole=False):
         if code == 2 and not change and processes == 1:
             monkeypatch.chdir(tmp_path)
-            monkeypatch.setitem(sample.MODELS, "vit-tiny", WHOLE if whole else SMALL)
+            monkeypatch.setitem(sample.MODELS, "vit-tiny", SMALL)
             monkeypatch.setattr(sys, "argv", [str(ROOT / words[0]), *map(str, words[1:])])
             with pytest.raises(SystemExit) as exit:
                 run(importlib.import_module(Path(words[0]).stem).main)
             text = capsys.readouterr().err
             assert exit.value.code == 2 and len(text.splitlines()) == 1, text
             return text
-        files = [tmp_path.parent / f"{tmp_path.name}.{rank}.txt" for rank in range(processes)]
-        found = finish([fork(file, tmp_path, *words, env={**rank, **dict(env)}, change=change, whole=whole)
-                        for file, rank in zip(files, group(processes))], timeout)
+        files, running = [], []
+        for rank, env in enumerate(group(processes)):
+            files.append(tmp_path.parent / f"{tmp_path.name}.{rank}.txt")
+            running.append(fork(files[rank], tmp_path, *words, env=env, change=change, whole=whole))
+        found = finish(running, timeout)
         text = "".join(file.read_text() for file in files)
-        assert found == code and (code == 1 or "Traceback" not in text), text
+        assert found == code and "Traceback" not in text, text
         return text
     return call
 
 
 @pytest.fixture
-def start_fork(tmp_path):
-    """start_fork(..., env=(), change=None) -> (running process, file of its output): script's fork, not waited for."""
-    running = []
-
-    def call(*words, **how):
-        file = tmp_path.parent / f"{tmp_path.name}.fork{len(running)}.txt"
-        file.write_text("")
-        running.append(fork(file, tmp_path, *words, **how))
-        return running[-1], file
-    yield call
-    for process in running:
-        process.kill()
-        process.join()
-
-
-@pytest.fixture
 def start_script(tmp_path):
-    """Like script, but returns the running process; whatever still runs at the end of the test is killed."""
+    """start_script("train.py", ...) starts a script from the command line, under torchrun with the flags `torchrun` if
+    any are given -> the running process. Whatever still runs at the end of the test is killed.
+    """
     running = []
 
-    def call(*words, torchrun=(), env=()):
-        start = [sys.executable, *(("-m", "torch.distributed.run", *torchrun) if torchrun else ())]
-        process = subprocess.Popen([*start, str(ROOT / words[0]), *map(str, words[1:])], cwd=tmp_path, text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **dict(env)})
+    def call(*words, torchrun=()):
+        start = [sys.executable]
+        if torchrun:
+            start += ["-m", "torch.distributed.run", *torchrun]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen([*start, str(ROOT / words[0]), *map(str, words[1:])], cwd=tmp_path, env=env,
+                                   text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
         running.append(process)
         return process
     yield call

@@ -34,7 +34,7 @@ class OnMac(torch.Tensor):
     def __reduce_ex__(self, protocol):
         return self.values.__reduce_ex__(protocol)
 
-    __torch_dispatch__ = None                                                # the mode Mac has one
+    __torch_dispatch__ = None                                                # the class Mac below has one
 
 
 def on_meta(value):
