@@ -136,8 +136,8 @@ def script(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def start_script(tmp_path):
-    """start_script("train.py", ...) starts a script from the command line, under torchrun with the flags `torchrun` if
-    any are given -> the running process. Whatever still runs at the end of the test is killed.
+    """start_script("train.py", ...) starts a script from the command line, with the flags `torchrun` under torchrun
+    -> the running process. Whatever still runs at the end of the test is killed.
     """
     running = []
 
@@ -146,8 +146,9 @@ def start_script(tmp_path):
         if torchrun:
             start += ["-m", "torch.distributed.run", *torchrun]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        process = subprocess.Popen([*start, str(ROOT / words[0]), *map(str, words[1:])], cwd=tmp_path, env=env,
-                                   text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        start += [str(ROOT / words[0]), *map(str, words[1:])]
+        process = subprocess.Popen(start, cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT, start_new_session=True)
         running.append(process)
         return process
     yield call
