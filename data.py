@@ -1,11 +1,12 @@
-"""Images in, batches out: the built-in shapes, the packed format, and `python data.py` that makes it.
+"""Images in, batches out: the built-in shapes, the packed format, and `python data.py`, which packs images.
 
     python data.py --src DIR --size 64 --out data/NAME        # classes: dataset.json, or sub-folders, or none
     python data.py --dataset imagenet64 --src ILSVRC/train    # as the papers prepare it, into data/imagenet64
 
-A packed folder holds images.npy, uint8 (N,3,S,S), or latents.npy, float16 (N,8,S/8,S/8), which vae.py writes,
-labels.npy, int64 (N,), and meta.json. An image's label is -1 until the image is there, so the labels say what
-is left to do, and the same command goes on after a kill, or when broken images are mended.
+A packed folder holds three files. images.npy is uint8 (N,3,S,S); vae.py writes latents.npy, float16
+(N,8,S/8,S/8), in its place. labels.npy is int64 (N,), and meta.json says what the folder is. A label is -1
+until its image is written, so the labels say what is left to do: the same command goes on after a kill, or
+after broken images are mended. Hidden files are not read.
 """
 import collections
 import colorsys
@@ -18,7 +19,6 @@ import re
 import tarfile
 import time
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,16 +26,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from files import (BadInput, Parser, at_least, download, env, progress, read_json, replace, run, say,
-                   write_json)
+from files import BadInput, Parser, at_least, download, progress, read_json, replace, run, say, write_json
 
 CHUNK = 32                                       # images that one thread reads, encodes and writes at once
 SUFFIXES = tuple(".png .jpg .jpeg .jpe .jfif .pjpeg .webp .bmp .gif .tif .tiff .ppm .pgm".split())
-LABEL_SUFFIXES = set(".cls .csv .json .jsonl .npy .parquet .tsv .txt .xml".split())  # of files that may hold labels
-SPLIT = r"(?i:(train|training|val|valid|validation|test)[-_]?(set)?\d*)"     # as folders are called
-DARK = 20            # of 255: 12 bits in a 16-bit file become at most 16, and a crop overshoots a little
+SPLIT = r"(?i:(train|training|val|valid|validation|test)[-_]?(set)?\d*)"     # names such as test_set, val2017
 IMAGENETS = ("imagenet64", "imagenet128", "imagenet256")                     # the last as latents, by vae.py
-DATASETS = {  # what these names promise: side, classes, images in the training set
+DATASETS = {  # what these names promise: side in pixels, classes, images in the training set
     "shapes":      (16,  8,      100_000),
     "cifar10":     (32,  10,     50_000),
     "celeba64":    (64,  0,      162_770),
@@ -46,10 +43,10 @@ DATASETS = {  # what these names promise: side, classes, images in the training 
 
 
 def generator(purpose, seed, k):
-    """A CPU generator for number k of a purpose ("step" 7 of seed 0): the same numbers on every machine.
+    """The k-th CPU generator of a purpose, such as "step", and a seed: the same numbers on every machine.
 
-    PyTorch's mt19937 takes 32 bits, so k is added to a hash of the rest: the numbers of one purpose and seed
-    never coincide, those of two may by chance.
+    PyTorch's CPU generator uses 32 bits of its seed. The k-th takes a hash of purpose and seed, plus k: two
+    generators of one purpose and seed never coincide, those of different ones may by chance.
     """
     digest = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
     first = int.from_bytes(digest[:4], "little")
@@ -58,19 +55,25 @@ def generator(purpose, seed, k):
 
 # ---------------------------------------------------------------------------------------- the built-in images
 
+# A point (x, y) is the complex number x + y j, and y points down.
+
 def arc(centre, radius, start, stop, points=48):
-    """Points on a circle, complex, from angle start to angle stop in half turns. 4 points close a triangle."""
+    """Points on a circle from angle `start` to angle `stop`, in half turns.
+
+    Few points make a polygon: 4 over a whole turn, of which the last is the first, are a triangle.
+    """
     return centre + radius * np.exp(1j * np.pi * np.linspace(start, stop, points))
 
 
 def heart():
+    """The curve x = 16 sin^3 a, y = 13 cos a - 5 cos 2a - 2 cos 3a - cos 4a, upright and 1/16 the size."""
     a = 2 * np.pi * np.arange(48) / 48
     waves = np.cos(np.outer(a, [1, 2, 3, 4]))
     y = waves @ [13, -5, -2, -1]
     return np.sin(a) ** 3 - 1j * y / 16
 
 
-SHAPES = {  # name: outline about the origin, x + y j with y pointing down; a second outline is a hole
+SHAPES = {  # name: its outline about the origin, and a hole's
     "circle":   [arc(0, 1, 0, 2)],
     "ring":     [arc(0, 1, 0, 2), arc(0, 0.5, 0, 2)],
     "square":   [arc(0, 1, -0.25, 1.75, points=5)],
@@ -94,19 +97,22 @@ def colour(rng, darkest, brightest):
 
 
 def draw_shape(index, size):
-    """uint8 (3,size,size) of class index % 8: free colours, mild changes of place, scale and angle."""
-    rng = random.Random(index)                   # numbers in a fixed order, none of them dependent on size
+    """uint8 (3,size,size): a shape of class index % 8 in random colours, place, scale and angle.
+
+    The random numbers depend on the index alone, so an image is the same scene at any size.
+    """
+    rng = random.Random(index)
     shape, ground = colour(rng, 0.8, 1), colour(rng, 0.1, 0.4)
     centre = complex(rng.uniform(.42, .58), rng.uniform(.42, .58))
     scale = rng.uniform(.31, .42)
     angle = rng.uniform(-.3, .3)
-    side = 4 * size
+    side = 4 * size                              # drawn four times as large
     image = Image.new("RGB", (side, side), ground)
     outlines = list(SHAPES.values())[index % len(SHAPES)]
     for outline, fill in zip(outlines, (shape, ground)):
         points = side * (centre + scale * np.exp(1j * angle) * outline)
         ImageDraw.Draw(image).polygon(points.view(float).tolist(), fill)     # x, y, x, y, ...
-    image = image.reduce(4)                      # 4 x 4 averages: anti-aliased
+    image = image.reduce(4)                      # the mean of 4 x 4 pixels smooths the edges
     return np.asarray(image).transpose(2, 0, 1)
 
 
@@ -119,73 +125,72 @@ def shapes(indices, size):
 # ----------------------------------------------------------------------------------------- batches (training)
 
 def send(tensor, device):
-    """A tensor of the CPU on the device. The host does not wait for a GPU to take it."""
+    """A copy of a CPU tensor on the device; the CPU does not wait until a GPU has it."""
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 class Images:
-    """images, labels int64 (N,) and meta (dict), from anywhere, as batches for training.
+    """A data set that gives batches for training. It holds images, labels int64 (N,) and a dict, meta.
 
-    images are uint8 (N,3,S,S), or latents: float16 (N,8,S,S), mean and std of the posterior, unscaled.
-    images may be any object with a shape that is indexed by an array of row numbers, such as Shapes. meta["classes"]
-    lists the names of the classes, meta["scale"] is the factor of latents. Raises BadInput for labels that
-    are not int64 or lie outside 0 .. classes - 1.
+    images are uint8 (N,3,S,S), or the autoencoder's latents: float16 (N,8,S,S), 4 channels of means and 4
+    of standard deviations, unscaled. Any object serves that has a shape and is indexed by an array of row
+    numbers, such as Shapes. meta["classes"] lists the names of the classes, meta["scale"] is the factor of
+    latents. Raises BadInput for labels that are not int64 or lie outside 0 .. classes - 1.
     """
 
     def __init__(self, images, labels, meta, flip=False):
         self.images, self.labels = images, labels
         self.meta, self.flip = meta, flip
-        self.device = torch.device("cpu")                                    # where the images are
         self.latents = images.shape[1] == 8
         self.size = images.shape[2]
         self.channels = 4 if self.latents else 3
         self.classes = meta["classes"]
+        highest = max(1, len(self.classes)) - 1                              # without classes all labels are 0
         fits = labels.dtype == np.int64 and labels.shape == images.shape[:1]
-        if not fits or labels.min() < 0 or labels.max() >= max(1, len(self.classes)):
+        if not fits or labels.min() < 0 or labels.max() > highest:
             name = meta.get("dataset", "the data")
             raise BadInput(f"labels of {name}: found {labels.dtype} {labels.shape} from {labels.min()} to "
-                           f"{labels.max()}, expected int64 {images.shape[:1]} from 0 to "
-                           f"{max(1, len(self.classes)) - 1}")
+                           f"{labels.max()}, expected int64 {images.shape[:1]} from 0 to {highest}")
 
     def __len__(self):
         return len(self.labels)
 
     def batch(self, indices, generator=None, rows=slice(None)):
-        """x float32 (B,C,S,S) in [-1,1], or scaled latents, and y int64 (B,) of indices[rows].
+        """-> x float32 (B,C,S,S), images in [-1,1] or scaled latents, and labels y int64 (B,): indices[rows].
 
-        Flips (given flip=True and a generator) and the posterior's noise are drawn for all the indices and
-        then cut to `rows`, so a process that loads its share of a global batch sees what a single one would
-        have seen there. Without a generator: no flips, and the posterior's mean.
+        The generator draws which images are mirrored (where flip=True) and the noise of latents. It draws for
+        all the indices, and `rows` are cut out after that: a process that loads its share of a global batch
+        gets what a single process would have there. Without a generator no image is mirrored and latents are
+        their means.
         """
         chosen = np.asarray(indices)[rows]
         y = torch.from_numpy(self.labels[chosen])
-        if self.device.type != "cpu":
-            chosen = send(torch.from_numpy(chosen), self.device)
+        if torch.is_tensor(self.images):                                     # on a device
+            chosen = send(torch.from_numpy(chosen), self.images.device)
         x = torch.as_tensor(self.images[chosen]).float()
         if self.latents:
             mean, std = x.chunk(2, 1)
             if generator is not None:
                 noise = torch.randn(len(indices), *mean.shape[1:], generator=generator)[rows]
-                mean = mean + std * send(noise, self.device)
+                mean = mean + std * send(noise, x.device)
             return mean * self.meta["scale"], y
         x.div_(127.5).sub_(1)
         if self.flip and generator is not None:
             flip = torch.rand(len(indices), generator=generator)[rows] < 0.5
-            flip = send(flip, self.device)[:, None, None, None]
+            flip = send(flip, x.device)[:, None, None, None]
             x = torch.where(flip, x.flip(3), x)
         return x, y
 
     def to(self, device):
-        """Hold all the images in the device's memory."""
-        self.device = torch.device(device)
+        """Copy all the images to the device's memory, from which batches are then taken."""
         self.images = torch.tensor(self.images[:], device=device)
         return self
 
 
 class Shapes:
-    """The first `count` shapes as an array (count,3,size,size); each is drawn where it is read, in 0.1 ms."""
+    """The first `count` shapes as an array (count,3,size,size); each is drawn when it is read, in 0.1 ms."""
 
     def __init__(self, count, size):
         self.shape = (count, 3, size, size)
@@ -203,7 +208,7 @@ def built_in(size, count=100_000, flip=False):
 
 
 def layout(meta):
-    """-> file name, dtype and shape of the array in a packed folder; only latents have a scale."""
+    """-> file name, dtype and shape of the images or latents in a packed folder. Only latents have a scale."""
     count, size = meta["count"], meta["size"]
     if "scale" in meta:
         return "latents.npy", "float16", (count, 8, size // 8, size // 8)
@@ -246,15 +251,22 @@ class Packed(Images):
 # -------------------------------------------------------------------------------- image files and their crops
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")   # no others: Pillow runs Ghostscript for some
-DAMAGE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error,
-          Image.DecompressionBombError)          # what Pillow and zipfile raise for damaged files
+SAID = set()
+
+
+def say_once(line):
+    """Say a line that many images call for the first time only."""
+    if line not in SAID:
+        SAID.add(line)
+        say(line)
 
 
 def load_image(path, plain=False):
-    """Any image file -> 8-bit RGB as a person sees it; path is a Path, or a zipfile.Path for one in a .zip.
+    """-> a PIL image, 8-bit RGB, of an image file: a Path, or a zipfile.Path for one in a .zip.
 
-    It is upright by EXIF, grey of 0 .. 65535 is scaled to 8 bits, see-through parts lie on white, CMYK and
-    palettes are converted. `plain` converts and no more, as the papers did. Raises BadInput that names the file.
+    It is what a person sees: upright by EXIF, 16-bit grey scaled to 8 bits, see-through parts on white. Of an
+    animation it is the first frame. `plain` converts to RGB and does nothing else, as the papers did. Raises
+    BadInput that names the file.
     """
     try:
         with path.open("rb") as file:
@@ -263,17 +275,21 @@ def load_image(path, plain=False):
         if not plain:
             image = as_seen(image)
         return image.convert("RGB")
-    except DAMAGE as error:
+    except Exception as error:                   # a damaged file of each format raises its own kinds
         raise BadInput(f"{path}: cannot be read as an image ({error})") from None
 
 
 def as_seen(image):
+    """The image upright, with 8-bit grey, on white; load_image adds the file's name to its errors."""
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):               # 16 or 32 bits, which convert() would clip
         grey = np.asarray(image).astype(np.int32)
         if grey.min() < 0 or grey.max() > 65535:
             raise BadInput(f"pixels from {grey.min()} to {grey.max()}, expected 0 to 65535")
-        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+        if grey.max() < 4096:
+            say_once("warning: a 16-bit image whose pixels are all below 4,096 becomes nearly black; where the "
+                     "files hold 12 bits, multiply by 16, or convert to 8 bits first")
+        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))      # rounded grey 255 / 65535
     if image.mode == "F":
         raise BadInput("floating-point pixels have no agreed range")
     if image.has_transparency_data:
@@ -283,7 +299,11 @@ def as_seen(image):
 
 
 def center_crop(image, size):
-    """ADM's crop, uint8 (size,size,3): box-halve while a side is >= 2 size, bicubic, cut the centre."""
+    """ADM's crop, uint8 (size,size,3), from the official guided-diffusion.
+
+    Halve the image while its shorter side is at least 2 size, make that side `size` by bicubic interpolation,
+    and cut out the centre.
+    """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
@@ -294,38 +314,33 @@ def center_crop(image, size):
 
 
 def celeba_crop(image, size):
-    """ScoreSDE's crop of CelebA's aligned images: the central 140 x 140, then bilinear with antialiasing."""
+    """ScoreSDE's crop of CelebA's aligned images, uint8 (size,size,3).
+
+    Cut out the central 140 x 140 and make it smaller by bilinear interpolation with antialiasing.
+    """
     centre = image.crop((19, 39, 159, 179))
     return np.asarray(centre.resize((size, size), Image.BILINEAR))
 
 
-SAID = set()                                     # lines of say_once, which threads call
-
-
-def say_once(line):
-    if line not in SAID:
-        SAID.add(line)
-        say(line)
-
-
 def read_image(path, size, dataset):
-    """uint8 (3,size,size) of an image file, of the papers' data as they read it."""
+    """uint8 (3,size,size) of an image file, cropped as ADM does; a data set of the papers as they do."""
     image = load_image(path, plain=dataset in DATASETS)
     if min(image.size) < size:
         say_once(f"warning: images smaller than {size} x {size} are enlarged")
-    if dataset != "celeba64":
-        return center_crop(image, size).transpose(2, 0, 1)
-    if image.size != (178, 218):
-        raise BadInput(f"{path}: found {image.width} x {image.height} pixels, img_align_celeba has 178 x 218")
-    return celeba_crop(image, size).transpose(2, 0, 1)
+    crop = center_crop
+    if dataset == "celeba64":
+        crop = celeba_crop
+        if image.size != (178, 218):
+            raise BadInput(f"{path}: found {image.width} x {image.height} pixels, img_align_celeba has 178 x 218")
+    return crop(image, size).transpose(2, 0, 1)
 
 
 # ------------------------------------------------------------------------ what is on disk -> names and labels
 
 def find_files(src):
-    """-> the folder or .zip as a path, the names of the images below it in a fixed order, and of all else.
+    """-> the folder or .zip as a path, the sorted names of the images below it, and a set of all other names.
 
-    Hidden files are left out, and so is the folder that a Mac adds to a .zip.
+    The other names are files and folders. Hidden ones are left out, and so is what a Mac adds to a .zip.
     """
     if src.is_dir():
         root, found = src, glob.glob("**", root_dir=src, recursive=True)
@@ -337,51 +352,56 @@ def find_files(src):
     else:
         raise BadInput(f"{src}: no folder or .zip")
     names = sorted(name.replace(os.sep, "/").rstrip("/") for name in found)
-    names = [name for name in names if not re.search(r"(^|/)(\.|__MACOSX/)", f"{name}/")]
+    hidden = r"(^|/)(\.|__MACOSX/)"              # a part of the name that begins with a dot, or is __MACOSX
+    names = [name for name in names if not re.search(hidden, f"{name}/")]
     images = [name for name in names if name.lower().endswith(SUFFIXES)]
     return root, images, set(names).difference(images)
 
 
-def say_left_out(files):
-    """Kinds and numbers of files that are not read, those that may hold labels as a warning."""
+def warn(what, names):
+    """Say how many names there are and the first ten, if there are any."""
+    if names:
+        say(f"warning: {what}, {len(names):,}: {', '.join(sorted(names)[:10])}")
+
+
+def say_left_out(root, images, others):
+    """Say which kinds of files are no images, and which folders hold none."""
+    folders = {name for name in others if (root / name).is_dir()}
+    files = others - folders - {"dataset.json", "protocol.json"}             # of labels, and of sample.py
     kinds = collections.Counter(Path(name).suffix.lower() or "without suffix" for name in files)
-    for words, chosen in (("left out:", kinds.keys() - LABEL_SUFFIXES),
-                          ("warning: no labels are read from", kinds.keys() & LABEL_SUFFIXES)):
-        if chosen:
-            say(words, ", ".join(f"{kinds[kind]:,} {kind}" for kind in sorted(chosen)))
+    if kinds:
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items()))
+        say(f"left out: {counts}; labels come from sub-folders or a dataset.json alone")
+    parents = {os.path.dirname(name) for name in [*images, *folders]}
+    warn("folders without images", folders - parents)
 
 
-def by_folder(names, folders=()):
-    """-> label of each image and class names, from images' names; folders are all that there are.
+def by_folder(names):
+    """-> the label of each image, and the names of the classes.
 
-    The folders below the one that all images share are the classes, sorted by name. Images in no such folder
-    have no classes. Raises BadInput for folders that are no classes: train, val, ... and 00000, 01000, ...
+    The classes are the folders next below the one that holds all images, sorted by name. Images that all lie
+    in one folder have no classes. Raises BadInput for an image beside class folders, and for folders that are
+    parts of a data set: train, val, ..., or 00000, 01000, ...
     """
     own = [os.path.dirname(name) for name in names]
     shared = os.path.commonpath(own)
-    tops = [folder[len(shared):].strip("/").partition("/")[0] for folder in own]
+    below = [folder[len(shared):].strip("/").split("/") for folder in own]
+    tops = [folders[0] for folders in below]     # "" of an image that lies in no folder below
     classes, labels = np.unique(tops, return_inverse=True)
-    classes = classes.tolist()
+    classes, labels = classes.tolist(), labels.tolist()
+    if classes == [""]:
+        say(f"all images are in one folder, {shared or '.'}: no classes; sub-folders would be classes")
+        return labels, []
     parts = [name for name in classes if re.fullmatch(rf"\d*000|{SPLIT}", name)]
-    deep = any(re.match(rf"/?{SPLIT}/.*/", name[len(shared):]) for name in names)
-    if deep or parts == classes:
+    # in train/cat/1.png the class is below the part, so one such folder is enough
+    deeper = any(len(folders) > 1 and re.fullmatch(SPLIT, folders[0]) for folders in below)
+    if deeper or parts == classes:
         raise BadInput(f"--src: the folders {', '.join(parts[:3])} are parts of a data set, no classes; "
                        f"give one of them, .../{parts[0]}, or add --classes 0 to pack all without labels")
-    if len(classes) > 1 and classes[0] == "":
+    if "" in classes:
         loose = names[tops.index("")]
         raise BadInput(f"--src: {loose} lies beside the class folders {classes[1]}, ..., so it has no class")
-    above = shared
-    if len(classes) == 1:
-        say(f"all images are in one folder, {shared or '.'}: no classes; sub-folders would be classes")
-        above = os.path.dirname(shared)
-    beside = {Path(folder).name for folder in folders if os.path.dirname(folder) == above}
-    say_empty(beside.difference(classes, [os.path.basename(shared)]))
-    return labels.tolist(), [name for name in classes if name]
-
-
-def say_empty(classes):
-    if classes:
-        say(f"warning: classes without images, {len(classes):,}: {', '.join(sorted(classes)[:10])}")
+    return labels, classes
 
 
 def by_json(file, names):
@@ -389,13 +409,12 @@ def by_json(file, names):
 
     The classes are called 0, 1, ... Raises BadInput.
     """
+    content = read_json(file)
     try:
-        table = json.loads(file.read_text())["labels"]
-        if table is None:
+        pairs = content["labels"]
+        if pairs is None:
             return [0] * len(names), []
-        if len(table) > len(names):
-            say(f"warning: {file} has {len(table):,} labels for {len(names):,} images")
-        table = dict(table)
+        table = dict(pairs)
         labels = [table[name] for name in names]
         wrong = [label for label in labels if type(label) is not int or not 0 <= label < 10 ** 6]
         if wrong:
@@ -403,16 +422,18 @@ def by_json(file, names):
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f'{file}: expected {{"labels": [[name, label], ...]}} with every image and '
                        f"labels from 0 on, found {error!r}; --classes 0 packs without labels") from None
+    if len(pairs) > len(names):
+        say(f"warning: {file} has {len(pairs):,} labels for {len(names):,} images")
     classes = [str(k) for k in range(max(labels) + 1)]
-    say_empty(set(classes).difference(map(str, labels)))
+    warn("classes without images", set(classes).difference(map(str, labels)))
     return labels, classes
 
 
 def imagenet():
-    """ImageNet's 1,000 classes, {wnid: name}, in the order of the labels."""
+    """ImageNet's 1,000 classes, {wnid: name}, in the order of the labels. A class's folder is its wnid."""
     table = Path(__file__).parent / "assets" / "imagenet.txt"
-    lines = table.read_text().splitlines()       # wnid, number in the ILSVRC kit, name
-    return dict(line.split(" ", 2)[::2] for line in lines)
+    rows = [line.split(" ", 2) for line in table.read_text().splitlines()]
+    return {wnid: name for wnid, _, name in rows}                            # _: the number in the ILSVRC kit
 
 
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -422,7 +443,10 @@ CIFAR10_SPLITS = {"train": [f"data_batch_{k}" for k in range(1, 6)], "test": ["t
 
 
 def read_cifar10(src, split):
-    """cifar-10-binary.tar.gz -> uint8 (N,3,32,32), labels (N,). A record is a byte of label and 3,072 of image."""
+    """cifar-10-binary.tar.gz -> images uint8 (N,3,32,32) and labels uint8 (N,). Raises BadInput.
+
+    The files in it are records of 3,073 bytes: a label, and an image.
+    """
     records = []
     try:
         with tarfile.open(src) as archive:
@@ -430,7 +454,7 @@ def read_cifar10(src, split):
                 file = archive.extractfile(f"cifar-10-batches-bin/{name}.bin")
                 batch = np.frombuffer(file.read(), np.uint8)
                 records.append(batch.reshape(-1, 1 + 3 * 32 * 32))
-    except (OSError, EOFError, KeyError, ValueError, tarfile.TarError) as error:
+    except Exception as error:                   # tarfile, gzip and zlib raise their own kinds
         raise BadInput(f"--src {src}: no cifar-10-binary.tar.gz of --split {split} ({error!r})") from None
     records = np.concatenate(records)
     return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
@@ -438,23 +462,45 @@ def read_cifar10(src, split):
 
 def class_names(dataset):
     """The names of the classes of a published data set, or [] where it has none."""
-    if dataset == "cifar10":
-        return list(CIFAR10)
-    return list(imagenet().values()) if dataset in IMAGENETS else []
+    if dataset in IMAGENETS:
+        return list(imagenet().values())
+    return CIFAR10 if dataset == "cifar10" else []
 
 
-CELEBA = {  # first and last number of each split
+CELEBA = {  # first and last image of each split, as in list_eval_partition.txt
     "train": ("000001", "162770"),
     "val":   ("162771", "182637"),
     "test":  ("182638", "202599"),
 }
 
 
-def listing(src, size, dataset, split, labelled, skip_broken):
-    """-> read, names, labels, class names, broken: a data set of the papers, or any folder or .zip of images.
+def label(root, names, others, dataset):
+    """-> the label of each image, and the names of the classes, by dataset.json or else by folders.
 
-    read(name) is the image uint8 (3,size,size). Of one that cannot be read it is black, and broken[name] is
-    the error. skip_broken reads every image at once and takes those names away.
+    Raises BadInput for labels that are missing or wrong, and for classes of ImageNet that are not its 1,000.
+    """
+    table = root / "dataset.json"
+    nested = [name for name in others if name.endswith("/dataset.json")]
+    if table.exists():
+        labels, classes = by_json(table, names)
+    elif nested:
+        raise BadInput(f"--src: {min(nested)} is not read, as only a dataset.json at the top of --src gives "
+                       "labels; give its folder, remove it, or add --classes 0 to pack without labels")
+    else:
+        labels, classes = by_folder(names)
+    if dataset not in IMAGENETS:
+        return labels, classes
+    if classes != sorted(imagenet()):
+        raise BadInput(f"--src: found {len(classes)} classes, {', '.join(classes[:3])}, ..., expected "
+                       "ImageNet's 1,000 folders, n01440764 to n15075141, and no dataset.json")
+    return labels, class_names(dataset)
+
+
+def listing(src, size, dataset, split, labelled, skip_broken):
+    """-> read, names, labels, class names, broken, of a data set of the papers or any folder or .zip of images.
+
+    read(name) is the image, uint8 (3,size,size). Where it cannot be read it is black, and broken[name] says
+    why. skip_broken reads every image at once and takes the broken ones out of the names.
     """
     broken = {}
     if dataset == "cifar10":
@@ -462,10 +508,8 @@ def listing(src, size, dataset, split, labelled, skip_broken):
         labels, classes = (labels.tolist(), CIFAR10) if labelled else ([0] * len(images), [])
         return images.__getitem__, range(len(images)), labels, classes, broken
     root, names, others = find_files(src)
-    folders = {name for name in others if (root / name).is_dir()}
-    say_left_out(others - folders - {"dataset.json", "protocol.json"})
-    if dataset == "celeba64":                    # divided by number, as in list_eval_partition.txt
-        first, last = CELEBA.get(split, ("", ""))
+    if dataset == "celeba64":
+        first, last = CELEBA[split]
         names = [name for name in names if first <= Path(name).stem <= last]
 
     def read(name):
@@ -476,51 +520,40 @@ def listing(src, size, dataset, split, labelled, skip_broken):
             return np.zeros((3, size, size), np.uint8)
 
     if skip_broken:
-        parts = [names[k:k + CHUNK] for k in range(0, len(names), CHUNK)]
-        in_threads("checked", lambda part: list(map(read, part)), parts)
+        in_threads("checked", lambda chunk: list(map(read, chunk)), in_chunks(names))
         names = [name for name in names if name not in broken]
+    say_left_out(root, names, others)
     if not names:
         raise BadInput(f"--src {src}: found no images ({' '.join(SUFFIXES)}) of --split {split} "
                        "that can be read")
-
-    table = root / "dataset.json"
-    if not labelled:
-        labels, classes = [0] * len(names), []
-    elif table.exists():
-        labels, classes = by_json(table, names)
-    else:
-        labels, classes = by_folder(names, folders)
-    if dataset in IMAGENETS and labelled:
-        if classes != sorted(imagenet()):
-            raise BadInput(f"--src {src}: found {len(classes)} classes, {', '.join(classes[:3])}, ..., expected "
-                           "ImageNet's 1,000 folders, n01440764 to n15075141, and no dataset.json")
-        classes = class_names(dataset)
+    labels, classes = [0] * len(names), []
+    if labelled:
+        labels, classes = label(root, names, others, dataset)
     return read, names, labels, classes, broken
 
 
 # ---------------------------------------------------------------------------------------------------- packing
 
-CROPS = {  # any other data set's is ADM's
+CROPS = {  # words of meta.json; any other data set's crop is ADM's
     "cifar10":  "as published",
     "celeba64": "center 140, antialiased bilinear (ScoreSDE)",
 }
-UNHASHED = ("dataset", "vae_file")               # in a pack's meta: the names that it goes by
 
 
 def fingerprint(meta):
-    """What of a pack's meta makes its content, as one hash: all but the names it goes by."""
-    content = {key: meta[key] for key in meta if key not in UNHASHED}
+    """A hash of a pack's meta without the names of its data set and autoencoder: the same for equal content."""
+    content = {key: meta[key] for key in meta if key not in ("dataset", "vae_file")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def begin(out, meta, rank):
-    """Make folder out and its arrays, unless they are there: the images empty and every label -1.
+    """Make the files of a pack in folder `out`, unless they are there: the images empty and every label -1.
 
-    meta.json comes first and the labels last: where they are, the rest is there.
-    Raises BadInput where it holds something else.
+    meta.json is made first and the labels last: where the labels are, the rest is. Of several processes the
+    one of rank 0 makes them, and the others wait. Raises BadInput where `out` holds something else.
     """
     notes, labels = out / "meta.json", out / "labels.npy"
-    # asked first, as rank 0 may write all between these lines; a kill may have left a .part
+    # The folder is looked at before meta.json is: rank 0 may write it in between. A kill may have left a .part.
     foreign = out.exists() and any(file.suffix != ".part" for file in out.iterdir())
     if notes.exists():
         foreign = fingerprint(read_json(notes)) != fingerprint(meta)
@@ -531,78 +564,19 @@ def begin(out, meta, rank):
         out.mkdir(parents=True, exist_ok=True)
         write_json(notes, meta)
         name, dtype, shape = layout(meta)
-        np.lib.format.open_memmap(out / name, "w+", dtype, shape)            # makes the file that fill() writes into
-        nothing = np.full(shape[0], -1, dtype=np.int64)
-        replace(labels, lambda file: np.save(file, nothing))
-    while not labels.exists():                   # the first of several processes makes them
+        np.lib.format.open_memmap(out / name, "w+", dtype, shape)            # a header and zeros
+        unwritten = np.full(shape[0], -1, dtype=np.int64)
+        replace(labels, lambda file: np.save(file, unwritten))
+    while not labels.exists():
         time.sleep(0.1)
 
 
-def pack(src, size, out, split="train", dataset=None, encode=None, rank=0, world=1, labelled=True,
-         skip_broken=False, **more):
-    """Pack the images below `src` into folder `out`; after a kill it goes on, to the same bytes.
-
-    dataset is the name of the folder unless given; the papers' data sets are read as the papers read them.
-    encode(images uint8 (n,3,S,S)) -> the array to store in their place, as vae.py does; several threads call it.
-    Of several processes the one of number `rank` makes every `world`-th chunk. Without `labelled` there are no
-    classes. skip_broken leaves out the images that cannot be read; else a BadInput names them when the others
-    are packed. `more` goes into meta.json.
-    """
-    src, out = Path(src), Path(out)
-    if src.resolve() in (out.resolve(), *out.resolve().parents):
-        raise BadInput(f"--out {out}: lies in --src {src}")
-    dataset = dataset or out.name
-    if dataset == "shapes":
-        raise BadInput("shapes: is the name of the built-in images; choose another")
-    read, names, labels, classes, broken = listing(src, size, dataset, split, labelled, skip_broken)
-    if broken:                                   # by now only with skip_broken
-        more["broken"] = dict(count=len(broken), names=sorted(broken)[:10])
-        say(f"warning: broken images left out, {len(broken):,}: {', '.join(sorted(broken)[:10])}")
-        broken.clear()
-    official = DATASETS.get(dataset, (0, 0, 0))[2]
-    if split == "train" and official not in (0, len(names)):
-        say(f"warning: found {len(names):,} images, the training set of {dataset} has {official:,}")
-    digest = hashlib.sha256(json.dumps([*zip(names, labels)]).encode())
-    labels = np.array(labels, dtype=np.int64)
-    meta = dict(dataset=dataset, split=split, count=len(labels), size=size,
-                classes=classes, listing=digest.hexdigest(),
-                crop=CROPS.get(dataset, "box halving, bicubic, center (ADM)"), **more)
-    brightest = []                               # value of each chunk
-
-    def make(chunk):
-        images = np.array([read(names[row]) for row in chunk])
-        failed = [row for row in chunk if names[row] in broken]
-        labels[failed] = -1                      # they stay to be done
-        brightest.append(images.max())
-        return encode(images) if encode else images
-
-    begin(out, meta, rank)
-    fill(out, meta, labels, make, rank, world)
-    if not brightest and rank == 0:
-        say(f"{out}: was packed already, nothing was read")
-    look_back(out, broken, brightest, world)
-    if np.load(out / "labels.npy").min() >= 0:
-        some = ": " + ", ".join(classes[:10]) if classes else ""
-        say(f"{out}: {len(labels):,} images of {size} x {size}, {len(classes)} classes{some}")
-
-
-def look_back(out, broken, brightest, world):
-    """Raise BadInput that names the broken images which this run met, or warn where all images are dark. One of
-    several processes prints its line and ends well, as torchrun would stop the others in the middle of their work.
-    """
-    if broken:
-        line = (f"{out}: unfinished; broken images, {len(broken):,}: {'; '.join(sorted(broken.values())[:10])}; "
-                f"mend them and repeat the command, or remove {out} and add --skip-broken")
-        if world == 1:
-            raise BadInput(line)
-        print(line)
-    if brightest and max(brightest) <= DARK:
-        say(f"warning: no pixel of the images packed now is above {max(brightest)} of 255; where 16-bit files "
-            "hold 12 bits, multiply by 16, or convert to 8 bits first")
+def in_chunks(items):
+    return [items[k:k + CHUNK] for k in range(0, len(items), CHUNK)]
 
 
 def in_threads(what, function, chunks):
-    """Call function(chunk) for each; the line of progress counts the items."""
+    """Call function(chunk) for each chunk, several at once, and show how many items of chunks are done."""
     done, total, since = 0, sum(map(len, chunks)), time.monotonic()
     with ThreadPoolExecutor() as pool:
         for chunk, _ in zip(chunks, pool.map(function, chunks)):
@@ -611,20 +585,21 @@ def in_threads(what, function, chunks):
 
 
 def fill(out, meta, labels, make, rank, world):
-    """Write make(chunk), then the labels, for this process's chunks of the rows that are not there yet.
+    """Write the images that make(chunk) returns and then their labels, for the chunks where a label is missing.
 
-    Each thread makes chunks of its own, so some images are read while others are encoded. make sets the label
-    of a row to -1 where it failed.
+    A chunk is an array of row numbers, and this process takes every `world`-th. Each thread makes a chunk of
+    its own, so some images are read while others are encoded. Where make fails it sets labels[row] to -1.
     """
     file = out / layout(meta)[0]
     written = np.load(out / "labels.npy", mmap_mode="r+")
+    if written.min() >= 0:
+        say(f"{out}: was packed already, nothing is left to do")
     rows = np.arange(len(labels))
-    unfinished = np.unique(rows[written < 0] // CHUNK)
-    chunks = [rows[CHUNK * k:CHUNK * (k + 1)] for k in unfinished if k % world == rank]
+    chunks = [chunk for chunk in in_chunks(rows)[rank::world] if written[chunk].min() < 0]
 
     def write(chunk):
         images = make(chunk)
-        with open(file, "r+b") as array:         # on a full disk this raises; writing to a memory map kills
+        with open(file, "r+b") as array:         # on a full disk this raises, where a memory map would crash
             # The rows are the end of the file: counted from there, the header of the .npy does not matter.
             array.seek((chunk[0] - len(rows)) * images[0].nbytes, os.SEEK_END)
             array.write(images.tobytes())
@@ -635,8 +610,57 @@ def fill(out, meta, labels, make, rank, world):
     in_threads("packed", write, chunks)
 
 
+def pack(src, size, out, split="train", dataset=None, encode=None, rank=0, world=1, labelled=True,
+         skip_broken=False, **more):
+    """Pack the images below `src` into folder `out`. Called again after a kill, it goes on, to the same bytes.
+
+    dataset is the name of the folder unless given; the papers' data sets are read as the papers read them.
+    encode(images uint8 (n,3,S,S)) returns what is stored in their place; several threads call it. The process
+    of number `rank` among `world` makes every `world`-th chunk. Without `labelled` there are no classes.
+    Images that cannot be read are left out with skip_broken; else a BadInput names them when all others are
+    packed. `more` goes into meta.json.
+    """
+    src, out = Path(src), Path(out)
+    if out.resolve().is_relative_to(src.resolve()):
+        raise BadInput(f"--out {out}: lies in --src {src}")
+    dataset = dataset or out.name
+    if dataset == "shapes":
+        raise BadInput("shapes: is the name of the built-in images; choose another")
+    read, names, labels, classes, broken = listing(src, size, dataset, split, labelled, skip_broken)
+    if broken:                                   # those that skip_broken has found
+        more["broken"] = dict(count=len(broken), names=sorted(broken)[:10])
+        warn("broken images left out", broken)
+        broken.clear()
+    official = DATASETS[dataset][2] if dataset in DATASETS else len(names)
+    if split == "train" and official != len(names):
+        say(f"warning: found {len(names):,} images, the training set of {dataset} has {official:,}")
+    digest = hashlib.sha256(json.dumps([*zip(names, labels)]).encode())
+    labels = np.array(labels, dtype=np.int64)
+    meta = dict(dataset=dataset, split=split, count=len(labels), size=size,
+                classes=classes, listing=digest.hexdigest(),
+                crop=CROPS.get(dataset, "box halving, bicubic, center (ADM)"), **more)
+
+    def make(rows):
+        images = np.array([read(names[row]) for row in rows])
+        failed = [row for row in rows if names[row] in broken]
+        labels[failed] = -1                      # they stay to be done
+        return encode(images) if encode else images
+
+    begin(out, meta, rank)
+    fill(out, meta, labels, make, rank, world)
+    if broken:
+        line = (f"{out}: unfinished; broken images, {len(broken):,}: {'; '.join(sorted(broken.values())[:10])}; "
+                f"mend them and repeat the command, or remove {out} and add --skip-broken")
+        if world == 1:
+            raise BadInput(line)
+        print(line)                              # and ends well: torchrun would stop the other processes
+    if np.load(out / "labels.npy").min() >= 0:
+        named = f": {', '.join(classes[:10])}" if classes else ""
+        say(f"{out}: {len(labels):,} images of {size} x {size}, {len(classes)} classes{named}")
+
+
 def tile(images, columns):
-    """uint8 (N,3,S,S) -> one PIL image, `columns` to a row, unfilled places grey."""
+    """uint8 (N,3,H,W) -> one PIL image with `columns` of them in a row; empty places are grey."""
     n, _, height, width = images.shape
     rows = -(-n // columns)
     sheet = Image.new("RGB", (columns * width, rows * height), "grey")
@@ -647,7 +671,7 @@ def tile(images, columns):
 
 
 def contact_sheet(dir):
-    """Draw 64 images of a packed folder, from the first to the last, into its sheet.png."""
+    """Draw 64 images of a packed folder, evenly spaced from the first to the last, into its sheet.png."""
     data = Packed(dir)
     picks = np.linspace(0, len(data) - 1, min(64, len(data))).astype(int)
     sheet = tile(data.images[picks], 8)
@@ -655,7 +679,7 @@ def contact_sheet(dir):
 
 
 def pack_flags(add):
-    """The flags that vae.py has as well."""
+    """Add the flags that data.py and vae.py share."""
     add("--split", choices=("train", "val", "test"), default="train",
         help="recorded in meta.json; of cifar10 and celeba64 it also chooses the images")
     add("--classes", type=int, choices=[0], help="pack without labels")
@@ -676,7 +700,7 @@ def main():
         "square of its file (default: the data set's)")
     pack_flags(add)
     args = parser.parse_args()
-    out = args.out or Path(f"data/{args.dataset}")
+    out = args.out or Path(f"data/{args.dataset}")                           # where both are missing: see below
     dataset = args.dataset or out.name
     if args.download:
         if dataset != "cifar10" or args.src:

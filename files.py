@@ -31,13 +31,16 @@ class NotFinite(BadInput):
 
 
 def run(main):
-    """Call main(). A user's mistake, what the operating system refuses (a missing file, a full disk), a full
-    memory, and the death of another process of the run become one line and an exit code, not a traceback.
+    """Call main(). Errors that are no bug become one line and an exit code, not a traceback: a user's mistake, what
+    the operating system refuses (a missing file, a full disk), a full memory, Ctrl-C, and the death of another
+    process of the run.
     """
     try:
         return main()
-    except (BadInput, OSError) as error:
-        code, line = error.code if isinstance(error, BadInput) else 2, str(error)
+    except BadInput as error:
+        code, line = error.code, str(error)
+    except OSError as error:
+        code, line = 2, str(error)
     except KeyboardInterrupt:
         code, line = 130, "stopped"
     except (RuntimeError, MemoryError) as error:
@@ -45,23 +48,24 @@ def run(main):
         lost = r"connection (was likely )?(closed|reset|refused)|remote process exited|broken pipe|timed ?out"
         if isinstance(error, MemoryError) or re.search(full, str(error), re.I):
             code, line = 1, "out of memory; try a smaller --batch-size, in train.py --accum 2 or --grad-ckpt"
-        elif dist.is_initialized() and re.search(lost, str(error), re.I):    # of gloo, NCCL or their store
+        elif dist.is_initialized() and re.search(lost, str(error), re.I):    # words of gloo, NCCL or their store
             code, line = 1, "another process of this run has ended; start all again, train.py with --resume"
         else:
             raise
     grouped = dist.is_initialized()
-    # without a group, all processes of a machine meet a user's mistake, and one of them says it
+    # Before there is a group, every process meets the same mistake, and one of a machine says it. What only one of
+    # them may meet, it says itself.
     if grouped or env("LOCAL_RANK") == 0 or code in (1, 3):
-        print(Path(sys.argv[0]).name + ":", *line.split(), file=sys.stderr, flush=True)
+        print(Path(sys.argv[0]).name + ":", *line.split(), file=sys.stderr, flush=True)  # as one line
     if grouped:
-        os._exit(code)                           # the group's threads would wait for those that are gone
+        os._exit(code)                           # sys.exit would wait for processes that are gone
     sys.exit(code)
 
 
 # ---------------------------------------------------------------------------------------------------- flags
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """--help shows the docstring as it is written, and each default that says something."""
+    """--help shows the script's docstring as it is written, and all defaults but None and False."""
 
     def _get_help_string(self, action):
         if action.default is None or action.default is False:
@@ -70,7 +74,7 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, and which takes no abbreviated flags."""
+    """argparse with this help, without abbreviated flags, and with BadInput for its errors."""
 
     def __init__(self, doc=None, **how):
         super().__init__(description=doc, formatter_class=Help, allow_abbrev=False, **how)
@@ -80,20 +84,22 @@ class Parser(argparse.ArgumentParser):
 
 
 def between(low, high, kind=float, expected="a number from {} to {}"):
-    """An argparse type: a number from low to high; with kind=int whole numbers only."""
+    """An argparse type: a number from low to high, with kind=int a whole one. expected: what the error says, with
+    {} for low and for high.
+    """
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high:                                         # nan is not
+        if not low <= value <= high:                                         # nan is refused, too
             raise argparse.ArgumentTypeError(f"found {text}, expected {expected.format(low, high)}")
         return value
     return parse
 
 
 def at_least(low, high=10 ** 15):
-    """An argparse type: a whole number from low to high, whose default keeps it within 64 bits."""
+    """An argparse type: a whole number from low to high. The default of high keeps it within 64 bits."""
     return between(low, high, int, "a whole number, at least {} and at most {:,}")
 
 
@@ -103,14 +109,15 @@ positive = between(1e-30, 1e30, expected="a positive number")
 # ---------------------------------------------------------------------------------- processes and progress
 
 def env(name, default=0):
-    """RANK, WORLD_SIZE or LOCAL_RANK, as torchrun sets them for each process; the default without it."""
+    """RANK, WORLD_SIZE or LOCAL_RANK, which torchrun sets for each process; without torchrun the default."""
     return int(os.environ.get(name, default))
 
 
 def processes(kind=None):
-    """-> rank, world, device: the number of this process, how many there are, and what it computes on. A GPU of
-    its own becomes the current one. kind: "cuda", "cpu" or "mps", a Mac's GPU, which is never taken unasked; by
-    default "cuda" where there is one, else "cpu". Raises BadInput for a device that is not there.
+    """-> rank, world, device: the number of this process, how many there are, and what it computes on.
+
+    kind: "cuda", "cpu" or "mps", a Mac's GPU, which is never taken unasked; by default "cuda" where there is one,
+    else "cpu". Of several GPUs each process takes its own. Raises BadInput for a device that is not there.
     """
     rank, world, local = env("RANK"), env("WORLD_SIZE", 1), env("LOCAL_RANK")
     kind = kind or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -123,14 +130,14 @@ def processes(kind=None):
 
 
 def allow_tf32(allowed):
-    """Whether a GPU may shorten the factors of float32 products to TF32's 10 bits, which is several times as fast."""
+    """Allow, or forbid, a GPU to shorten the factors of float32 products to TF32: 10 bits, several times as fast."""
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
 
 
 def leave_group():
-    """End the process group. gloo's threads need Python's lock to drop their last tensors, and are joined
-    with that lock held: without the pause 1 exit in 6 hung.
+    """End the process group. The pause lets gloo's threads drop their last tensors, for which they need Python's
+    lock: destroy_process_group waits for them with that lock held, and without the pause 1 exit in 6 hung.
     """
     time.sleep(0.2)
     dist.destroy_process_group()
@@ -142,11 +149,19 @@ def say(*words):
         print(*words, flush=True)
 
 
+shown_at = 0.0                                    # time of `progress`'s last line
+
+
 def progress(what, done, total, since):
-    """One line with rate and time left, by one process of several."""
-    if env("RANK") > 0:
+    """One line with rate and time left, by one process of several. Of frequent calls five a second are shown, and
+    the last, done == total. since: time.monotonic() at the start.
+    """
+    global shown_at
+    now = time.monotonic()
+    if env("RANK") > 0 or (now < shown_at + 0.2 and done < total):
         return
-    rate = max(done, 1) / max(time.monotonic() - since, 1e-9)
+    shown_at = now
+    rate = max(done, 1) / max(now - since, 1e-9)
     left = (total - done) / rate / 60
     end = "\n" if done == total else ""
     print(f"\r{what} {done:,} / {total:,}   {rate:,.0f}/s   {left:.1f} min left   ", end=end, flush=True)
@@ -155,7 +170,9 @@ def progress(what, done, total, since):
 # ---------------------------------------------------------------------------------------------------- files
 
 def replace(path, write):
-    """write(file) to a neighbour of path, then rename it: path is the old file or the new one, never half."""
+    """Call write(file) on a file beside path, then rename it: path is the old file or the new one, never half of it.
+    Raises BadInput where it cannot be written.
+    """
     part = Path(f"{path}.{env('RANK')}.part")
     try:
         with open(part, "wb") as file:
@@ -164,7 +181,7 @@ def replace(path, write):
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
-        cause = error.__context__ or error                                   # torch.save wraps a full disk's
+        cause = error.__context__ or error                                   # torch.save makes a RuntimeError of it
         if not isinstance(cause, OSError):
             raise
         raise BadInput(f"{path}: cannot be written ({cause})") from None
@@ -173,12 +190,13 @@ def replace(path, write):
 
 
 def read(path):
-    """The dict in a checkpoint or weight file, torch's or .safetensors; of a folder, its ckpt.pt.
+    """The dict in a checkpoint or weight file, PyTorch's or .safetensors; of a folder, in its ckpt.pt.
 
-    PyTorch unpickles tensors and plain values and refuses everything else. Raises BadInput.
+    Nothing in it is executed: PyTorch loads tensors and plain values and refuses everything else. Raises BadInput.
     """
     path = Path(path)
-    path = path / "ckpt.pt" if path.is_dir() else path
+    if path.is_dir():
+        path = path / "ckpt.pt"
     if not path.is_file():
         raise BadInput(f"{path}: no such file")
     try:
@@ -187,19 +205,21 @@ def read(path):
             return load_file(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                if archive.testzip():                                        # torch.load skips checksums
+                if archive.testzip():                                        # torch.load does not look at checksums
                     raise ValueError("a checksum does not match")
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except ImportError:
         raise BadInput(f"{path}: reading it needs a package: pip install safetensors") from None
-    except Exception as error:                                               # each format has its own kinds
+    except Exception as error:                                               # each format raises its own kinds
+        why = f"damaged, or no weights: {error!r:.80}"
         foreign = re.search(r"GLOBAL [\w.]+", str(error))
-        why = f"it holds a foreign object, {foreign[0]}" if foreign else f"damaged, or no weights: {error!r:.80}"
+        if foreign:
+            why = f"it holds a foreign object, {foreign[0]}"
         raise BadInput(f"{path}: cannot be loaded ({why})") from None
 
 
 def read_json(path):
-    """What is in a JSON file. Raises BadInput."""
+    """The value in a JSON file. Raises BadInput."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:
@@ -207,7 +227,7 @@ def read_json(path):
 
 
 def write_json(path, value):
-    """A JSON file, whole or absent."""
+    """Write a value as a JSON file, whole or absent."""
     replace(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
 
 
@@ -221,8 +241,8 @@ def hash_file(path):
 
 
 def download(url, file, sha256, flag):
-    """Fetch url into file, which appears when it is whole and has this SHA-256. `flag` is, for the error's line,
-    the flag that names a copy fetched by hand.
+    """Fetch url into file, which appears when it is whole and has this SHA-256. Raises BadInput, which says where to
+    put a copy fetched by hand, or to name it with `flag`.
     """
     print(f"downloading {url}", flush=True)
     try:

@@ -5,9 +5,9 @@
     python train.py --resume                                    # go on where out/shapes was stopped
     python train.py --init out/shapes --out out/tuned           # a new run that starts from another's weights
 
-A run depends on its flags and --seed. The number of processes, --accum, --compile and --graph change rounding
-alone, and a stop and --resume nothing. Whether there is a GPU decides the defaults of --dtype, --compile and
---graph, and the preset of your own images.
+The result depends on the flags and --seed. The number of processes, --accum, --compile and --graph change it by
+rounding alone. A stop and --resume do not change it. A GPU changes the defaults of --dtype, --compile and --graph,
+and the preset of your own images.
 """
 import argparse
 import contextlib
@@ -36,16 +36,18 @@ from files import (BadInput, Parser, at_least, between, hash_file, leave_group, 
 from sample import MODELS, build_model, draw, find_vae, grid, load_checkpoint, to_device
 
 # ------------------------------------------------------------------------------------------------ presets
-# One row per result of the papers, the default of a data set first. From the paper (section 4.1, appendix C):
-# steps, batch, learning rate, warm-up, betas, EMA, schedule, targets of ImageNet-256, label drop and cfg of
-# vit-l, Heun steps of vit-l and ImageNet-256. From the official scripts: weight decay, target of vit-l, label
-# drop of ImageNet-256, cfg of vit-xl. Inferred: targets and Heun steps of CelebA, other rows' cfg, label
-# drop and Heun steps of ImageNet-64's other rows (figure 8 is DPM-Solver, guided by ADM's classifier). The
-# curriculum paper's rows: its settings, its 250 evaluations as 125 Heun steps. "shapes", "folder": ours.
+# One row per result of the papers. The first row of a data set is its default. Where the values are from:
+# - the paper (section 4.1, appendix C): steps, batch, learning rate, warm-up, betas, EMA, schedule; the targets of
+#   ImageNet-256; label drop and cfg of vit-l; Heun steps of vit-l and of ImageNet-256
+# - the official scripts: weight decay, the target of vit-l, label drop of ImageNet-256, cfg of vit-xl
+# - inferred: targets and Heun steps of CelebA; cfg of all other rows; label drop and Heun steps of ImageNet-64's
+#   other rows (figure 8 samples with DPM-Solver, guided by ADM's classifier)
+# - the curriculum paper: imagenet128 and cifar10. Its 250 evaluations are 125 Heun steps
+# - ours: "shapes", and "folder", which is any data set of yours: with a GPU its first row, without one its second
 
 DEMO = dict(lr=4e-3, warmup=100, betas=[.90, .99], ema=.99, decay=1.0, curriculum=240, flip=False)
 LAPTOP = dict(lr=2e-3, warmup=100, ema=.995, decay=1.0, flip=False)    # your images of 32 x 32 on a CPU
-CLTS = dict(weighting="snr", betas=[.8, .999])                         # plain eps loss, Adam
+CLTS = dict(weighting="snr", betas=[.8, .999])     # the curriculum paper: plain eps loss, its betas of Adam
 LINEAR = dict(schedule="linear", curriculum=300_000)
 PRESETS = [
 #    data set       network        target steps    batch  drop  cfg heun  other than DEFAULT     FID
@@ -72,53 +74,52 @@ DEFAULT = dict(weighting="min_snr", curriculum=50_000, schedule="cosine", T=1000
 
 
 def preset(dataset, model=None, target=None, gpu=False):
-    """The row of a data set, network and target, as a dict. Without a row of this network: the data set's first
-    one with this target, else its first. Without a row of this data set: a row "folder", without a gpu its second.
-    Betas and weight decay are those of the network's kind (ViT or UNet) unless the row sets them.
+    """The row of a data set, network and target, as a dict of flags.
+
+    A data set of yours has the rows "folder". Without a row of this network, any network's row will do; after
+    that, without a row of this target, any target's. Of several rows the first is taken. Betas and weight decay
+    are those of the network's kind (ViT or UNet) unless the row sets them.
     """
-    rows = [dict(zip(COLUMNS, row)) for row in PRESETS]
-    own = [row for row in rows if row["dataset"] == dataset != "folder"]
-    if not own:
-        own = [row for row in rows if row["dataset"] == "folder"]
-        if not gpu:
-            own.reverse()
-    model = model or own[0]["model"]
-    row = max(own, key=lambda row: (row["model"] == model, row["target"] == target))   # max takes the first of equals
+    name = dataset if dataset in DATASETS else "folder"
+    rows = [dict(zip(COLUMNS, row)) for row in PRESETS if row[0] == name]
+    if name == "folder" and not gpu:
+        rows.reverse()
+    model = model or rows[0]["model"]
+    rows = [row for row in rows if row["model"] == model] or rows
+    rows = [row for row in rows if row["target"] == target] or rows
     kind = dict(betas=[.99, .99], weight_decay=0.03)
     if MODELS[model][0] is model_unet.UNet:
         kind = dict(betas=[.9, .999], weight_decay=0.0)
-    other = row.pop("other")
-    return DEFAULT | kind | row | other | dict(dataset=dataset, model=model)
+    other = rows[0].pop("other")
+    return DEFAULT | kind | rows[0] | other | dict(dataset=dataset, model=model)
 
 
-# ---------------------------------------------------------------------------------- the config of a run
-# The config is the namespace of the flags, without those that only concern this machine. It is saved in the
-# checkpoint, and on --resume it becomes the flags' defaults.
+# ------------------------------------------------------------------------------------ flags and config
+# The config of a run is its flags without MACHINE, and what `settle` adds. The checkpoint holds it, and on
+# --resume it becomes the flags' defaults.
 
-# MACHINE is not in the config: where and how the run is computed, free at every start. FREE is in the config, so
-# that --resume remembers it, but a resumed run may change it. class_counts follows from the labels, which the
-# fingerprint covers, and older checkpoints lack it.
+# where and how a run is computed: free at every start
 MACHINE = "out resume device accum compile graph grad_ckpt data_on_gpu dry_run".split()
+# in the config, but a resumed run may change it. class_counts only repeats the labels, which have a fingerprint;
+# older checkpoints lack it
 FREE = "steps cfg sample_steps data vae_file log_every save_every sample_every keep_every class_counts".split()
 
 
-def weights(text):
+def name_or_table(text):
     """An argparse type for --weighting: a name, or the column `weight` of a table FILE.csv as a list."""
     if not text.endswith(".csv"):
         return text
     try:
         table = np.genfromtxt(text, delimiter=",", names=True, ndmin=1)["weight"]
-        if not (table >= 0).all():                                           # nan >= 0 is False: empty cells
+        if not (table >= 0).all():               # an empty cell is nan, and nan >= 0 is False
             raise ValueError
     except (IndexError, ValueError):
         raise argparse.ArgumentTypeError(f"{text}: expected a column `weight` of numbers of 0 or more") from None
     return table.tolist()
 
 
-def parse():
-    """-> the flags, and the state of the run to resume, None for a new one. What is left out of the command
-    line takes the preset's value, on --resume the run's own.
-    """
+def flags():
+    """The parser of all flags. A flag without a default here gets it in `parse`."""
     parser = Parser(__doc__)
     add = parser.add_argument
     count, switch = at_least(1), argparse.BooleanOptionalAction
@@ -127,8 +128,8 @@ def parse():
     add("--dataset", default="shapes", help=f"{', '.join(DATASETS)}, or any packed data/NAME")
     add("--model", choices=MODELS, help="network")
     add("--target", choices=TARGETS, help="what the network predicts")
-    add("--weighting", type=weights, help=f"of the loss over t, defined on x0: {', '.join(WEIGHTINGS)}, or a "
-        "table FILE.csv whose column `weight` has T rows, which the run then remembers")
+    add("--weighting", type=name_or_table, help="of the loss over t, defined on x0: "
+        f"{', '.join(WEIGHTINGS)}, or a table FILE.csv whose column `weight` has T rows, which the run remembers")
     add("--out", type=Path, help="folder of the run (default: out/DATASET)")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--init", help="fine-tune: the weights of a run, checkpoint, snapshot or released file to start from")
@@ -144,8 +145,8 @@ def parse():
         "cosine_scaled, or with parameters clts:MU:STEP (share of T, the curriculum's last step), laplace:MU:B")
     add("--curriculum", type=count, help="last step of clts's curriculum")
     add("--importance", action=switch, default=False,
-        help="importance sampling: divide the loss by q T, so that the density changes its variance and "
-        "not the objective")
+        help="importance sampling: divide the loss by q T, where q is the density of t, so that the density "
+        "changes the loss's variance and not the objective")
     add("--schedule", choices=("cosine", "linear"), help="noise schedule")
     add("--T", type=at_least(1, 1_000_000), help="timesteps")
     # optimisation
@@ -166,44 +167,58 @@ def parse():
     add("--cfg", type=between(0, 1000), help="guidance scale, 1 = none")
     add("--sample-steps", type=at_least(1, 10_000), help="Heun steps")
     # this machine and its output: none of these changes the weights but by rounding
-    add("--device", choices=("cuda", "cpu", "mps"), help="default: cuda where there is one, else cpu; mps is untested")
+    add("--device", choices=("cuda", "cpu", "mps"), help="default: cuda where there is one, else cpu; a Mac's mps is "
+        "untested")
     add("--accum", type=count, default=1, help="micro-batches per step and process, for small memories")
-    add("--compile", action=switch, help="torch.compile the network (default: on a GPU, but not for the built-in "
-        "shapes, whose run is short)")
-    add("--graph", action=switch, help="run a step as one CUDA graph, which is faster for small networks (default: "
-        "on a GPU, for the built-in shapes)")
+    add("--compile", action=switch, help="torch.compile the network; by itself on a GPU, but not for the built-in "
+        "shapes, whose run is short")
+    add("--graph", action=switch, help="run a step as one CUDA graph, which is faster for small networks; by itself "
+        "on a GPU, for the built-in shapes")
     add("--grad-ckpt", action="store_true", help="keep the blocks' inputs and compute the rest again for the "
         "gradient: less memory, more time")
-    add("--data-on-gpu", action="store_true", help="hold the whole data set in the device's memory")
+    add("--data-on-gpu", action="store_true", help="hold the whole data set in the GPU's memory")
     add("--log-every", type=count, default=100, help="steps between log lines")
     add("--save-every", type=count, default=1000, help="steps between checkpoints; the last is always saved")
     add("--sample-every", type=at_least(0), default=0, help="steps between sample grids; 0: only at the end")
     add("--keep-every", type=at_least(0), default=0, help="steps between snapshots of the EMA; 0: none")
     add("--dry-run", action="store_true", help="print configuration, FLOPs, speed and days, no more")
+    return parser
 
+
+def parse():
+    """-> the flags, and the state of the run to resume, None for a new one.
+
+    What the command line leaves out takes the preset's value, on --resume the run's own. Raises BadInput.
+    """
+    parser = flags()
+    # A first reading tells which preset or run, and which device, the defaults are from.
     words = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
-    # The first pass tells which run or which preset gives the defaults. The second applies the command line to them.
-    known = parser.parse_args(words)
-    _, world, device = processes(known.device)   # the GPU that is asked about bfloat16
+    asked = parser.parse_args(words)
+    out = asked.out or Path("out") / asked.dataset
+    _, world, device = processes(asked.device)
     gpu = device.type == "cuda"
-    bfloat16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    parser.set_defaults(dtype="bfloat16" if bfloat16 else "float32")
-    out = known.out or Path("out") / known.dataset
-    state = read(out) if known.resume else None
-    if state and "optimizer" not in state:
-        raise BadInput(f"{out}: its ckpt.pt is no checkpoint to resume from")
-    defaults = state["config"] if state else preset(known.dataset, known.model, known.target, gpu)
+    state, defaults = None, preset(asked.dataset, asked.model, asked.target, gpu)
+    if asked.resume:
+        state = read(out)
+        if "optimizer" not in state:
+            raise BadInput(f"{out}: its ckpt.pt is no checkpoint to resume from")
+        defaults = state["config"]
+
+    demo = defaults["dataset"] == "shapes"       # too short for a compiler, and its network small enough for a graph
+    can_graph = gpu and world == 1 and not asked.grad_ckpt
+    has_bfloat16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    parser.set_defaults(dtype="bfloat16" if has_bfloat16 else "float32", compile=gpu and not demo,
+                        graph=can_graph and demo)
     parser.set_defaults(**defaults)
-    args = parser.parse_args()
+    args = parser.parse_args()                                               # or show the help, with these defaults
     args.out = out.resolve()
-    if args.compile is None:
-        args.compile = gpu and args.dataset != "shapes"
-    graph = gpu and world == 1 and not args.grad_ckpt
-    if args.graph and not graph:
+    if args.graph and not can_graph:
         raise BadInput("--graph: is for one process, on cuda, without --grad-ckpt")
-    if args.graph is None:
-        args.graph = graph and args.dataset == "shapes"
-    if args.dtype == "float64" and args.device == "mps":
+    if args.data_on_gpu and device.type == "cpu":
+        raise BadInput("--data-on-gpu: the run is on a CPU")
+    if device.type == "mps" and world > 1:
+        raise BadInput("--device mps: is for one process")
+    if device.type == "mps" and args.dtype == "float64":
         raise BadInput("--dtype float64: --device mps has none")
     return args, state
 
@@ -211,10 +226,10 @@ def parse():
 # ------------------------------------------------------------------------------------------------ the data
 
 def stand_in(dataset):
-    """One black image of the shape that a data set's name promises, and the classes: for --dry-run without data."""
+    """One black image of the shape that a data set's name promises, and the names of its classes."""
     size, _, _ = DATASETS[dataset]
     shape = (1, 3, size, size)
-    if dataset == "imagenet256":
+    if dataset == "imagenet256":                 # latents: mean and standard deviation of 4 channels
         shape = (1, 8, size // 8, size // 8)
     meta = dict(dataset=dataset, classes=class_names(dataset))
     return Images(np.zeros(shape, np.uint8), np.zeros(1, np.int64), meta)
@@ -228,9 +243,7 @@ def probe(data):
 
 
 def open_data(args):
-    """The data set that the flags name. Raises BadInput where it is not what they promise, and says what is
-    unusual about it.
-    """
+    """The data set that the flags name. Raises BadInput where it is not what they promise."""
     folder = Path(args.data or f"data/{args.dataset}")
     if args.dataset == "shapes":
         if args.data:
@@ -241,50 +254,60 @@ def open_data(args):
         data = stand_in(args.dataset)
     else:
         data = Packed(folder)
+        check_pack(data, args.dataset, folder)
     if args.size not in (None, data.size):
         raise BadInput(f"--size: found {args.size}, {folder} has {data.size}")
-    if args.dataset in DATASETS and args.dataset != "shapes":
-        expected = stand_in(args.dataset)
+    if args.classes == 0:
+        data.classes = []
+    data.flip = args.flip and not data.latents
+    return data
+
+
+def check_pack(data, dataset, folder):
+    """Say what is unusual about a packed folder. Raises BadInput where it holds images in the place of latents, or
+    latents in that of images.
+    """
+    if dataset in DATASETS:
+        expected = stand_in(dataset)
         found, shape = data.images.shape[1:], expected.images.shape[1:]
-        if found[0] != shape[0]:                                             # images for latents, or vice versa
-            raise BadInput(f"{folder}: found images of shape {found}, {args.dataset} has {shape}")
+        if found[0] != shape[0]:
+            raise BadInput(f"{folder}: found images of shape {found}, {dataset} has {shape}")
         if found != shape:
-            say(f"warning: {folder} has images of shape {found}, {args.dataset} has {shape}")
+            say(f"warning: {folder} has images of shape {found}, {dataset} has {shape}")
         if data.classes != expected.classes:
-            say(f"warning: the {len(data.classes)} classes of {folder} are not those of {args.dataset}")
-    if data.latents and len(data) > 1:
+            say(f"warning: the {len(data.classes)} classes of {folder} are not those of {dataset}")
+    if data.latents:
         std = probe(data).std()
         if not 0.7 <= std <= 1.3:
             say(f"warning: {folder}: scaled latents have a standard deviation of {std:.3f}, expected 0.7 to 1.3: "
                 "another autoencoder, or a damaged file")
-    if args.classes == 0:
-        data.classes = []
-    return data
 
 
 def settle(args, data):
-    """-> config: the flags, with what the data decide; settled flags stay as they are, so a run can go on."""
+    """-> config: the flags, and what follows from them and the data. JSON's types alone, no tuples, as it is
+    compared with a saved one.
+    """
     config = {key: value for key, value in vars(args).items() if key not in MACHINE}
     network, arguments = MODELS[args.model]
-    patch = args.patch or (2 if data.latents else 4)
-    shape = dict(img_size=data.size, in_channels=data.channels, num_classes=len(data.classes),
-                 patch_size=patch, T=args.T)
-    taken = inspect.signature(network).parameters
-    shape = {key: value for key, value in shape.items() if key in taken}
-    if args.patch and "patch_size" not in taken:
+    takes = inspect.signature(network).parameters
+    if args.patch and "patch_size" not in takes:
         raise BadInput(f"--patch {args.patch}: {args.model} has no patches")
-    config["class_counts"] = np.bincount(data.labels, minlength=len(data.classes)).tolist()
-    if not data.classes:
+    patch = args.patch or (2 if data.latents else 4)
+    classes = len(data.classes)
+    shape = dict(img_size=data.size, in_channels=data.channels, num_classes=classes, patch_size=patch, T=args.T)
+    shape = {key: value for key, value in shape.items() if key in takes}
+    class_counts = np.bincount(data.labels, minlength=classes)[:classes]     # none without classes
+    if not classes:
         if args.drop or args.cfg != 1:
             say(f"no classes: drop {args.drop:g} becomes 0, cfg {args.cfg:g} becomes 1")
-        config.update(drop=0.0, cfg=1.0, class_counts=[])
+        config.update(drop=0.0, cfg=1.0)
     if config["cfg"] != 1 and not config["drop"]:
         raise BadInput(f"--cfg {args.cfg}: a model trained with --drop 0 cannot be guided; add --cfg 1")
-    config.update(size=data.size, patch=shape.get("patch_size"), flip=args.flip and not data.latents,
-                  network=arguments | shape, classes=len(data.classes), class_names=data.classes,
-                  fingerprint=fingerprint(data.meta), vae=data.meta.get("vae"),
+    config.update(class_counts=class_counts.tolist(), size=data.size, patch=shape.get("patch_size"),
+                  flip=data.flip, network=arguments | shape, classes=classes,
+                  class_names=data.classes, fingerprint=fingerprint(data.meta), vae=data.meta.get("vae"),
                   vae_file=data.meta.get("vae_file"))
-    return json.loads(json.dumps(config))                                    # as in config.json: no tuples
+    return json.loads(json.dumps(config))
 
 
 def compare(config, saved, out):
@@ -298,7 +321,7 @@ def compare(config, saved, out):
         if key in ("class_names", "network", "fingerprint", "vae"):
             raise BadInput(f"--data: not the data, or not the network, of the run in {out} ({key} differs)")
         hint = f"; to fine-tune it otherwise, begin another with --init {out}"
-        if key in "model target schedule T patch".split():                   # --init wants the same
+        if key in "model target schedule T patch".split():                   # which --init does not change either
             hint = ""
         raise BadInput(f"--{key.replace('_', '-')}: found {value!s:.80}, the run in {out} has "
                        f"{saved.get(key)!s:.80}{hint}")
@@ -311,29 +334,34 @@ def compare(config, saved, out):
 # --------------------------------------------------------------------------- everything random in one step
 
 def draw_step(data, config, diffusion, step, rows):
-    """Everything random in one step, drawn for the whole global batch and cut to this process's rows."""
+    """-> x0, t, noise, y, scale: everything random in one step, drawn for the whole global batch and then cut to
+    this process's rows, so that the number of processes changes nothing. scale multiplies the loss: 1, or
+    1 / (q T) with --importance.
+    """
     B, N, seed = config["batch_size"], len(data), config["seed"]
     g = generator("step", seed, step)
-    places = range(step * B, (step + 1) * B)                                 # in endless epochs
+    places = range(step * B, (step + 1) * B)                                 # counted on from epoch to epoch
     indices = [epoch_order(N, seed, place // N)[place % N] for place in places]
     x0, y = data.batch(indices, g, rows)
     t, ratio = diffusion.draw(B, g, step)
     noise = torch.randn(B, *x0.shape[1:], generator=g)
     dropped = torch.rand(B, generator=g) < config["drop"]
-    y = torch.where(dropped[rows], len(data.classes), y)
+    y = torch.where(dropped[rows], len(data.classes), y)                     # the null label
     scale = ratio if config["importance"] else torch.ones_like(ratio)
     return x0, t[rows], noise[rows], y, scale[rows]
 
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(N, seed, epoch):
-    """Permutation of 0 .. N-1 for one epoch, a numpy array (N,)."""
+    """Permutation of 0 .. N-1 for one epoch, a numpy array (N,). Two are kept, as a batch may end one epoch and
+    begin the next.
+    """
     return torch.randperm(N, generator=generator("epoch", seed, epoch)).numpy()
 
 
 def ahead(make, first, last, threads=1):
-    """Yield make(first), ..., make(last - 1), each prepared by a thread during the steps before it. `threads` more
-    are prepared at the end, which nobody takes.
+    """Yield make(first), ..., make(last - 1). Threads prepare each during the `threads` steps before it; the few
+    beyond the last are made in vain.
     """
     with ThreadPoolExecutor(threads) as pool:
         jobs = [pool.submit(make, first + i) for i in range(threads)]
@@ -345,25 +373,25 @@ def ahead(make, first, last, threads=1):
 # ---------------------------------------------------------------------------------------------- one step
 
 def backward(net, diffusion, batch, tally, config, accum=1, world=1):
-    """Loss and gradients of this process's rows (x0, t, noise, y, scale), micro-batch by micro-batch; DDP
-    exchanges gradients in the last one only. Adds the sums of a log line to tally (10,4), by range of t.
+    """Loss and gradients of this process's batch (x0, t, noise, y, scale), in `accum` micro-batches. Adds what a log
+    line averages to tally (10,4), see `metrics_of`.
     """
-    micro_batches = list(zip(*(part.chunk(accum) for part in batch)))
+    half = config["dtype"] == "bfloat16"
+    micro_batches = zip(*(part.chunk(accum) for part in batch))
     for i, (x0, t, noise, y, scale) in enumerate(micro_batches):
-        waits = world > 1 and i + 1 < accum
+        waits = world > 1 and i + 1 < accum      # DDP exchanges gradients once a step, after the last micro-batch
         with net.no_sync() if waits else contextlib.nullcontext():
-            half = config["dtype"] == "bfloat16"
-            # without its cache: a CUDA graph must not depend on weights that were cast before it
+            # No cache: a CUDA graph must cast the weights itself, and not find them cast before it was recorded.
             with torch.autocast(x0.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
                 loss, mse = diffusion.loss(net, x0, t, noise, y)
-            loss = loss * scale.to(loss.dtype)                               # 1, or 1 / (q T)
-            (loss.sum() * (world / config["batch_size"])).backward()         # DDP divides by world
+            loss = loss * scale
+            (loss.sum() * (world / config["batch_size"])).backward()         # the global mean: DDP divides by world
         with torch.no_grad():
             loss, mse, t = (part.to(tally.device) for part in (loss, mse, t))    # on a Mac the tally is on the CPU
             x0_mse = mse / diffusion.factor[t]
-            sums = torch.stack([loss, mse, x0_mse, torch.ones_like(mse)], 1).double()
-            sums = torch.where(sums.isfinite().all(1, keepdim=True), sums, 0)    # inf and nan have no part
-            tally.index_add_(0, t * 10 // config["T"], sums)
+            rows = torch.stack([loss, mse, x0_mse, torch.ones_like(mse)], 1).double()
+            rows = torch.where(rows.isfinite().all(1, keepdim=True), rows, 0)    # leave out inf and nan
+            tally.index_add_(0, t * 10 // config["T"], rows)
 
 
 def learning_rate(config, step):
@@ -374,7 +402,7 @@ def learning_rate(config, step):
 
 
 def set_rate(optimizer, rate):
-    """Set the learning rate: a number, but in a CUDA graph a tensor, which the graph reads anew in every step."""
+    """Set the learning rate: a number, or under a CUDA graph a tensor, which the graph reads anew in every step."""
     for group in optimizer.param_groups:
         if torch.is_tensor(group["lr"]):
             group["lr"].fill_(rate)
@@ -384,19 +412,18 @@ def set_rate(optimizer, rate):
 
 @torch.no_grad()
 def update(model, ema, optimizer, config):
-    """One step of AdamW and one of the moving average of the weights, both left out where a gradient is not
-    finite. -> whether they were, a tensor (), so that the host need not wait for the device to know.
+    """One step of AdamW and one of the moving average of the weights. Where a gradient is not finite, neither is
+    done. -> whether they were left out, a bool tensor (), which the host need not wait for.
     """
-    averages, weights = list(ema.parameters()), list(model.parameters())
-    grads = [p.grad for p in weights if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
+    weights, averages = list(model.parameters()), list(ema.parameters())
+    norm = torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
     bad = ~norm.isfinite()
     if config["grad_clip"]:
         torch.nn.utils.clip_grads_with_norm_(weights, config["grad_clip"], norm)
-    optimizer.found_inf = bad.float()                                        # fused AdamW then skips its step
+    optimizer.found_inf = bad.float()                                        # fused AdamW does nothing where it is 1
     optimizer.step()
     optimizer.zero_grad()
-    share = (1 - config["ema"]) * (~bad).to(weights[0].dtype)
+    share = (1 - config["ema"]) * (~bad).to(weights[0].dtype)                # of the new weights in the average
     torch._foreach_lerp_(averages, weights, [share] * len(weights))
     return bad
 
@@ -404,8 +431,8 @@ def update(model, ema, optimizer, config):
 # ------------------------------------------------------------------------------------------------- the log
 
 def metrics_of(step, tally):
-    """tally (10,4), sums of loss, mse, x0-space mse and 1 in ten bins of t -> the means of a log line. Bin i
-    is t in [i T/10, (i+1) T/10), nan where no t fell into it.
+    """The means of a log line. tally (10,4) has a row for each tenth of the timesteps, and sums over the images
+    whose t fell into it: loss, mse, mse of x0, and their number. A tenth without images is nan.
     """
     loss, mse, _, count = tally.sum(0).tolist()
     count = count or np.nan                                                  # no finite loss: the means are nan
@@ -414,20 +441,26 @@ def metrics_of(step, tally):
 
 
 def mean_square(diffusion, s):
-    """The mse of output 0: the mean square of the target, for t of the density at step 0. s is that of the data."""
+    """The mse of a network whose output is 0: the mean square of the target, under the density of t at step 0. s is
+    the mean square of the data.
+    """
     alpha2 = diffusion.density() @ diffusion.alphas_cumprod.cpu()
     return float({"x0": s, "eps": 1, "v": alpha2 + (1 - alpha2) * s}[diffusion.target])
 
 
 def diverged(mse, images, mse_of_zero):
-    """Whether the mse, a sum over images, is above twice what output 0 would get. 32 images without error are
-    counted in, as the mean of a few may be far from the truth.
+    """Whether the mse, a sum over images, is above twice what output 0 would get. The mean of a few images may be
+    far from the truth: 32 images without error are added to them.
     """
     return mse > 2 * mse_of_zero * (images + 32)
 
 
-def log(metrics, out):
-    """Add one line to log.csv: the place for wandb, TensorBoard or your own."""
+def log(metrics, config, out):
+    """Print the metrics and add a line to log.csv: the place for wandb, TensorBoard or your own."""
+    images_left = (config["steps"] - metrics["step"]) * config["batch_size"]
+    say(f"step {metrics['step']:,} / {config['steps']:,}   loss {metrics['loss']:.4f}   {config['target']} mse "
+        f"{metrics['mse']:.4f}   {metrics['images_per_s']:,.0f} images/s   data {metrics['data_share']:.1%}   "
+        f"{metrics['skipped']} steps skipped   {images_left / metrics['images_per_s'] / 60:.1f} min left")
     with open(out / "log.csv", "a") as file:
         if file.tell() == 0:
             print(*metrics, sep=",", file=file)
@@ -438,6 +471,16 @@ def sanity(model, config):
     """FD-pixels between 256 samples and 2,048 of the built-in images."""
     drawn = draw(model, config, range(256), steps=config["sample_steps"], cfg=config["cfg"])
     return fd_pixels(drawn, shapes(range(2048), config["size"])[0])
+
+
+def picture(ema, config, out, step, device):
+    """Draw a grid of samples of the moving average -> its path, or why there is none."""
+    try:
+        vae = find_vae(config, device)
+        return grid(ema, config, out / f"samples_{step:06d}.png", steps=config["sample_steps"],
+                    cfg=config["cfg"], vae=vae)
+    except BadInput as error:
+        return f"no grid: {error}"
 
 
 # ------------------------------------------------------------------------------------------------- dry run
@@ -466,9 +509,9 @@ def dry_run(config, model, ema, optimizer, diffusion, micro, world):
         backward(model, diffusion, (x, t, x, t, torch.ones_like(t)), tally, config)
         update(model, ema, optimizer, config).item()                         # waits for the device
         rate = n * world / (time.monotonic() - since)
-    step = config["batch_size"] / rate
-    days = config["steps"] * step / 86_400
-    print(f"dry run: {rate:,.2f} images/s, {step * 1e3:,.0f} ms a step, {rate * 3 * forward / 1e3:,.2f} "
+    seconds = config["batch_size"] / rate
+    days = config["steps"] * seconds / 86_400
+    print(f"dry run: {rate:,.2f} images/s, {seconds * 1e3:,.0f} ms a step, {rate * 3 * forward / 1e3:,.2f} "
           f"TFLOP/s; measured with {n} images at a time, without data, communication and --graph")
     print(f"{config['steps']:,} steps: {24 * days:,.1f} hours, {days:,.1f} days")
 
@@ -489,22 +532,22 @@ def make_diffusion(config):
 
 def initialise(model, config):
     """Copy the weights of --init, of a checkpoint the moving average, into a fresh network, and note the file's
-    SHA-256 in the config. The class table of other classes stays as it was drawn. Raises BadInput for weights
-    that were trained otherwise or do not fit.
+    SHA-256 in the config. Where the classes are others, their table stays as it was drawn. Raises BadInput for
+    weights that were trained otherwise or do not fit.
     """
     path = Path(config["init"])
-    source, known = load_checkpoint(path, target=config["target"])
+    source, trained = load_checkpoint(path, target=config["target"])
     for key in ("schedule", "T"):
-        if known[key] != config[key]:
-            raise BadInput(f"--{key} {config[key]}: {path} was trained with {known[key]}")
+        if trained[key] != config[key]:
+            raise BadInput(f"--{key} {config[key]}: {path} was trained with {trained[key]}")
     weights, drawn = source.state_dict(), model.state_dict()
-    if "time_embedding.weight" in weights:                                   # released: 4,000 rows
+    if "time_embedding.weight" in weights:                                   # released files have 4,000 rows
         weights["time_embedding.weight"] = weights["time_embedding.weight"][:config["T"]]
     theirs, ours = source.num_classes, model.num_classes
     if bool(theirs) != bool(ours):
         raise BadInput(f"--init {path}: was trained with {theirs} classes, the data have {ours}: expected both with "
                        "classes, or both without")
-    others = known["class_names"] not in ([], config["class_names"])         # []: a released file without names
+    others = trained["class_names"] not in ([], config["class_names"])         # []: a released file without names
     if theirs != ours or others:
         say(f"warning: the {theirs} classes of {path} are not the {ours} of the data: their table is drawn anew")
         for name in ("class_embedding.weight", "label_emb.weight"):          # of a ViT, of a UNet
@@ -515,11 +558,13 @@ def initialise(model, config):
     except RuntimeError as error:
         raise BadInput(f"--init {path}: not the weights of this {config['model']}: {error!s:.300}") from None
     config["init_sha256"] = hash_file(path / "ckpt.pt" if path.is_dir() else path)
-    say(f"starts from {path}, weights: {known['weights']} @ step {known['step']}")
+    say(f"starts from {path}, weights: {trained['weights']} @ step {trained['step']}")
 
 
 def make_networks(args, config, device, state=None):
-    """-> model, its moving average, optimizer: fresh, from --init, or as in a checkpoint's state."""
+    """-> model, its moving average, optimizer: fresh, from --init, or as in a checkpoint's state, which is emptied.
+    Raises BadInput for weights that do not fit, and the network's ValueError for a config that it does not know.
+    """
     torch.manual_seed(config["seed"])
     dtype = torch.float64 if config["dtype"] == "float64" else torch.float32
     model = to_device(build_model(config), device, dtype)
@@ -529,23 +574,29 @@ def make_networks(args, config, device, state=None):
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), config["lr"], config["betas"],
                                   weight_decay=config["weight_decay"], fused=True)
-    if state:                                                                # pop, as its memory is needed
-        model.load_state_dict(state.pop("model"))
-        ema.load_state_dict(state.pop("ema"))
-        optimizer.load_state_dict(state.pop("optimizer"))
-        for group in optimizer.param_groups:     # as_graph makes them otherwise
+    if state:
+        try:
+            model.load_state_dict(state.pop("model"))                        # pop, as its memory is needed
+            ema.load_state_dict(state.pop("ema"))
+            optimizer.load_state_dict(state.pop("optimizer"))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise BadInput(f"{args.out}: weights and config disagree ({error!r:.200})") from None
+        for group in optimizer.param_groups:                                 # undoes what `as_graph` sets
             group["lr"], group["capturable"] = float(group["lr"]), False
     return model, ema, optimizer
 
 
 def compile_network(model):
-    """torch.compile in place, so that names stay plain. Blocks that are alike, as a ViT's, are compiled once for
-    all; any other network is compiled as a whole. Without a compiler there is a warning, and the network as it was.
+    """torch.compile in place, so that the names of the weights stay plain. Blocks that are alike, as a ViT's, are
+    compiled once for all; any other network as a whole. Without a compiler PyTorch warns and runs the network as
+    it is.
     """
     torch._dynamo.config.suppress_errors = True
-    blocks = getattr(model, "blocks", [])
-    shapes = {tuple(p.shape for p in block.parameters()) for block in blocks}
-    for part in blocks if len(shapes) == 1 else [model]:
+    parts = getattr(model, "blocks", [])
+    kinds = {str(part) for part in parts}        # its layers and their widths
+    if len(kinds) != 1:
+        parts = [model]
+    for part in parts:
         part.compile()
 
 
@@ -559,7 +610,7 @@ def as_graph(step, optimizer):
     side_stream, graph, calls = torch.cuda.Stream(), torch.cuda.CUDAGraph(), 0
     inputs = output = None
     for group in optimizer.param_groups:
-        group["lr"] = torch.tensor(group["lr"], device="cuda", dtype=torch.float32)      # AdamW takes no other
+        group["lr"] = torch.tensor(group["lr"], device="cuda", dtype=torch.float32)      # fused AdamW takes no other
 
     def run_step(batch):
         nonlocal calls, inputs, output
@@ -583,15 +634,7 @@ def as_graph(step, optimizer):
     return run_step
 
 
-def picture(ema, config, out, step, device):
-    """Draw a grid of samples of the moving average -> its path, or why there is none."""
-    try:
-        vae = find_vae(config, device)
-        return grid(ema, config, out / f"samples_{step:06d}.png", steps=config["sample_steps"],
-                    cfg=config["cfg"], vae=vae)
-    except BadInput as error:
-        return f"no grid: {error}"
-
+# ------------------------------------------------------------------------------------------------- the run
 
 def introduce(args, config, model, diffusion, data, micro, world, device):
     """Say what will be trained, and what is odd about it."""
@@ -611,9 +654,155 @@ def introduce(args, config, model, diffusion, data, micro, world, device):
         say(f"warning: an EMA of {config['ema']} averages over more steps than the run's {config['steps']}")
 
 
-def stamp(ckpt):
-    """Modification time of the checkpoint, None without one: a change that this run did not make is another's."""
+def catch_signals():
+    """-> a list, which gets the number of a signal to stop (Ctrl-C, kill). A second one ends the process at once."""
+    caught = []
+
+    def remember(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, remember)
+    signal.signal(signal.SIGTERM, remember)
+    return caught
+
+
+def due(every, done):
+    """Whether something is due after `done` steps that happens after every `every` steps; every 0 steps is never."""
+    return every > 0 and done % every == 0
+
+
+def time_of(ckpt):
+    """When the checkpoint was written, None without one. If it is not when this run wrote it, another run did."""
     return ckpt.stat().st_mtime_ns if ckpt.exists() else None
+
+
+def train(args, config, data, diffusion, model, ema, optimizer, tally, first):
+    """The training loop, from step `first` on.
+
+    -> how many steps are done, the signal that stopped them or 0, and why nothing was saved at the end, or "".
+    """
+    rank, world, device = processes(args.device)
+    ckpt = args.out / "ckpt.pt"
+    steps, B = config["steps"], config["batch_size"]
+    rows = slice(rank * B // world, (rank + 1) * B // world)                 # of the global batch, for this process
+    dtype = next(model.parameters()).dtype
+    net = model
+    gpu = device.type == "cuda"
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+        net = DistributedDataParallel(model)
+
+    def make_batch(step):
+        x0, t, noise, y, scale = draw_step(data, config, diffusion, step, rows)
+        parts = x0.to(dtype), t, noise.to(dtype), y, scale.to(dtype)
+        return [part.pin_memory() if gpu and part.is_cpu else part for part in parts]
+
+    def one_step(batch):
+        backward(net, diffusion, batch, tally, config, args.accum, world)
+        return update(model, ema, optimizer, config)
+    if args.graph:
+        one_step = as_graph(one_step, optimizer)
+    signals = catch_signals()
+    mse_of_zero = mean_square(diffusion, probe(data).square().mean())
+    written = time_of(ckpt)
+    done, stop, trouble = first, 0, ""
+    # since the last log line: its step and time, seconds of waiting for data, steps without an update
+    logged, since, waited, skipped = first, time.monotonic(), 0.0, torch.zeros((), device=device)
+
+    batches = ahead(make_batch, first, steps, threads=4 if gpu else 1)
+    for step in range(first, steps):
+        # data: a thread has prepared this process's rows
+        now = time.monotonic()
+        batch = [part.to(device, non_blocking=True) for part in next(batches)]
+        waited += time.monotonic() - now
+
+        # loss and gradients, then update of weights and EMA
+        set_rate(optimizer, learning_rate(config, step))
+        skipped += one_step(batch)
+        done = step + 1
+        last = done == steps
+
+        # stop signal of any process
+        stop = max(signals, default=0)
+        if world > 1:
+            flag = torch.tensor([stop])
+            dist.all_reduce(flag, dist.ReduceOp.MAX)                         # on the CPU: no wait for the GPU
+            stop = int(flag)
+
+        # a grid of samples; most steps end here
+        if rank == 0 and due(config["sample_every"], done) and not last:
+            say(picture(ema, config, args.out, done, device))
+        logs = last or due(config["log_every"], done)
+        saves = last or stop or due(config["save_every"], done)
+        keeps = due(config["keep_every"], done)
+        if not (logs or saves or keeps):
+            continue
+
+        # trouble: a run is lost where most losses are not finite, though one step alone may be chance
+        total = tally.clone()
+        if world > 1:
+            dist.all_reduce(total)
+        _, mse, _, images = total.sum(0).tolist()                            # since the last log line
+        count = done - logged
+        if count > 1 and images < count * B / 2:
+            trouble = trouble or f"most losses of steps {logged + 1:,} to {done:,} are not finite"
+            break
+        # a diverged run goes on, so that log.csv shows how
+        if diverged(mse, images, mse_of_zero) and not trouble:
+            trouble = (f"diverged since step {logged + 1:,}: {config['target']} mse {mse / images:.4g}, "
+                       f"output 0 would get {mse_of_zero:.4g}")
+            say(f"warning: {trouble}; nothing is saved from here on")
+
+        # log
+        if logs and rank == 0:
+            took = time.monotonic() - since
+            speed = dict(images_per_s=count * B / took, data_share=waited / took, skipped=int(skipped))
+            log(metrics_of(done, total) | speed, config, args.out)
+        if logs and images:                      # one step without a finite loss is judged with the next line's
+            logged, since, waited = done, time.monotonic(), 0.0
+            for sums in (skipped, tally, total):
+                sums.zero_()
+
+        # save
+        if rank == 0 and not trouble:
+            if time_of(ckpt) != written:
+                raise BadInput(f"--out {args.out}: another run is writing there")
+            state = dict(ema=ema.state_dict(), step=done, config=config)
+            if keeps:
+                replace(args.out / f"snapshot_{done:06d}.pt", lambda file: torch.save(state, file))
+            if saves:
+                state.update(model=model.state_dict(), optimizer=optimizer.state_dict(), tally=total.cpu(),
+                             log=(args.out / "log.csv").stat().st_size)
+                replace(ckpt, lambda file: torch.save(state, file))
+                written = time_of(ckpt)
+        if stop:
+            break
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if world > 1:
+        leave_group()
+    return done, stop, trouble
+
+
+def conclude(args, config, ema, done, stop, trouble):
+    """Draw the last grid of samples. After trouble or a stop there is none: say so, and end with exit code 3, or with
+    128 and the signal's number.
+    """
+    rank, _, device = processes(args.device)
+    ckpt = args.out / "ckpt.pt"
+    if trouble:
+        left = f"the checkpoint from before: {ckpt}" if ckpt.exists() else "there is no checkpoint from before"
+        say(f"{trouble}; {left}; try a smaller --lr, or --grad-clip 1")
+        sys.exit(3)
+    if stop:
+        say(f"stopped; checkpoint of step {done}: {ckpt}; go on with --resume")
+        sys.exit(128 + stop)
+    if rank > 0:
+        return
+    if config["dataset"] == "shapes":
+        say(f"FD-pixels {sanity(ema, config):.3f} of 256 samples")
+    say(picture(ema, config, args.out, done, device))
 
 
 def main():
@@ -626,7 +815,6 @@ def main():
         raise BadInput(f"--batch-size {args.batch_size}: must divide by {world} processes x --accum {args.accum}")
     data = open_data(args)
     config = settle(args, data)
-    data.flip = config["flip"]
     if state:
         compare(config, state["config"], args.out)
         if state["step"] > config["steps"]:
@@ -636,13 +824,9 @@ def main():
     try:
         diffusion = make_diffusion(config).to(device)
         model, ema, optimizer = make_networks(args, config, device, state)
-    except (KeyError, TypeError, RuntimeError) as error:
-        if not state:
-            raise                                # a bug of the network, with its traceback
-        raise BadInput(f"{args.out}: weights and config disagree ({error!r:.200})") from None
     except BadInput:
         raise
-    except ValueError as error:                  # a flag that the network or Diffusion refuses, or odd moments
+    except ValueError as error:                  # a flag that the network or Diffusion refuses
         raise BadInput(str(error)) from None
     introduce(args, config, model, diffusion, data, micro, world, device)
     if args.compile:
@@ -652,6 +836,7 @@ def main():
         if rank == 0:
             dry_run(config, model, ema, optimizer, diffusion, micro, world)
         return
+
     state = state or dict(step=0, log=0, tally=torch.zeros(10, 4, dtype=torch.float64))
     tally = state["tally"].to(diffusion.factor.device)                       # sums since the last log line
     if rank > 0:
@@ -664,134 +849,8 @@ def main():
     say(f"writing to {args.out}")
     if args.data_on_gpu:
         data.to(device)
-    train(args, config, data, diffusion, model, ema, optimizer, tally, state["step"])
-
-
-def train(args, config, data, diffusion, model, ema, optimizer, tally, first):
-    """The training loop, from step `first` on."""
-    rank, world, device = processes(args.device)
-    ckpt = args.out / "ckpt.pt"
-    steps, B = config["steps"], config["batch_size"]
-    dtype = next(model.parameters()).dtype
-    gpu = device.type == "cuda"
-    net = model
-    if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
-        net = DistributedDataParallel(model)
-
-    def one_step(batch):
-        backward(net, diffusion, batch, tally, config, args.accum, world)
-        return update(model, ema, optimizer, config)
-    if args.graph:
-        one_step = as_graph(one_step, optimizer)
-    signals = []
-
-    def remember(number, frame):
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)                                # a second one interrupts
-    signal.signal(signal.SIGINT, remember)
-    signal.signal(signal.SIGTERM, remember)
-
-    def due(what):
-        return config[what] and done % config[what] == 0                     # every 0 steps is never
-
-    def make_batch(step):
-        *parts, scale = draw_step(data, config, diffusion, step, slice(rank * B // world, (rank + 1) * B // world))
-        parts.append(scale.to(dtype))                                        # mps takes no float64
-        return [part.pin_memory() if gpu and part.is_cpu else part for part in parts]
-    batches = ahead(make_batch, first, steps, threads=4 if gpu else 1)
-    ours = stamp(ckpt)
-    since, waited, mark = time.monotonic(), 0.0, first
-    skipped = torch.zeros((), device=device)                                 # steps without an update
-    mse_of_zero = mean_square(diffusion, probe(data).square().mean())
-    trouble, stop, done = "", 0, first                                       # trouble: why no more is saved
-    for step in range(first, steps):
-        # data: prepared by a thread, already cut to this process
-        now = time.monotonic()
-        x0, t, noise, y, scale = (part.to(device, non_blocking=True) for part in next(batches))
-        batch = x0.to(dtype), t, noise.to(dtype), y, scale
-        waited += time.monotonic() - now
-
-        # loss and gradients, then update of weights and EMA
-        set_rate(optimizer, learning_rate(config, step))
-        skipped += one_step(batch)
-
-        # stop signal, agreed on by all processes
-        done = step + 1
-        stop = max(signals, default=0)
-        if world > 1:
-            flag = torch.tensor([stop])
-            dist.all_reduce(flag, dist.ReduceOp.MAX)                         # on the CPU: no wait for the GPU
-            stop = int(flag)
-        last = done == steps
-        if rank == 0 and due("sample_every") and not last:
-            say(picture(ema, config, args.out, done, device))
-        logs = last or due("log_every")
-        saves = last or stop or due("save_every")
-        if not (logs or saves or due("keep_every")):
-            continue
-
-        # lost, as most losses are not finite (one step alone may be chance)? diverged?
-        total = tally.clone()
-        if world > 1:
-            dist.all_reduce(total)
-        _, mse, _, images = total.sum(0).tolist()                            # sums since the last log line
-        count = done - mark
-        if count > 1 and images < count * B / 2:
-            trouble = trouble or f"most losses of steps {mark + 1:,} to {done:,} are not finite"
-            break
-        # a diverged run goes on, so that log.csv shows how
-        if diverged(mse, images, mse_of_zero) and not trouble:
-            trouble = (f"diverged since step {mark + 1:,}: {config['target']} mse {mse / images:.4g}, "
-                       f"output 0 would get {mse_of_zero:.4g}")
-            say(f"warning: {trouble}; nothing is saved from here on")
-
-        # log, sample, save
-        if logs:
-            took = time.monotonic() - since
-            metrics = metrics_of(done, total)
-            metrics.update(images_per_s=count * B / took, data_share=waited / took,
-                           skipped=int(skipped))
-            left = (steps - done) * took / count / 60
-            say(f"step {done:,} / {steps:,}   loss {metrics['loss']:.4f}   {config['target']} mse "
-                f"{metrics['mse']:.4f}   {metrics['images_per_s']:,.0f} images/s   data "
-                f"{metrics['data_share']:.1%}   {metrics['skipped']} steps skipped   {left:.1f} min left")
-            if rank == 0:
-                log(metrics, args.out)
-            if images:                           # a single step without one: the next log line counts it, too
-                since, waited, mark = time.monotonic(), 0.0, done
-                tally.zero_()
-                total.zero_()
-                skipped.zero_()
-        if rank == 0 and not trouble:
-            if stamp(ckpt) != ours:
-                raise BadInput(f"--out {args.out}: another run is writing there")
-            state = dict(ema=ema.state_dict(), step=done, config=config)
-            if due("keep_every"):
-                replace(args.out / f"snapshot_{done:06d}.pt", lambda file: torch.save(state, file))
-            if saves:
-                state.update(model=model.state_dict(), optimizer=optimizer.state_dict(), tally=total.cpu(),
-                             log=(args.out / "log.csv").stat().st_size)
-                replace(ckpt, lambda file: torch.save(state, file))
-                ours = stamp(ckpt)
-        if stop:
-            break
-
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if world > 1:
-        leave_group()
-    if trouble:
-        left = f"the checkpoint from before: {ckpt}" if ckpt.exists() else "there is no checkpoint from before"
-        say(f"{trouble}; {left}; try a smaller --lr, or --grad-clip 1")
-        sys.exit(3)
-    if stop:
-        say(f"stopped; checkpoint of step {done}: {ckpt}; go on with --resume")
-        sys.exit(128 + stop)
-    if rank == 0:
-        if config["dataset"] == "shapes":
-            say(f"FD-pixels {sanity(ema, config):.3f} of 256 samples")
-        say(picture(ema, config, args.out, steps, device))
+    done, stop, trouble = train(args, config, data, diffusion, model, ema, optimizer, tally, state["step"])
+    conclude(args, config, ema, done, stop, trouble)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@
     torchrun --nproc-per-node 8 vae.py --src ... --vae ... --out ...                  # the same bytes, sooner
 
 Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", CVPR 2022. Section 4.1 of the
-Min-SNR paper calls it VQ-VAE; it is the KL autoencoder. Parameter names are
-CompVis's. Facts that the published weights depend on: GroupNorm has 32 groups and eps 1e-6, the downsamplers
-pad on the right and at the bottom only, the attention in the middle has one head.
+Min-SNR paper calls it VQ-VAE; it is the KL autoencoder. The parameters have the names of CompVis, the authors'
+code. The published weights want GroupNorm of 32 groups and eps 1e-6, downsamplers that pad on the right and at
+the bottom only, and attention of one head in the middle.
+
+The network needs PyTorch alone: what reads files imports the project's other files where it needs them.
 """
 import contextlib
 import os
@@ -17,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-SCALE = 0.18215      # gives latents unit variance, the authors' constant; defined here and nowhere else
+SCALE = 0.18215      # the authors' factor, which gives latents about unit variance; defined here alone
 
 
 def norm(channels):
@@ -29,6 +31,8 @@ def conv3(channels, out, stride=1, padding=1):
 
 
 class ResBlock(nn.Module):
+    """Twice norm, SiLU, convolution, and the input added, by a 1 x 1 convolution where the width changes."""
+
     def __init__(self, channels, out):
         super().__init__()
         self.norm1 = norm(channels)
@@ -46,6 +50,8 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
+    """Self-attention of one head among the pixels, and the input added."""
+
     def __init__(self, channels):
         super().__init__()
         self.norm = norm(channels)
@@ -78,7 +84,10 @@ class Upsample(nn.Module):
 
 
 def chain(*blocks, **modules):
-    """Modules that run in the order given; blocks are named 0, 1, ... Nested, they spell CompVis's names."""
+    """Modules that run in the order given: blocks, which are named 0, 1, ..., then those of other names.
+
+    Chains within chains give the parameters CompVis's names, such as decoder.up.3.block.0.conv1.weight.
+    """
     chained = nn.Sequential(*blocks)
     for name, module in modules.items():
         chained.add_module(name, module)
@@ -86,20 +95,22 @@ def chain(*blocks, **modules):
 
 
 def level(channels, out, blocks, **resize):
-    widths = [channels, *[out] * blocks]
-    return chain(block=chain(*map(ResBlock, widths, widths[1:])), **resize)
+    """The blocks of one resolution, then the named layer that leads to the next."""
+    others = (ResBlock(out, out) for _ in range(blocks - 1))
+    return chain(block=chain(ResBlock(channels, out), *others), **resize)
 
 
 def middle(channels):
+    """The blocks of the lowest resolution."""
     return chain(block_1=ResBlock(channels, channels), attn_1=Attention(channels),
                  block_2=ResBlock(channels, channels))
 
 
 class VAE(nn.Module):
-    """Images (B,3,H,W) in [-1,1] <-> latents (B,4,H/8,W/8); H and W multiples of 8, else ValueError.
+    """Images (B,3,H,W) in [-1,1] <-> latents (B,4,H/8,W/8). Raises ValueError unless 8 divides H and W.
 
-    moments and decode are unscaled; encode_latent and decode_latent, which diffusion works with, own SCALE.
-    A large batch passes the network in parts, which bounds the memory; no image's result depends on the others.
+    Diffusion works with encode_latent and decode_latent, whose latents are scaled by SCALE; those of moments
+    and decode are not. A large batch passes the network a few images at a time, which bounds the memory.
     """
 
     def __init__(self):
@@ -114,7 +125,7 @@ class VAE(nn.Module):
             norm_out=norm(512),
             silu=nn.SiLU(inplace=True),
             conv_out=conv3(512, 8))
-        up = {"3": level(512, 512, 3, upsample=Upsample(512)),               # 0 is full resolution, as in down
+        up = {"3": level(512, 512, 3, upsample=Upsample(512)),               # numbered as in down: 0 runs last
               "2": level(512, 512, 3, upsample=Upsample(512)),
               "1": level(512, 256, 3, upsample=Upsample(256)),
               "0": level(256, 128, 3)}
@@ -130,15 +141,15 @@ class VAE(nn.Module):
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)      # faster
 
     @torch.no_grad()
-    def in_parts(self, first, then, x, pixels):
-        """then(first(x)), a few images at a time; pixels: of one image."""
+    def in_parts(self, first, second, x, pixels):
+        """second(first(x)), for a few images at a time; pixels: of one image, decoded."""
         at_once = 2 ** 20 if x.is_cuda else 2 ** 17                          # 16 or 2 images of 256 x 256
         x = x.contiguous(memory_format=torch.channels_last)
         parts = x.split(max(1, at_once // pixels))
-        return torch.cat([then(first(part)) for part in parts]).contiguous()
+        return torch.cat([second(first(part)) for part in parts]).contiguous()
 
     def moments(self, x):
-        """x (B,3,H,W) in [-1,1] -> (B,8,H/8,W/8): mean and logvar of the latent, unscaled."""
+        """x (B,3,H,W) in [-1,1] -> mean and log variance of its latents, (B,8,H/8,W/8), unscaled."""
         height, width = x.shape[2:]
         if height % 8 or width % 8:
             raise ValueError(f"x: found {height} x {width} pixels, expected multiples of 8")
@@ -149,7 +160,7 @@ class VAE(nn.Module):
         return self.in_parts(self.post_quant_conv, self.decoder, z, 64 * z.shape[2] * z.shape[3])
 
     def encode_latent(self, x, noise):
-        """x (B,3,H,W) in [-1,1], unit normal noise (B,4,H/8,W/8) -> (mean + std noise) SCALE."""
+        """x (B,3,H,W) in [-1,1], unit normal noise (B,4,H/8,W/8) -> z = (mean + std noise) SCALE."""
         mean, std = mean_std(self.moments(x))
         assert noise.shape == mean.shape, noise.shape
         return (mean + std * noise) * SCALE
@@ -160,25 +171,25 @@ class VAE(nn.Module):
 
 
 def mean_std(moments):
-    """(B,8,h,w) mean and logvar -> mean and std, each (B,4,h,w), unscaled; logvar clipped as in CompVis."""
+    """Mean and log variance (B,8,h,w) -> mean and std, each (B,4,h,w), unscaled; clipped as in CompVis."""
     mean, logvar = moments.chunk(2, 1)
     return mean, (logvar.clamp(-30, 20) / 2).exp()
 
 
 # ------------------------------------------------------------------------------------------------ the weights
 
-DIFFUSERS = {  # word of a CompVis name: diffusers' words
+DIFFUSERS = {  # a word of CompVis's names: what the package diffusers has in its place
     "down": "down_blocks", "up": "up_blocks", "mid": "mid_block", "block": "resnets", "block_1": "resnets.0",
     "block_2": "resnets.1", "attn_1": "attentions.0", "norm": "group_norm", "nin_shortcut": "conv_shortcut",
     "downsample": "downsamplers.0", "upsample": "upsamplers.0", "norm_out": "conv_norm_out",
     "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0",
 }
-OLD = {"q": "query", "k": "key", "v": "value", "proj_out": "proj_attn"}   # in the published files
+OLD = {"q": "query", "k": "key", "v": "value", "proj_out": "proj_attn"}   # diffusers' words in published files
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 
 
 def diffusers_name(name, words):
-    """CompVis's name of a tensor -> diffusers', where up_blocks.0 is the smallest resolution."""
+    """CompVis's name of a tensor -> diffusers', which numbers the levels of the decoder from the smallest."""
     name = re.sub(r"\bup\.(\d)", lambda match: f"up.{3 - int(match[1])}", name)
     return ".".join(words.get(word, word) for word in name.split("."))
 
@@ -186,9 +197,9 @@ def diffusers_name(name, words):
 def load_vae(path_or_state_dict):
     """A published autoencoder or a whole Stable Diffusion checkpoint -> VAE, every name and shape checked.
 
-    Names are CompVis's or diffusers' in either spelling, in a `state_dict` or not, after `first_stage_model.`
-    or not; attention weights may be matrices. What lies outside the autoencoder's four parts is dropped, such
-    as `loss.*`, `model_ema.*` and the rest of a whole checkpoint. Raises BadInput, a ValueError of one line.
+    Names are CompVis's or diffusers', old or new. They may lie in a `state_dict`, begin with
+    `first_stage_model.`, and the attention's weights may be matrices. What is no part of the autoencoder is
+    dropped, such as `loss.*`, `model_ema.*` and the rest of a whole checkpoint. Raises BadInput, a ValueError.
     """
     from files import BadInput, read
     state, where = path_or_state_dict, "state dict"
@@ -198,16 +209,16 @@ def load_vae(path_or_state_dict):
     with torch.device("meta"):                                               # draws no weights
         model = VAE()
     model = model.to_empty(device="cpu")
-    spelled = {}                                                             # diffusers' spellings: ours
+    ours = {}                                                                # diffusers' name: our name
     for words in (DIFFUSERS, DIFFUSERS | OLD):
-        spelled |= {diffusers_name(name, words): name for name in model.state_dict()}
+        ours |= {diffusers_name(name, words): name for name in model.state_dict()}
     found = {}
     for name, value in state.get("state_dict", state).items():
         name = name.removeprefix("first_stage_model.")
         if name.startswith(PARTS):
-            if value.dim() == 2:
+            if value.dim() == 2:                                             # a matrix is a 1 x 1 convolution
                 value = value[..., None, None]
-            found[spelled.get(name, name)] = value
+            found[ours.get(name, name)] = value
     try:
         model.load_state_dict(found)
     except RuntimeError as error:
@@ -219,21 +230,19 @@ def load_vae(path_or_state_dict):
 # ---------------------------------------------------------------------------- command line: images -> latents
 
 def make_encode(vae, device, dtype):
-    """-> encode(images uint8 (n,3,S,S)), the mean and std of their latents, float16 (n,8,S/8,S/8). The
-    autoencoder's weights become float32 or bfloat16.
+    """-> encode(images uint8 (n,3,S,S)): mean and std of their latents, float16 (n,8,S/8,S/8), unscaled.
 
-    Threads may call it. A GPU takes one after the other, which bounds its memory. A CPU takes all at once,
+    The autoencoder's weights are on this device and of this dtype, float32 or bfloat16. Several threads may
+    call encode. A GPU then takes one call after the other, which bounds its memory. A CPU takes all at once,
     each on one core, as a convolution rounds differently on another number of cores.
     """
     turn = threading.Lock() if device.type == "cuda" else contextlib.nullcontext()
-    precision = getattr(torch, dtype)
-    vae.to(precision)
 
     def encode(images):
-        torch.set_num_threads(1)                                             # of this thread
+        torch.set_num_threads(1)                                             # for the thread that calls
         x = torch.from_numpy(images).float().div_(127.5).sub_(1)
         with turn:
-            moments = vae.moments(x.to(device, precision)).float()
+            moments = vae.moments(x.to(device, dtype)).float()
         return torch.cat(mean_std(moments), 1).half().cpu().numpy()
     return encode
 
@@ -253,15 +262,16 @@ def main():
     if args.size % 8:
         raise BadInput(f"--size: found {args.size}, expected a multiple of 8")
     rank, world, device = processes()
-    dtype = "bfloat16" if device.type == "cuda" else "float32"
-    vae = load_vae(args.vae).to(device)
+    dtype, vae = torch.float32, load_vae(args.vae)
     if device.type == "cuda":
-        torch._dynamo.config.suppress_errors = True      # no compiler: it runs as it is
+        dtype = torch.bfloat16
+        torch._dynamo.config.suppress_errors = True                          # without a compiler it runs as it is
         vae.encoder.compile()
-    pack(args.src, args.size, args.out, args.split, args.dataset, encode=make_encode(vae, device, dtype),
-         rank=rank, world=world, labelled=args.classes is None, skip_broken=args.skip_broken,
-         vae=hash_file(args.vae), vae_file=os.path.abspath(args.vae), scale=SCALE, dtype=dtype,
-         content="posterior mean, std of images in [-1, 1], unscaled")
+    encode = make_encode(vae.to(device, dtype), device, dtype)
+    pack(args.src, args.size, args.out, args.split, args.dataset, encode, rank, world,
+         labelled=args.classes is None, skip_broken=args.skip_broken,
+         vae=hash_file(args.vae), vae_file=os.path.abspath(args.vae), scale=SCALE,
+         dtype=str(dtype).removeprefix("torch."), content="posterior mean, std of images in [-1, 1], unscaled")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,23 @@
 #!/bin/sh
 # The curriculum paper in small. Figure 5: 18 runs of 600 steps. Table 1, figures 3 and 4: DCGANs and diffusion
-# models, and short runs that are their early past. Started again after a kill, it goes on.
+# models, and shorter runs, which are what these were early in training. Started again after a kill, it goes on.
 set -e
 out=out/stability
 measure="python -m experiments.stability"
 
-train() {                                        # into $run, from where it was left
-    [ -e $run/ckpt.pt ] && resume=--resume || resume=
+train() {                                        # into $run, from where it was left; the last picture costs little
+    resume=
+    if [ -e $run/ckpt.pt ]; then resume=--resume; fi
     python train.py --out $run --lr 2e-3 --decay 0 --cfg 1 --sample-steps 1 --log-every 30 "$@" $resume
 }
-gan() {
+gan() {                                          # into $run, unless it is there
     [ -e $run/ckpt.pt ] || python -m experiments.dcgan --out $run "$@"
 }
 
 for density in uniform clts:0.3:60 laplace; do for weighting in const min_snr; do
 for seed in 0 1 2; do for steps in 200 400 600; do
     run=out/densities/${density%%:*}_${weighting}_$seed
-    grep -qs "^$steps," $run/quality.csv && continue                 # measured already
+    if grep -qs "^$steps," $run/quality.csv; then continue; fi       # measured already
     train --timesteps $density --weighting $weighting --seed $seed --steps $steps
     python -m experiments.pareto measure --ckpt $run
 done; done; done; done

@@ -1,18 +1,18 @@
-"""Figures of the CSV files that the other experiments write, and of train.py's run folders.
+"""Draws the CSV files that the other experiments write, and the logs of train.py's runs.
 
     python -m experiments.figures curves w4.csv w256.csv --x t --y weight --out figure3.png
     python -m experiments.figures bars objective.csv --x weighting --y over_optimum --logy --out figure4.png
     python -m experiments.figures runs out/min_snr/*/ --y fd_pixels --logy --out figure5.png
     python -m experiments.figures teach --out assets/teach           # from formulas alone, for a lecture
 
-A curve is the mean of all the values at one x, such as those of several seeds; the band around it is their
-range. `--by` names the columns that tell curves apart, `--panel` those that tell panels apart. `runs` draws
-columns of log.csv and quality.csv against the step; there, --by and --panel name settings of config.json.
+A curve is the mean of all the values at one x, such as those of several seeds; the band around it is their range.
+Rows with the same entries in the columns `--by` are one curve, and those with the same entries in the columns
+`--panel` are in one panel. `runs` draws columns of log.csv and quality.csv against the step; there --by and --panel
+name settings of config.json.
 """
 import csv
 import io
 import math
-from argparse import Namespace
 from pathlib import Path
 from statistics import fmean
 
@@ -23,7 +23,7 @@ from diffusion import DENSITIES, TARGETS, WEIGHTINGS, Diffusion, loss_weight, ti
 from files import BadInput, Parser, read_json, replace, run
 from sample import save_sheet, to_uint8
 
-LOOKS = [  # colour, line, marker, hatch: they are told apart in grey, too
+LOOKS = [  # colour, line, marker, hatch of a bar: printed in grey they still differ
     ("#000000", "-", "o", ""),
     ("#d55e00", "--", "s", "///"),
     ("#0072b2", "-.", "^", "..."),
@@ -34,14 +34,14 @@ LOOKS = [  # colour, line, marker, hatch: they are told apart in grey, too
     ("#56b4e9", (0, (1, 1)), "X", "\\\\\\"),
 ]
 
-# Width and height of a panel in inches. Letters have 9 points: the smaller the panel, the larger they look.
+# Width and height of a panel in inches. Letters always have 9 points: in a smaller panel they look larger.
 PAPER = (4.2, 3.2)
 SLIDE = (2.3, 2.1)
 
 # ---------------------------------------------------------------------------------------------------- tables
 
 def write_csv(path, rows):
-    """Write rows, dicts of the same keys, under a header line."""
+    """Write rows, dicts of the same keys, under a header line. At most 20 rows are printed, too."""
     text = io.StringIO()
     table = csv.DictWriter(text, rows[0], lineterminator="\n")
     table.writeheader()
@@ -60,7 +60,7 @@ def read_csv(path):
 
 
 def entry(row, name, kind=str):
-    """A row's entry in a column. Raises BadInput where it is missing, or no number where kind is float."""
+    """A row's entry in a column, as str, int or float. Raises BadInput where it is missing or no such number."""
     if name not in row:
         raise BadInput(f"column {name}: not found, expected one of {', '.join(row)}")
     try:
@@ -80,15 +80,15 @@ def called(weighting, gamma):
 
 # --------------------------------------------------------------------------------------------------- drawing
 
-def canvas(panels, columns, size=PAPER):
-    """-> figure and a list of its axes, `columns` in a row. Raises BadInput where matplotlib is missing."""
+def canvas(panels, size=PAPER):
+    """-> figure and a list of its axes, at most 4 in a row. Raises BadInput where matplotlib is missing."""
     try:
-        import matplotlib
+        from matplotlib import rcParams
+        from matplotlib.figure import Figure
     except ImportError:
         raise BadInput("figures need a package: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update({"font.size": 9, "legend.fontsize": 7, "axes.grid": True, "grid.alpha": 0.3})
-    from matplotlib.figure import Figure
+    rcParams.update({"font.size": 9, "legend.fontsize": 7, "axes.grid": True, "grid.alpha": 0.3})
+    columns = min(4, panels)
     rows = math.ceil(panels / columns)
     width, height = size
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
@@ -106,56 +106,60 @@ def save(figure, path):
 
 
 def draw_curve(ax, values, name, look):
-    """Draw one curve; values is {x: the values there}. Those that are not finite are left out, and the legend
-    says how many are left at the end.
+    """Draw one curve; values is {x: the values there}. Those that are not finite are left out, and the legend says
+    how many are left at the end.
     """
+    end = max(values)
+    finite = {}
+    for x in sorted(values):
+        ys = list(filter(math.isfinite, values[x]))
+        if ys:
+            finite[x] = ys
+    left = len(finite.get(end, []))
+    if left < len(values[end]):
+        name += f" ({left} of {len(values[end])} to the end)"
     colour, line, marker, _ = look
-    ends = values[max(values)]
-    there = sum(map(math.isfinite, ends))
-    if there < len(ends):
-        name += f" ({there} of {len(ends)} to the end)"
-    finite = {x: list(filter(math.isfinite, values[x])) for x in sorted(values)}
-    x = [x for x in finite if finite[x]]
-    ys = [finite[place] for place in x]
+    x, ys = list(finite), list(finite.values())
     style = dict(color=colour, linestyle=line, marker=marker, markersize=4, linewidth=1.4)
     ax.plot(x, list(map(fmean, ys)), markevery=0.1, label=name, **style)
-    low, high = list(map(min, ys)), list(map(max, ys))
-    ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    ax.fill_between(x, list(map(min, ys)), list(map(max, ys)), color=colour, alpha=0.15, linewidth=0)
 
 
-def draw_curves(rows, args, size=PAPER):
-    """Draw columns args.y of the rows: a panel for each y and its args.panel, a curve for each args.by."""
-    panels, names = {}, []
+def draw_curves(rows, x, y, by, out, panel=(), logx=False, logy=False, size=PAPER):
+    """Draw columns of rows, which are dicts, against column x: a panel for each column in y and each value of the
+    columns `panel`, in it a curve for each value of the columns `by`.
+    """
+    panels, looks = {}, {}
     for row in rows:
-        name = " ".join(entry(row, column) for column in args.by)
-        title = ", ".join(f"{column} {entry(row, column)}" for column in args.panel)
-        names.append(name)
-        for y in args.y:
-            drawn = panels.setdefault((title, y), {})
-            values = drawn.setdefault(name, {}).setdefault(entry(row, args.x, float), [])
-            values.append(entry(row, y, float))
+        name = " ".join(entry(row, column) for column in by)
+        title = ", ".join(f"{column} {entry(row, column)}" for column in panel)
+        looks.setdefault(name, LOOKS[len(looks) % len(LOOKS)])               # a curve looks the same in all panels
+        for column in y:
+            drawn = panels.setdefault((title, column), {})
+            values = drawn.setdefault(name, {}).setdefault(entry(row, x, float), [])
+            values.append(entry(row, column, float))
     if not panels:
         raise BadInput("found no rows to draw")
-    names = list(dict.fromkeys(names))                                       # each once, in order
-    figure, axes = canvas(len(panels), min(4, len(panels)), size)
-    for ax, ((title, y), drawn) in zip(axes, panels.items()):
+    figure, axes = canvas(len(panels), size)
+    for ax, ((title, column), drawn) in zip(axes, panels.items()):
         for name, values in drawn.items():
-            draw_curve(ax, values, name, LOOKS[names.index(name) % len(LOOKS)])
-        ax.set(title=title, xlabel=args.x, ylabel=y)
-        if args.logx:
+            draw_curve(ax, values, name, looks[name])
+        ax.set(title=title, xlabel=x, ylabel=column)
+        if logx:
             ax.set_xscale("log")
-        if args.logy and math.isfinite(ax.dataLim.y0):                       # inf: there is no finite value
+        if logy and math.isfinite(ax.dataLim.y0):                            # inf: there is no finite value
             ax.set_yscale("log" if ax.dataLim.y0 > 0 else "symlog")
         if size == PAPER:
             ax.legend()
-    if size == SLIDE:                            # one legend, which hides no curve and has a place of its own
+    if size == SLIDE:                            # one legend beside the panels, which hides no curve
         figure.set_figwidth(figure.get_figwidth() + 1.5)
         figure.legend(*ax.get_legend_handles_labels(), loc="outside right center", fontsize=9)
-    save(figure, args.out)
+    save(figure, out)
 
 
-# ------------------------------------------------------------------------ of lectures, by the formulas alone
-# Rows of a table. The first column tells curves apart, the second is x, and each of the others is a panel.
+# --------------------------------------------------------------------------- of lectures, from formulas alone
+# Each function yields the rows of a table. Its first column tells curves apart, the second is x, and each of the
+# others is a panel.
 
 def schedules():
     """alpha, sigma and log SNR of both schedules."""
@@ -167,7 +171,7 @@ def schedules():
 
 
 def weightings():
-    """Every weighting at gamma 5, as it weights the x0, the eps and the v loss."""
+    """Every weighting at gamma 5: its weights of the x0, the eps and the v loss."""
     for name in WEIGHTINGS:
         for log_snr in torch.linspace(-10, 10, 101, dtype=torch.float64):
             row = {"weighting": called(name, 5), "log SNR": log_snr}
@@ -177,7 +181,7 @@ def weightings():
 
 
 def shares():
-    """How much of all the weight on the x0 loss lies at 0 .. t, in per cent, with the cosine schedule."""
+    """How many per cent of all the weight on the x0 loss lie at 0 .. t, with the cosine schedule."""
     snr = Diffusion().snr
     for name, gamma in [("const", 5), ("snr", 5), ("min_snr", 1), ("min_snr", 5), ("min_snr", 20)]:
         sums = loss_weight(snr, name, "x0", gamma).cumsum(0)
@@ -186,8 +190,8 @@ def shares():
 
 
 def densities():
-    """q(t) T of every density, with the cosine schedule: 1 where t is drawn as often as by the uniform one.
-    clts is at the end of its curriculum.
+    """q(t) T of every density, with the cosine schedule: 1 where it draws t as often as the uniform one does. clts is
+    at the end of its curriculum.
     """
     snr = Diffusion().snr
     for name in DENSITIES:
@@ -195,102 +199,104 @@ def densities():
             yield {"density": name, "t": t, "q(t) T": q * len(snr)}
 
 
-def noisy(t, index=6, size=60):
-    """x_t of one shape at every t (N,) long, all with the same noise: uint8 (N,3,size,size)."""
-    images, _ = shapes([index], size)
+def noisy(t):
+    """x_t of one heart at every t (N,) long, all with the same noise: uint8 (N,3,60,60)."""
+    images, _ = shapes([6], 60)
     x0 = torch.from_numpy(images) / 127.5 - 1
-    noise = torch.randn(x0.shape, generator=generator("teach", 0, index))
+    noise = torch.randn(x0.shape, generator=generator("teach", 0, 6))
     return to_uint8(Diffusion().q_sample(x0, t, noise))
 
 
 # -------------------------------------------------------------------------------------------------- commands
 
-def curves(args):
+def curves(paths, **how):
     """Columns of CSV files against another column."""
     rows = []
-    for path in args.paths:
+    for path in paths:
         rows += [{"file": Path(path).stem, **row} for row in read_csv(path)]
-    draw_curves(rows, args)
+    draw_curves(rows, **how)
 
 
-def bars(args):
-    """One bar for each value of a column: the mean of another column, and its range."""
+def bars(paths, x, y, logy, out):
+    """One bar for each entry of column x: the mean of column y in all the rows that have it, and their range."""
+    [y] = y
     heights = {}
-    for path in args.paths:
+    for path in paths:
         for row in read_csv(path):
-            values = heights.setdefault(entry(row, args.x), [])
-            values.append(entry(row, args.y[0], float))
-    figure, [ax] = canvas(1, 1)
+            values = heights.setdefault(entry(row, x), [])
+            values.append(entry(row, y, float))
+    figure, [ax] = canvas(1)
     for i, (name, values) in enumerate(heights.items()):
         colour, _, _, hatch = LOOKS[i % len(LOOKS)]
         mean = fmean(values)
         whiskers = [[mean - min(values)], [max(values) - mean]]
         ax.bar(name, mean, yerr=whiskers, capsize=3, color="white", edgecolor=colour, hatch=hatch)
-    ax.set(xlabel=args.x, ylabel=args.y[0])
+    ax.set(xlabel=x, ylabel=y)
     ax.tick_params(axis="x", rotation=40)
-    if args.logy:
+    if logy:
         ax.set_yscale("log")
-    save(figure, args.out)
+    save(figure, out)
 
 
-def runs(args):
+def runs(paths, **how):
     """Columns of the logs of train.py's runs against the step (figures 5 and 6)."""
-    configs, tables, columns = {}, {}, set()
-    for folder in map(Path, args.paths):
-        configs[folder] = read_json(folder / "config.json")
-        table = tables[folder] = {}                                          # step: what the logs say of it
+    found, steps, columns = [], set(), set()
+    for folder in dict.fromkeys(map(Path, paths)):                           # each once
+        config = read_json(folder / "config.json")
+        config["weighting"] = called(config["weighting"], config["gamma"])
+        table = {}                                                           # step: what the logs say of it
         for file in (folder / "log.csv", folder / "quality.csv"):
             for line in read_csv(file) if file.exists() else []:
                 table.setdefault(int(line["step"]), {}).update(line)
                 columns.update(line)
-    steps = sorted(set().union(*tables.values()))
+        steps.update(table)
+        found.append((config, table))
     rows = []
-    for folder, config in configs.items():
-        config["weighting"] = called(config["weighting"], config["gamma"])
-        for step in steps:                                                   # nan: the run did not get there
-            line = tables[folder].get(step, {})
-            rows.append({**config, **dict.fromkeys(columns, math.nan), **line, "step": step})
-    draw_curves(rows, args)
+    for config, table in found:
+        blank = dict.fromkeys(columns, math.nan)                             # where the run did not get to
+        for step in sorted(steps):
+            rows.append({**config, **blank, **table.get(step, {}), "step": step})
+    draw_curves(rows, **how)
 
 
-def teach(args):
+def teach(out):
     """Figures for a lecture, from the formulas alone: with T = 1000."""
     for table in (schedules, weightings, shares, densities):
         rows = list(table())
         by, x, *y = rows[0]
-        out = Path(args.out, f"{table.__name__}.png")
-        logy = table is weightings
-        draw_curves(rows, Namespace(by=[by], panel=[], x=x, y=y, logx=False, logy=logy, out=out), SLIDE)
+        file = Path(out, f"{table.__name__}.png")
+        draw_curves(rows, x, y, [by], file, logy=table is weightings, size=SLIDE)
     t = torch.linspace(0, 999, 10).long()
     titles = [f"t {at}\nlog SNR\n{snr.log():.1f}" for at, snr in zip(t, Diffusion().snr[t])]
-    out = Path(args.out, "noise.png")
-    save_sheet(out, noisy(t), len(t), titles, side=128)
-    print(out)
+    file = Path(out, "noise.png")
+    save_sheet(file, noisy(t), len(t), titles, side=128)
+    print(file)
 
 
 def main():
     parser = Parser(__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for call in (curves, bars, runs):
+    for call in (curves, bars, runs, teach):
         command = commands.add_parser(call.__name__, doc=call.__doc__)
         command.set_defaults(call=call)
         add = command.add_argument
+        add("--out", required=True, help=".png or .svg; teach: folder")
+        if call is teach:
+            continue
         add("paths", nargs="+", help="CSV files; runs: run folders")
         add("--x", default="step", help="column")
         add("--y", required=True, nargs=1 if call is bars else "+", help="column")
-        if call is not bars:
-            add("--by", nargs="+", default=["file"], help="columns that tell curves apart")
-            add("--panel", nargs="+", default=[], help="columns that tell panels apart")
-            add("--logx", action="store_true", help="logarithmic x")
+        add("--logy", action="store_true", help="logarithmic y")
+        if call is bars:
+            continue
+        add("--logx", action="store_true", help="logarithmic x")
+        add("--by", nargs="+", default=["file"], help="columns that tell curves apart")
+        add("--panel", nargs="+", default=[], help="columns that tell panels apart")
         if call is runs:
             command.set_defaults(by=["weighting"], panel=["target"])
-        add("--logy", action="store_true", help="logarithmic y")
-        add("--out", required=True, help=".png or .svg")
-    command = commands.add_parser("teach", doc=teach.__doc__)
-    command.set_defaults(call=teach)
-    command.add_argument("--out", required=True, help="folder of the figures")
-    args = parser.parse_args()
-    args.call(args)
+    flags = vars(parser.parse_args())
+    call = flags.pop("call")
+    call(**flags)
 
 
 if __name__ == "__main__":

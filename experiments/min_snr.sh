@@ -1,36 +1,41 @@
 #!/bin/sh
-# Figures 4 to 6 of the Min-SNR paper in small, and when each weighting gets to the best one's error. Started again after
-# a kill, it goes on. Sizes come from the environment:
+# Figures 4 to 6 of the Min-SNR paper in small, and when each weighting gets to the best one's error. Started again
+# after a kill, it goes on. Sizes come from the environment:
 #
 #   DATA="shapes crops" WEIGHTINGS="const min_snr" TARGETS=x0 STEPS=10000 EVERY=1250 sh experiments/min_snr.sh
 #
-# EVERY: steps between snapshots, which are measured with N samples. JOBS: runs at a time. FLAGS: more of
-# train.py's. OBJECTIVE: empty for no figure 4, which takes minutes. OUT: the folder; another EMA or N, or other
-# FLAGS, need another one.
+# EVERY: steps between snapshots, which are measured with N samples. JOBS: runs at a time. FLAGS: more flags of
+# train.py. OBJECTIVE: set, but empty, for no figure 4, which takes minutes. OUT: the folder; for another EMA or N,
+# or other FLAGS, choose another one.
 export DATA="${DATA:-shapes}" TARGETS="${TARGETS:-x0 eps v}" SEEDS="${SEEDS:-0 1 2}"
 export WEIGHTINGS="${WEIGHTINGS:-const snr max_snr min_snr}"
 export STEPS="${STEPS:-600}" EVERY="${EVERY:-200}" EMA="${EMA:-.99}" N="${N:-256}" FLAGS
 export JOBS="${JOBS:-1}" OBJECTIVE="${OBJECTIVE-1}" OUT="${OUT:-out/min_snr}" PYTHON="${PYTHON:-python}"
-[ "$JOBS" -eq 1 ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"      # several runs share the cores
 
-try() {                      # a command; its code 3 says that the run has diverged, which is no failure
-    "$@" && return
-    code=$?
-    [ $code -eq 3 ] || { echo "$out: exit code $code of $*" >&2; exit 1; }
+try() {                                          # a command, and what its exit code means for the study
+    code=0
+    "$@" || code=$?
+    case $code in
+        0|3) ;;                                  # 3: the run has diverged, which is a result
+        2) exit 255;;                            # a mistake, as it has said: xargs starts no more runs
+        *) echo "$out: exit code $code of $*" >&2; exit 1;;
+    esac
 }
 
 one_run() {                                      # data, weighting, target, seed
     out=$OUT/$1_$3_$2_$4
-    [ "$2" = max_snr ] && gamma=1 || gamma=5
+    gamma=5
+    if [ $2 = max_snr ]; then gamma=1; fi
     if ! grep -qs "^$STEPS,$N," $out/quality.csv; then                   # else it is measured already
-        [ -e $out/ckpt.pt ] && resume=--resume || resume=
+        resume=
+        if [ -e $out/ckpt.pt ]; then resume=--resume; fi
         # a folder's preset is another than that of the shapes, so all that differs is given
         try $PYTHON train.py --out $out --dataset $1 --weighting $2 --gamma $gamma --target $3 --seed $4 \
             --model vit-tiny --batch-size 64 --lr 2e-3 --warmup 100 --decay 0 --betas .9 .99 \
             --weight-decay .03 --ema $EMA --drop .1 --no-flip --no-compile --cfg 1 --sample-steps 1 \
             --log-every $(((STEPS + 19) / 20)) --steps $STEPS --keep-every $EVERY --save-every $EVERY \
             $FLAGS $resume
-        [ -e $out/ckpt.pt ] || return 0                                  # diverged before the first was saved
+        [ -e $out/ckpt.pt ] || return 0                                  # diverged before it saved a checkpoint
         try $PYTHON -m experiments.pareto measure --ckpt $out --n $N
     fi
     if [ "$OBJECTIVE" ] && [ "$2 $3" = "min_snr x0" ] && [ ! -e $out/objective.csv ]; then
@@ -39,14 +44,23 @@ one_run() {                                      # data, weighting, target, seed
 }
 
 if [ $# -gt 0 ]; then                            # started by xargs below
-    one_run "$@"
+    one_run "$@" 2>&3
     exit
 fi
+for size in STEPS EVERY N JOBS; do
+    if ! [ "$(printenv $size)" -ge 1 ] 2>/dev/null; then
+        echo "min_snr.sh: $size: found $(printenv $size), expected a whole number, at least 1" >&2
+        exit 2
+    fi
+done
+[ $JOBS -eq 1 ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"        # several runs share the cores
 case " $DATA " in *" crops "*) [ -e data/crops/sheet.png ] || $PYTHON -m experiments.crops || exit;; esac
+# where a run stops xargs, the run has said why, so xargs need not; the runs' errors go around it, by way of 3
 for seed in $SEEDS; do for data in $DATA; do for target in $TARGETS; do for weighting in $WEIGHTINGS; do
     echo $data $weighting $target $seed
-done; done; done; done | xargs -n 4 -P "$JOBS" sh "$0"
+done; done; done; done | xargs -n 4 -P $JOBS sh "$0" 3>&2 2>/dev/null
 failed=$?
+[ $failed -ne 124 ] || exit 2                    # a run met a mistake
 $PYTHON -m experiments.pareto needs --runs $OUT/*/ --out $OUT/needs.csv || failed=1
 if ! $PYTHON -c "import matplotlib" 2>/dev/null; then
     echo "no figures: they need pip install matplotlib"

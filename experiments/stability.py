@@ -1,16 +1,17 @@
 """How stable is diffusion training beside a GAN's? The measurements of the curriculum paper.
 
-    python -m experiments.stability consistency --ckpt out/a out/b    # one noise, several models: table 1
-    python -m experiments.stability interpolate --ckpt LATE EARLY     # the loss between them: figure 3
-    python -m experiments.stability hessian --ckpt out/a              # eigenvalues of the Hessian: figure 4
+    python -m experiments.stability consistency --ckpt out/a out/b    # do models draw alike from one noise? table 1
+    python -m experiments.stability interpolate --ckpt LATE EARLY     # the loss between two checkpoints: figure 3
+    python -m experiments.stability hessian --ckpt out/a              # eigenvalues of the loss's Hessian: figure 4
 
 Each command writes a CSV file, which `python -m experiments.figures` draws.
 
 Wang et al., "Analyzing Stability in Diffusion Model Training", 2024; equation numbers are that paper's. A
-checkpoint is a file of train.py or of dcgan.py, or its folder. The paper leaves some choices open. Here
-images are drawn from the EMA weights. Losses are those of training, but with no label dropped and t uniform,
-at the raw weights and not at their EMA. Of a GAN one network moves while the other is fixed. A ReLU's second
-derivative is taken as 0, so its kink does not show in the Hessian.
+checkpoint is a file of train.py or of dcgan.py, or its folder. The paper leaves some choices open; here they are
+these. A diffusion model draws its images with the EMA weights. Its loss is that of its training, but with no label
+dropped and t uniform, and at the raw weights. A GAN has two losses, and each is a function of its own network's
+weights, while the other network is fixed. A ReLU's second derivative is taken as 0, so its kink does not show in the
+Hessian.
 """
 import math
 from pathlib import Path
@@ -22,23 +23,23 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parameters_to_vector
 
-from data import generator, tile
+from data import generator
 from diffusion import Diffusion
 from experiments import dcgan
 from experiments.dcgan import DEVICE, LATENT
 from experiments.figures import write_csv
 from experiments.pareto import draw_bin, load
-from files import BadInput, Parser, at_least, read, replace, run
-from sample import draw, find_vae, load_checkpoint, to_device, to_uint8
+from files import BadInput, Parser, at_least, read, run
+from sample import draw, find_vae, load_checkpoint, save_sheet, to_device, to_uint8
 
 
 # ------------------------------------------------------------------------------------------------ measures
 
 def psnr(a, b):
-    """10 log10(255^2 / MSE) in dB, (...,), of uint8 images (...,C,H,W).
+    """How alike uint8 images (...,C,H,W) are: 10 log10(255^2 / MSE) in dB, (...,).
 
-    Equal images get the value of images that differ by 1 in one byte, the largest finite value, so that means
-    stay finite.
+    For equal images it would be infinite. They get the largest finite value, that of images that differ by 1 in one
+    byte, so that means stay finite.
     """
     difference = a.double() - b.double()
     error = difference.square().flatten(-3).sum(-1)
@@ -47,24 +48,26 @@ def psnr(a, b):
 
 
 def roughness(curve):
-    """Total variation / (highest - lowest) of a curve (N,): 1 if it only rises or falls, more with each turn.
+    """All the ups and downs of a curve (N,) over highest - lowest: 1 if it only rises or falls, more with each turn.
 
-    The paper shows jitter and gives no number. This one does not depend on the scale of the loss, so that two
-    losses can be compared.
+    The paper shows pictures of jitter and gives no number. This one does not depend on the scale of the loss, so that
+    two losses can be compared.
     """
     return np.abs(np.diff(curve)).sum() / np.ptp(curve)
 
 
 def lanczos(product, v, k):
-    """Ritz values, weights, residuals, each (<= k,) float64, of a symmetric H given as product(v) = H v.
+    """Estimates of eigenvalues, called Ritz values, their weights and residuals, each (<= k,) float64, of a symmetric
+    H (P,P) that is given as product(v) = H v.
 
-    k steps from v (P,), each vector made orthogonal to all before it, twice; they take k P numbers of memory.
-    Some eigenvalue of H is within residual_i of value_i. The quadrature sum_i weight_i f(value_i) is
-    <v, f(H) v> / <v, v>, exactly so for polynomials f of degree < 2 k (Golub & Welsch 1969).
+    H is projected onto v (P,), H v, H^2 v, ..., k of them, each made orthogonal to all before it, twice as rounding
+    undoes some of it; they take k P numbers of memory. The values are the eigenvalues of this small matrix, which is
+    tridiagonal. Some eigenvalue of H is within residual_i of value_i. The sum of weight_i f(value_i) is about
+    <v, f(H) v> / <v, v>, and exactly that for polynomials f of degree < 2 k (Golub & Welsch 1969).
     """
     k = min(k, len(v))
     Q = v.new_empty(k, len(v))
-    alpha, beta = [], []                                                     # of the tridiagonal matrix
+    alpha, beta = [], []                         # the small matrix's diagonal and the numbers beside it
     w = v
     for j in range(k):
         Q[j] = w / w.norm()
@@ -74,7 +77,7 @@ def lanczos(product, v, k):
         for _ in range(2):
             w = w - (Q[:j + 1] @ w) @ Q[:j + 1]
         beta.append(float(w.norm()))
-        if beta[-1] <= rounding:                                             # nothing new in w
+        if beta[-1] <= rounding:                 # H Q[j] is a sum of the vectors before it
             break
     side = np.diag(beta[:-1], 1)
     values, vectors = np.linalg.eigh(np.diag(alpha) + side + side.T)
@@ -83,30 +86,32 @@ def lanczos(product, v, k):
 
 
 def spectrum(loss, theta, k, probes, seed):
-    """lanczos() for the Hessian of loss(theta) at theta (P,), each from `probes` vectors of random signs.
+    """lanczos() for the Hessian of loss(theta) at theta (P,), from each of `probes` vectors of random signs.
 
     -> values, weights, residuals of all probes, each (<= probes k,). The sum of all weights is 1.
     """
     def product(v):
-        _, Hv = vhp(loss, theta, v)                                          # v H = H v
+        _, Hv = vhp(loss, theta, v)                                          # v H, which is H v as H is symmetric
         return Hv
 
     found = []
     for r in range(probes):
         g = generator("probe", seed, r)
         signs = 2 * torch.randint(2, theta.shape, generator=g) - 1
-        with sdpa_kernel(SDPBackend.MATH):                                   # the fused have no second derivative
+        with sdpa_kernel(SDPBackend.MATH):       # the faster kinds of attention have no second derivative
             found.append(lanczos(product, signs.to(theta), k))
     values, weights, residuals = np.hstack(found)
     return values, weights / probes, residuals
 
 
 def summary(values, weights, residuals):
-    """The largest and smallest Ritz value of a spectrum with their errors, and moments of the P eigenvalues.
+    """The largest and smallest Ritz value of a spectrum with their errors, and estimates of the mean and the variance
+    of all P eigenvalues.
 
-    trace(H) and trace(H^2) are means of <v, H v> and |H v|^2 (Hutchinson 1990), which the quadratures of x
-    and x^2 give. ritz_variance is the plain variance of the Ritz values: the paper's sigma^2 = 37.9 beside
-    lambda_1 = 13.3 is too large for the variance of all eigenvalues, most of which are near 0.
+    The mean eigenvalue is the mean of <v, H v> / <v, v> over random signs v (Hutchinson 1990), which the weights give
+    for f(x) = x, and that of H^2 likewise for f(x) = x^2. ritz_variance is the variance of the Ritz values alone. It
+    may be what the paper calls sigma^2: 37.9 beside lambda_1 = 13.3 is too large for the variance of all
+    eigenvalues, most of which are near 0.
     """
     top, bottom = values.argmax(), values.argmin()
     mean = weights @ values
@@ -123,7 +128,7 @@ def summary(values, weights, residuals):
 
 def density(values, weights):
     """x and the density of the eigenvalues there, each (N,), by stochastic Lanczos quadrature (Ghorbani et al.
-    2019): the sum of weight_i N(x; value_i, width^2), bells 1 % of the spectrum wide.
+    2019): a sum of bells weight_i N(x; value_i, width^2), whose width is 1 % of the spectrum's.
 
     Points below 1e-8 of the highest density are left out.
     """
@@ -153,10 +158,8 @@ def pictures(path, args):
     ks = range(args.count)
     if is_gan(path):
         model, _ = dcgan.load(path)
-        z = torch.empty(len(ks), LATENT, 1, 1)
-        for k in ks:
-            z[k].normal_(generator=generator("image", args.seed, k))
-        images = model.eval().generator(z.to(DEVICE))
+        noise = [torch.randn(LATENT, 1, 1, generator=generator("image", args.seed, k)) for k in ks]
+        images = model.eval().generator(torch.stack(noise).to(DEVICE))
         return to_uint8(images).cpu()
     model, config = load_checkpoint(path)
     model = to_device(model, DEVICE)
@@ -165,7 +168,7 @@ def pictures(path, args):
 
 
 def network(module, theta):
-    """The module as a function, with theta (P,) in place of its parameters."""
+    """The module as a function of its inputs, with theta (P,) in place of its parameters."""
     weights, first = {}, 0
     for name, p in module.named_parameters():
         weights[name] = theta[first:first + p.numel()].view_as(p)
@@ -174,9 +177,10 @@ def network(module, theta):
 
 
 def landscape(path, args):
-    """-> {name: (theta (P,), loss)}, where loss(theta) is the mean over args.n samples.
+    """-> {name: (theta (P,), loss)}: the losses of a checkpoint as functions of all weights in one vector, and the
+    vector that it holds. loss(theta) is the mean over args.n samples.
 
-    Of a diffusion model it is the weighted loss of its training, at the timesteps args.t and over all.
+    Of a diffusion model it is the weighted loss of its training, at each timestep of args.t and over all of them.
     """
     if is_gan(path):
         return gan_landscape(path, args)
@@ -206,7 +210,7 @@ def landscape(path, args):
 
 
 def gan_landscape(path, args):
-    """landscape() of a DCGAN, whose norms take the statistics of the samples, as in training."""
+    """landscape() of a DCGAN. Its norms take the statistics of the samples, as in training."""
     model, state = dcgan.load(path)
     size = state["size"]
     data = dcgan.open_data(args.data or state["data"], [size])
@@ -229,9 +233,11 @@ def gan_landscape(path, args):
 # ------------------------------------------------------------------------------------------------ commands
 
 def consistency(args):
-    """C = 1/M sum_i 1/(N-1) sum_{j>=2} PSNR(q_i1, q_ij) of M images of N models (eq. 1, table 1).
+    """C = 1/M sum_i 1/(N-1) sum_{j>=2} PSNR(q_i1, q_ij) of M images of N models (eq. 1, table 1). q_ij is image i of
+    model j, which every model draws from the same noise.
 
-    The CSV file has the PSNR of each model to the first; a sheet, .png, has a row of images for each model.
+    The CSV file has the mean PSNR of each model to the first. A picture beside it, .png, has a row of each model's
+    first 12 images.
     """
     images = [pictures(path, args) for path in args.ckpt]
     shapes = {x.shape for x in images}
@@ -240,24 +246,20 @@ def consistency(args):
     q = torch.stack(images)                                                  # (N,M,3,S,S)
     first, others = q[:1], q[1:]
     values = psnr(first, others)                                             # (N-1,M)
-    unrelated = psnr(first, others.roll(1, 1)).mean()                        # what all images have in common
+    unrelated = psnr(first, others.roll(1, 1)).mean()        # image i beside i - 1: what all images have in common
     print(f"consistency {values.mean():.2f} dB; with other images {unrelated:.2f} dB")
-    rows = []
-    for path, mean in zip(args.ckpt[1:], values.mean(1)):
-        rows.append(dict(ckpt=path, psnr=mean.item()))
-    write_csv(args.out, rows)
+    means = zip(args.ckpt[1:], values.mean(1).tolist())
+    write_csv(args.out, [dict(ckpt=path, psnr=mean) for path, mean in means])
     shown = q[:, :12]
-    columns = shown.shape[1]
-    sheet = tile(shown.flatten(0, 1).numpy(), columns)
-    replace(args.out.with_suffix(".png"), lambda file: sheet.save(file, "PNG"))
+    save_sheet(args.out.with_suffix(".png"), shown.flatten(0, 1), shown.shape[1])
 
 
 @torch.no_grad()
 def interpolate(args):
     """Each loss on the line theta = alpha theta_a + (1 - alpha) theta_b (eq. 2, figure 3).
 
-    --ckpt takes pairs, b before a: for LATE EARLY, alpha = 0 is the late checkpoint and alpha = 1 the early one.
-    Samples and loss are b's, and while one network of a GAN moves, the other is b's.
+    --ckpt takes pairs, b before a: for LATE EARLY, alpha = 0 is the late checkpoint and alpha = 1 the early one. The
+    samples and the loss are b's, and so is the GAN's network that does not move.
     """
     if len(args.ckpt) % 2:
         raise BadInput(f"--ckpt: found {len(args.ckpt)} checkpoints, expected pairs")
@@ -265,26 +267,24 @@ def interpolate(args):
     pairs = zip(args.ckpt[::2], args.ckpt[1::2])
     for path_b, path_a in pairs:
         B, A = landscape(path_b, args), landscape(path_a, args)
-        parameters_b = {name: len(theta) for name, (theta, _) in B.items()}
-        parameters_a = {name: len(theta) for name, (theta, _) in A.items()}
-        if parameters_a != parameters_b:
-            raise BadInput(f"--ckpt: found {parameters_b} beside {parameters_a}, expected pairs of one network")
         for name, (theta_b, loss) in B.items():
-            theta_a, _ = A[name]
-            which = dict(b=path_b, a=path_a, loss=name)
+            theta_a, _ = A.get(name, ([], None))
+            if len(theta_a) != len(theta_b):
+                raise BadInput(f"--ckpt: {path_b} has {name} of {len(theta_b):,} parameters, {path_a} has none; "
+                               "expected pairs of one network")
             curve = []
             for alpha in np.linspace(0, 1, 21):
                 theta = alpha * theta_a + (1 - alpha) * theta_b
                 value = loss(theta).item()
                 curve.append(value)
-                rows.append(dict(which, alpha=alpha, value=value))
+                rows.append(dict(b=path_b, a=path_a, loss=name, alpha=alpha, value=value))
             print(f"{path_b} {name}: roughness {roughness(curve):.3f}", flush=True)
     write_csv(args.out, rows)
 
 
 def hessian(args):
-    """Ends and moments of each Hessian's eigenvalues (figure 4); in a second CSV file, *_density.csv, their
-    density.
+    """The largest and smallest eigenvalue of each loss's Hessian, their mean and variance (figure 4). A second CSV
+    file, *_density.csv, has their density.
     """
     rows, curves = [], []
     for path in args.ckpt:
@@ -316,9 +316,9 @@ def main():
             continue
         add("--data", help="packed folder in place of the checkpoint's own data")
         add("--n", type=at_least(2), default=64, help="samples of each loss")
-        add("--t", type=at_least(0), nargs="+", default=[], help="timesteps besides all together")
+        add("--t", type=at_least(0), nargs="+", default=[], help="timesteps whose own losses are measured, too")
         if call is hessian:
-            add("--lanczos", type=at_least(2), default=30, help="steps, each of which keeps a vector of all parameters")
+            add("--lanczos", type=at_least(2), default=30, help="steps; each keeps a vector of all parameters")
             add("--probes", type=at_least(1), default=2, help="random vectors to start from")
     args = parser.parse_args()
     args.call(args)

@@ -170,7 +170,7 @@ def test_a_pack_holds_cropped_images_in_order_labels_and_a_sheet_and_is_made_onc
     assert pack.labels.tolist() == [0, 0, 1]
     assert Image.open(tmp_path / "out/sheet.png").size == (128, 16)
     found = contents(tmp_path / "out")
-    assert "was packed already, nothing was read" in script(*PACK)
+    assert "was packed already, nothing is left to do" in script(*PACK)
     assert contents(tmp_path / "out") == found
 
 
@@ -290,9 +290,8 @@ def test_what_is_left_out_is_said(script, tmp_path):
     for name in ("cat/1.heic", "cat/2.HEIC", "zebra/raw", "cat/1.cls", "labels.csv", ".hidden"):
         (tmp_path / "src" / name).touch()
     said = script(*PACK)
-    assert "left out: 2 .heic, 1 without suffix\n" in said
-    assert "warning: no labels are read from 1 .cls, 1 .csv\n" in said
-    assert "warning: classes without images, 1: zebra\n" in said
+    assert "left out: 1 .cls, 1 .csv, 2 .heic, 1 without suffix; labels come from" in said
+    assert "warning: folders without images, 1: zebra\n" in said
 
 
 def test_one_folder_has_no_classes_and_jpegs_have_many_suffixes(script, tmp_path):
@@ -328,6 +327,14 @@ def test_an_encrypted_zip_is_one_line(script, tmp_path):
     whole[whole.index(b"PK\1\2") + 8] |= 1                                   # its flag in the directory
     (tmp_path / "src.zip").write_bytes(whole)
     assert "encrypted" in script(*PACK, "--src", "src.zip", code=2)
+
+
+def test_a_dataset_json_below_the_top_is_refused(script, tmp_path):
+    edm(tmp_path / "src/ffhq", [[name, 0] for name in NAMES], *NAMES)
+    assert "ffhq/dataset.json is not read" in script(*PACK, code=2)
+    script(*PACK, "--src", "src/ffhq")
+    script(*PACK, "--out", "without", "--classes", 0)
+    assert Packed(tmp_path / "without").classes == []
 
 
 def test_a_zip_with_backslashes_is_refused(script, tmp_path):

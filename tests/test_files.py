@@ -11,7 +11,7 @@ import torch
 from conftest import FORKS, ROOT
 
 from files import (BadInput, NotFinite, Parser, allow_tf32, at_least, between, hash_file, positive, processes,
-                   read, read_json, replace, run)
+                   progress, read, read_json, replace, run)
 
 W = torch.arange(40.0)
 OUT_OF_MEMORY = "train.py: out of memory; try a smaller --batch-size, in train.py --accum 2 or --grad-ckpt\n"
@@ -176,6 +176,16 @@ def test_a_mac_s_gpu_is_taken_only_when_asked_for(monkeypatch):
 def test_tf32_is_allowed_in_convolutions_and_in_matrix_products(allowed):
     allow_tf32(allowed)
     assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == allowed
+
+
+def test_progress_is_shown_five_times_a_second_and_at_the_end(monkeypatch, capsys):
+    for done in range(1, 101):
+        monkeypatch.setattr("time.monotonic", lambda: 1e9 + done / 100)      # one second in all
+        progress("rows", done, 100, since=1e9)
+    lines = capsys.readouterr().out.split("\r")[1:]
+    assert 5 <= len(lines) <= 6
+    assert lines[0].startswith("rows 1 / 100   100/s") and lines[-1].startswith("rows 100 / 100   100/s")
+    assert lines[-1].endswith("\n")
 
 
 # ------------------------------------------------------------------------------------------- safe reading

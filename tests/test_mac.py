@@ -118,5 +118,11 @@ def test_float64_is_refused_on_a_mac(run):
         run("mps", "train.py --dtype float64")
 
 
+def test_several_processes_are_refused_on_a_mac(run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(BadInput, match="--device mps: is for one process"):
+        run("mps", "train.py")
+
+
 def test_tables_stay_away_from_a_mac():
     assert Diffusion().to("mps").weight.is_cpu

@@ -310,16 +310,10 @@ def test_samples_of_every_class_are_judged_beside_random_images(measure, monkeyp
     assert len(real) == 2048 and not np.array_equal(real, first)
 
 
-def test_measure_command_keeps_the_lines_of_older_files(measure):
-    Path("run/quality.csv").write_text("step,fd_pixels\n3,2.5\n")
-    measure()
-    assert column("run/quality.csv", "step") == [3, 7]
-    assert column("run/quality.csv", "fd_pixels")[0] == 2.5
-
-
 @pytest.mark.parametrize("table, message", [
     ("step,n\n3,1024\n", "quality.csv has lines of 1024 samples"),
     ("step,n\nx,8\n", "column step: found 'x'"),
+    ("step,fd_pixels\n3,2.5\n", "column n: not found"),
 ])
 def test_measure_refuses_lines_that_do_not_compare(table, message, measure):
     Path("run/quality.csv").write_text(table)
@@ -354,7 +348,16 @@ def test_the_judge_recognises_labelled_images(capsys):
     labels = torch.tensor(data.labels)
     assert judge.recognised(data, torch.tensor(data.images), labels) == 1
     assert judge.recognised(data, torch.tensor(data.images), 1 - labels) == 0
-    assert capsys.readouterr().out.count("100.0% of 20 real images") == 1    # trained once
+    said = capsys.readouterr().out
+    assert said.count("100.0% of 20 real images") == 1                       # trained once
+    assert "warning" not in said
+
+
+def test_a_judge_that_knows_its_data_badly_warns(capsys):
+    data = two_greys()
+    data.labels = np.random.RandomState(1).randint(0, 2, len(data))
+    judge.judge(data)
+    assert "warning: the judge knows these data badly" in capsys.readouterr().out
 
 
 def test_the_judge_is_the_same_every_time_and_leaves_the_random_state():
@@ -485,9 +488,9 @@ def test_bars_are_means_over_files(command, axes, tmp_path):
     assert [bar.get_height() for bar in axes[0].patches] == [1, 3]
 
 
-def write_run(folder, target, weighting, quality):
+def write_run(folder, target, weighting, quality, **other):
     folder.mkdir()
-    config = dict(dataset="shapes", target=target, weighting=weighting, gamma=5.0)
+    config = dict(dataset="shapes", target=target, weighting=weighting, gamma=5.0, **other)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "log.csv").write_text("step,x0_mse_2\n100,0.5\n")
     (folder / "quality.csv").write_text("step,fd_pixels\n" + quality)
@@ -545,11 +548,32 @@ def test_needs_names_a_run_that_was_not_measured(command, tmp_path, capsys):
     assert "warning: a has no quality.csv" in capsys.readouterr().out
 
 
+def test_needs_takes_seeds_of_one_setting_alone(command, tmp_path):
+    quality = "100,3\n"
+    write_run(tmp_path / "a", "x0", "const", quality, size=16, seed=0, steps=100)
+    write_run(tmp_path / "b", "x0", "min_snr", quality, size=8, seed=1, steps=200)
+    for name in "ab":
+        (tmp_path / name / "quality.csv").write_text("step,fd_pixels,fd_judge,recognised,x0_mse\n100,3,1,1,1")
+    with pytest.raises(BadInput, match="--runs b: size differ from an earlier run's with shapes and x0"):
+        command(pareto, "needs", "--runs", *"ab", "--out", "n.csv")
+
+
+def test_a_run_that_ended_early_makes_its_weightings_numbers_nan(command, tmp_path):
+    for name, steps in dict(a=(100,), b=(100, 200)).items():
+        write_run(tmp_path / name, "x0", "const", "", seed=name)
+        lines = [f"{step},3,nan,1,1" for step in steps]
+        table = "\n".join(["step,fd_pixels,fd_judge,recognised,x0_mse", *lines])
+        (tmp_path / name / "quality.csv").write_text(table)
+    command(pareto, "needs", "--runs", *"ba", "--out", "n.csv")
+    [first, *_] = figures.read_csv("n.csv")
+    assert [first[name] for name in ("mean", "low", "high")] == ["nan"] * 3
+
+
 PYTHON = """#!/bin/sh
-# Stands in for python: training makes a checkpoint, but target v diverges and seed 9 is an error; measuring
-# adds a line.
+# Stands in for python: training makes a checkpoint, but target v diverges, seed 9 is an error and seed 8 a mistake;
+# measuring adds a line.
 echo "$@" >> commands
-case "$*" in *"--target v"*) exit 3;; *"--seed 9"*) exit 1;; esac
+case "$*" in *"--target v"*) exit 3;; *"--seed 9"*) exit 1;; *"--seed 8"*) echo mistake >&2; exit 2;; esac
 case "$*" in train*) mkdir -p $3; echo "$*," | sed 's/.*--steps //; s/ .*,/,/' > $3/ckpt.pt;; esac
 case "$*" in *measure*) echo "$(cat $5/ckpt.pt)$7," >> $5/quality.csv;; esac
 """
@@ -560,6 +584,7 @@ def min_snr(tmp_path):
     """min_snr(SEEDS="0 1") runs the script with the stand-in -> its exit code, the commands of training so far."""
     (tmp_path / "python").write_text(PYTHON)
     (tmp_path / "python").chmod(0o755)
+    (tmp_path / "commands").touch()
     path = f"{tmp_path}:{os.environ['PATH']}"
 
     def call(**sizes):
@@ -587,6 +612,18 @@ def test_min_snr_goes_on_after_an_error_and_reports_it(min_snr, capfd):
     assert code != 0
     assert len(trained) == 3
     assert "out/min_snr/shapes_x0_const_9: exit code 1 of python train.py" in capfd.readouterr().err
+
+
+@shell
+@pytest.mark.parametrize("sizes, runs, line", [
+    (dict(SEEDS="8 0"), 1, "mistake"),
+    (dict(STEPS="1e4"), 0, "min_snr.sh: STEPS: found 1e4, expected a whole number, at least 1"),
+    (dict(JOBS="0"), 0, "min_snr.sh: JOBS: found 0, expected a whole number, at least 1"),
+])
+def test_a_mistake_in_min_snr_is_one_line(min_snr, capfd, sizes, runs, line):
+    code, trained = min_snr(**sizes)
+    out, err = capfd.readouterr()
+    assert (code, len(trained), out, err) == (2, runs, "", line + "\n")
 
 
 @shell

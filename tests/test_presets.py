@@ -185,11 +185,18 @@ def test_flops_of_a_dry_run_by_hand(monkeypatch, tmp_path):
 
 # ------------------------------------------------------------------------------------------- packed data
 
+def with_data_in_memory(parse=train.parse):
+    """parse() of train with --data-on-gpu, which a CPU refuses."""
+    args, state = parse()
+    args.data_on_gpu = True
+    return args, state
+
+
 def test_a_folder_of_yours_trains_in_memory_and_may_move(tmp_path):
     pack(tmp_path / "data/mine", "mine")
     command = f"{TINY} --dataset mine --model vit-tiny"
     launch(tmp_path, f"{command} --steps 2 --out straight")
-    launch(tmp_path, f"{command} --steps 1 --data-on-gpu --out run")
+    launch(tmp_path, f"{command} --steps 1 --out run", parse=with_data_in_memory)
     (tmp_path / "data/mine").rename(tmp_path / "moved")
     launch(tmp_path, "--resume --steps 2 --data moved --out run")
     same(read(tmp_path / "straight")["model"], read(tmp_path / "run")["model"])
@@ -262,7 +269,7 @@ def test_flags_of_this_machine_reach_what_they_switch_on(monkeypatch, tmp_path):
     monkeypatch.setattr(Diffusion, "loss", watched)
     monkeypatch.setattr(Images, "to", lambda self, device: seen.append(device.type))
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: seen.append("compile"))
-    launch(tmp_path, f"{TINY} --steps 1 --accum 2 --grad-ckpt --data-on-gpu --compile --out run")
+    launch(tmp_path, f"{TINY} --steps 1 --accum 2 --grad-ckpt --compile --out run", parse=with_data_in_memory)
     assert seen == ["compile", "compile", "cpu", (4, True), (4, True)]       # its two blocks
 
 
@@ -319,8 +326,12 @@ def test_bfloat16_is_the_default_of_cards_that_have_it(device, native, dtype, pa
     assert parsed(f"--device {device}", gpu=True, bfloat16=native).dtype == dtype
 
 
-def test_a_graph_is_for_a_gpu(tmp_path):
-    assert "on cuda" in launch(tmp_path, f"{TINY} --graph --steps 1 --out run", code=2)
+@pytest.mark.parametrize("flag, said", [
+    ("--graph", "on cuda"),
+    ("--data-on-gpu", "--data-on-gpu: the run is on a CPU"),
+])
+def test_what_is_for_a_gpu_is_refused_without_one(flag, said, tmp_path):
+    assert said in launch(tmp_path, f"{TINY} {flag} --steps 1 --out run", code=2)
 
 
 def test_a_run_with_a_graph_goes_on_without_one(tmp_path):

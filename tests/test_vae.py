@@ -199,7 +199,7 @@ def test_other_checkpoints_are_refused(state):
 
 def test_encoding_is_the_same_on_any_number_of_cores(model):
     images = shapes(range(3), 32)[0]
-    encode = vae.make_encode(model, torch.device("cpu"), "float32")
+    encode = vae.make_encode(model, torch.device("cpu"), torch.float32)
     one = encode(images)
     torch.set_num_threads(2)
     two = encode(images)
@@ -212,8 +212,8 @@ def test_encoding_is_mean_and_std(model):
     images, cpu = shapes(range(2), 16)[0], torch.device("cpu")
     x = torch.from_numpy(images) / 127.5 - 1
     expected = torch.cat(mean_std(model.moments(x)), 1)
-    found = vae.make_encode(model, cpu, "float32")(images)
-    half = vae.make_encode(copy.deepcopy(model), cpu, "bfloat16")(images)
+    found = vae.make_encode(model, cpu, torch.float32)(images)
+    half = vae.make_encode(copy.deepcopy(model).bfloat16(), cpu, torch.bfloat16)(images)
     assert relative(found, expected) < 1e-3
     assert 1e-3 < relative(half, expected) < 0.05
 
