@@ -9,7 +9,7 @@ import time
 import zlib
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")        # of PyTorch and numpy: for arrays this small a second only waits
+os.environ.setdefault("OMP_NUM_THREADS", "1")        # on arrays this small a second thread would only wait
 
 import numpy as np  # noqa: E402
 import pytest
@@ -23,9 +23,7 @@ import train  # noqa: E402
 from files import run  # noqa: E402
 from model_vit import ViT  # noqa: E402
 
-# what vit-tiny is in tests of anything but the network itself
-SMALL = ViT, dict(dim=32, depth=2, heads=2, short_run=True)
-WHOLE = sample.MODELS["vit-tiny"]
+SMALL = ViT, dict(dim=32, depth=2, heads=2, short_run=True)       # stands for vit-tiny in most tests
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
@@ -35,7 +33,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: what only a GPU shows; run with -m gpu, others do not see a GPU")
     config.option.markexpr = config.option.markexpr or "not slow and not demo and not gpu"
     if config.option.markexpr != "gpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""          # in time: importing torch does not look for GPUs
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""          # torch looks for GPUs when it first needs one, so later
 
 
 @pytest.fixture
@@ -48,14 +46,18 @@ def golden():
     return load
 
 
-METHOD = multiprocessing.get_start_method()          # of a script's own workers, which a fork would change
-FORKS = multiprocessing.get_context("forkserver")    # of a process that has only imported: a start costs no imports
-FORKS.set_forkserver_preload(["conftest", "train"])   # the last: of meta tensors
+# The tests start scripts as forks of a process that has imported everything already, which saves seconds each.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["conftest", "train"])
+METHOD = multiprocessing.get_start_method()          # of this platform, which a script's own workers are to get
 
 
 def forked(words, folder, env, file, change=None, whole=False):
-    """A script as if started by itself: its folder, environment, arguments, output, exit code; first change()."""
-    if not whole:                                                            # nor 2,560 images for one printed line
+    """Be the script that `words` start in a folder, with this environment; what it prints goes to a file.
+
+    change() is called first. Unless `whole`, vit-tiny is SMALL, and train.py does not measure FD-pixels at its end.
+    """
+    if not whole:
         sample.MODELS["vit-tiny"], train.sanity = SMALL, lambda *_: 0.0
     os.chdir(folder)
     os.environ.update(env)
@@ -70,20 +72,21 @@ def forked(words, folder, env, file, change=None, whole=False):
 
 
 def fork(file, folder, *words, env=(), change=None, whole=False):
-    """Start forked("train.py", ...) in a folder, on one thread; what it prints goes to file."""
-    words, env = [str(ROOT / words[0]), *map(str, words[1:])], {**os.environ, "OMP_NUM_THREADS": "1", **dict(env)}
+    """Start forked("train.py", ...) in a folder, on one thread -> the running process."""
+    words = [str(ROOT / words[0]), *map(str, words[1:])]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **dict(env)}
     process = FORKS.Process(target=forked, args=(words, folder, env, file, change, whole))
     process.start()
     return process
 
 
 def finish(processes, timeout=240):
-    """Wait for them, and no longer; the highest exit code."""
+    """Wait for processes, but kill them when the time is over -> the highest exit code."""
     until = time.monotonic() + timeout
     for process in processes:
         process.join(max(0, until - time.monotonic()))
     for process in processes:
-        process.kill()                                                       # where the time is over
+        process.kill()                                                       # changes nothing where it has ended
         process.join()
     return max(abs(process.exitcode) for process in processes)
 
@@ -95,63 +98,57 @@ def free_port():
 
 
 def group(processes):
-    """The environment of each process of a group, as torchrun or a cluster's scheduler sets it; of one alone none."""
-    shared = dict(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
-    return [{**shared, "RANK": str(k), "LOCAL_RANK": str(k)} for k in range(processes)] if processes > 1 else [{}]
+    """What torchrun or a cluster's scheduler sets in the environment of each process. One alone gets nothing."""
+    if processes == 1:
+        return [{}]
+    shared = dict(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    return [{**shared, "RANK": str(k), "LOCAL_RANK": str(k)} for k in range(processes)]
 
 
 @pytest.fixture
 def script(tmp_path, monkeypatch, capsys):
-    """script("train.py", "--steps", 3, ...) runs one of the project's scripts in an empty folder, on one thread, checks
-    its exit code and returns what it printed. A refusal (code 2) runs in this process and must be one line, else it is a
-    fork, in which change() is called first, or as many as torchrun starts for `processes`, with its environment. The
-    network vit-tiny is SMALL, unless `whole`.
+    """script("train.py", "--steps", 3, ...) runs one of the project's scripts in an empty folder, on one thread,
+    checks its exit code and returns what it printed.
+
+    A refusal (code 2) runs in this process and must be one line. Anything else is a fork, in which change() is
+    called first, or as many forks as torchrun would start for `processes`. vit-tiny is SMALL, unless `whole`.
     """
-    def call(*words, code=0, processes=1, env=(), timeout=240, change=None, whole=False):
+    def call(*words, code=0, processes=1, timeout=240, change=None, whole=False):
         if code == 2 and not change and processes == 1:
             monkeypatch.chdir(tmp_path)
-            monkeypatch.setitem(sample.MODELS, "vit-tiny", WHOLE if whole else SMALL)
+            monkeypatch.setitem(sample.MODELS, "vit-tiny", SMALL)
             monkeypatch.setattr(sys, "argv", [str(ROOT / words[0]), *map(str, words[1:])])
             with pytest.raises(SystemExit) as exit:
                 run(importlib.import_module(Path(words[0]).stem).main)
             text = capsys.readouterr().err
             assert exit.value.code == 2 and len(text.splitlines()) == 1, text
             return text
-        files = [tmp_path.parent / f"{tmp_path.name}.{rank}.txt" for rank in range(processes)]
-        found = finish([fork(file, tmp_path, *words, env={**rank, **dict(env)}, change=change, whole=whole)
-                        for file, rank in zip(files, group(processes))], timeout)
+        files, running = [], []
+        for rank, env in enumerate(group(processes)):
+            files.append(tmp_path.parent / f"{tmp_path.name}.{rank}.txt")
+            running.append(fork(files[rank], tmp_path, *words, env=env, change=change, whole=whole))
+        found = finish(running, timeout)
         text = "".join(file.read_text() for file in files)
-        assert found == code and (code == 1 or "Traceback" not in text), text
+        assert found == code and "Traceback" not in text, text
         return text
     return call
 
 
 @pytest.fixture
-def start_fork(tmp_path):
-    """start_fork(..., env=(), change=None) -> (running process, file of its output): script's fork, not waited for."""
-    running = []
-
-    def call(*words, **how):
-        file = tmp_path.parent / f"{tmp_path.name}.fork{len(running)}.txt"
-        file.write_text("")
-        running.append(fork(file, tmp_path, *words, **how))
-        return running[-1], file
-    yield call
-    for process in running:
-        process.kill()
-        process.join()
-
-
-@pytest.fixture
 def start_script(tmp_path):
-    """Like script, but returns the running process; whatever still runs at the end of the test is killed."""
+    """start_script("train.py", ...) starts a script from the command line, with the flags `torchrun` under torchrun
+    -> the running process. Whatever still runs at the end of the test is killed.
+    """
     running = []
 
-    def call(*words, torchrun=(), env=()):
-        start = [sys.executable, *(("-m", "torch.distributed.run", *torchrun) if torchrun else ())]
-        process = subprocess.Popen([*start, str(ROOT / words[0]), *map(str, words[1:])], cwd=tmp_path, text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **dict(env)})
+    def call(*words, torchrun=()):
+        start = [sys.executable]
+        if torchrun:
+            start += ["-m", "torch.distributed.run", *torchrun]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        start += [str(ROOT / words[0]), *map(str, words[1:])]
+        process = subprocess.Popen(start, cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT, start_new_session=True)
         running.append(process)
         return process
     yield call

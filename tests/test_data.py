@@ -27,7 +27,7 @@ FACE = Image.open(io.BytesIO(CROPS["face"].tobytes()))       # 178 x 218
 
 
 def picture(number=0, size=(40, 30)):
-    """A part of a photograph, different for each number."""
+    """A part of a photograph, another one for each number."""
     right, lower = number + size[0], number + size[1]
     return WIDE.crop((number, number, right, lower))
 
@@ -48,6 +48,9 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+PACK = ("data.py", "--src", "src", "--size", 16, "--out", "out")
+
+
 # -------------------------------------------------------------------------------------------- built-in images
 
 @pytest.mark.parametrize("size", [16, 33])
@@ -55,8 +58,6 @@ def test_shapes_depend_on_index_and_size_alone(size):
     images, labels = shapes(range(24), size)
     again, _ = shapes([17, 3, 5], size)
     assert images.shape == (24, 3, size, size)
-    assert images.dtype == np.uint8
-    assert labels.dtype == np.int64
     assert labels.tolist() == [*range(8)] * 3
     assert np.array_equal(again, images[[17, 3, 5]])
     assert len(np.unique(images, axis=0)) == 24
@@ -72,7 +73,7 @@ def test_shapes_are_the_same_scene_at_any_size():
 
 # -------------------------------------------------------------------------------- image files and their crops
 
-def saved(path, image, **how):
+def through_a_file(path, image, **how):
     image.save(path, **how)
     return np.asarray(load_image(path)).astype(int)
 
@@ -85,17 +86,17 @@ def saved(path, image, **how):
     ("bits.png", "1", 0),
     ("rgb.webp", "RGB", 8),
 ])
-def test_colour_modes(tmp_path, name, mode, error):
+def test_every_colour_mode_becomes_rgb(tmp_path, name, mode, error):
     image = picture().convert(mode)
     expected = np.asarray(image.convert("RGB")).astype(int)
-    found = saved(tmp_path / name, image)
+    found = through_a_file(tmp_path / name, image)
     assert np.abs(found - expected).mean() <= error
 
 
 @pytest.mark.parametrize("name", ["deep.png", "deep.tif"])
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path, name):
     values = np.array([[0, 128, 257, 1000, 30000, 40000, 65000, 65535]], dtype=np.uint16)
-    found = saved(tmp_path / name, Image.fromarray(values))
+    found = through_a_file(tmp_path / name, Image.fromarray(values))
     assert np.array_equal(found[..., 0], np.round(values / 257))
 
 
@@ -109,16 +110,15 @@ def test_values_beyond_sixteen_bits_are_refused(tmp_path, values):
 @pytest.mark.parametrize("highest, warned", [(4095, True), (65535, False)])
 def test_twelve_bits_in_sixteen_are_warned_of(script, tmp_path, highest, warned):
     (tmp_path / "src").mkdir()
-    Image.fromarray(np.eye(8).astype(np.uint16) * highest).save(tmp_path / "src/deep.png")
-    said = script("data.py", "--src", "src", "--size", 8, "--out", "out")
-    assert ("multiply by 16" in said) == warned
+    Image.fromarray(np.eye(16).astype(np.uint16) * highest).save(tmp_path / "src/deep.png")
+    assert ("multiply by 16" in script(*PACK)) == warned
 
 
 def test_transparency_goes_on_white(tmp_path):
     rgba = np.zeros((1, 3, 4), np.uint8)
     rgba[..., 0] = 200                                                       # a hidden red under everything
     rgba[..., 3] = 255, 128, 0
-    found = saved(tmp_path / "alpha.png", Image.fromarray(rgba))
+    found = through_a_file(tmp_path / "alpha.png", Image.fromarray(rgba))
     expected = [[200, 0, 0], [227, 127, 127], [255, 255, 255]]
     assert np.abs(found[0] - expected).max() <= 1
 
@@ -136,44 +136,42 @@ def test_exif_turns_users_images_and_not_the_papers(tmp_path, orientation, turn)
     exif, file = Image.Exif(), tmp_path / "turned.png"
     exif[0x0112] = orientation
     stored = picture().transpose(turn)
-    assert np.array_equal(saved(file, stored, exif=exif), picture())
+    assert np.array_equal(through_a_file(file, stored, exif=exif), picture())
     assert np.array_equal(load_image(file, plain=True), stored)
 
 
 @pytest.mark.parametrize("name, size", [("wide", 64), ("wide", 128), ("wide", 256), ("face", 64)])
 def test_adm_crop_of_a_photograph_to_the_bit(name, size):
-    """Golden: guided-diffusion's own function, from enlarging nothing to halving twice."""
+    """Golden values of guided-diffusion's own function; these sizes take no, one and two halvings."""
     image = {"wide": WIDE, "face": FACE}[name]
     assert np.array_equal(center_crop(image, size), CROPS[f"{name}_{size}"])
 
 
 @pytest.mark.parametrize("size", [(24, 24), (25, 31), (31, 25), (7, 90), (500, 26)])
-def test_crop_of_any_size(size):
+def test_images_of_any_size_are_cropped_to_a_square(size):
     assert center_crop(picture(size=size), 24).shape == (24, 24, 3)
 
 
-def test_celeba_crop_is_scoresdes_antialiased_bilinear():
-    """Golden: jax.image.resize of the central 140 x 140, as float."""
+def test_celebas_crop_is_scoresdes_antialiased_bilinear():
+    """Golden values of jax.image.resize, as float, of the central 140 x 140."""
     error = celeba_crop(FACE, 64) - CROPS["celeba_64"]
     assert np.abs(error).max() < 1
 
 
 # ---------------------------------------------------------------------------------------------------- packing
 
-def test_pack(script, tmp_path):
+def test_a_pack_holds_cropped_images_in_order_labels_and_a_sheet_and_is_made_once(script, tmp_path):
     pets(tmp_path / "src")
-    words = ("data.py", "--src", "src", "--size", 16, "--out", "data/pets")
-    assert "3 images of 16 x 16, 2 classes: cat, dog\n" in script(*words)
-    pack = Packed(tmp_path / "data/pets")
+    assert "3 images of 16 x 16, 2 classes: cat, dog\n" in script(*PACK)
+    pack = Packed(tmp_path / "out")
     crop = center_crop(load_image(tmp_path / "src/cat/2.png"), 16)
     assert np.array_equal(pack.images[1], crop.transpose(2, 0, 1))
     assert pack.classes == ["cat", "dog"]
     assert pack.labels.tolist() == [0, 0, 1]
-    found = contents(tmp_path / "data/pets")
-    assert sorted(found) == ["images.npy", "labels.npy", "meta.json", "sheet.png"]
-    assert Image.open(tmp_path / "data/pets/sheet.png").size == (128, 16)
-    assert "was packed already, nothing is left to do" in script(*words)
-    assert contents(tmp_path / "data/pets") == found
+    assert Image.open(tmp_path / "out/sheet.png").size == (128, 16)
+    found = contents(tmp_path / "out")
+    assert "was packed already, nothing is left to do" in script(*PACK)
+    assert contents(tmp_path / "out") == found
 
 
 @pytest.mark.parametrize("top", ["", "pets/"])
@@ -183,12 +181,12 @@ def test_a_zip_is_a_folder(script, tmp_path, top):
         for name in ("dog/deep/1.png", "cat/2.png", "cat/1.png"):
             file.write(tmp_path / "src" / name, top + name)
         file.writestr(f"__MACOSX/{top}cat/._1.png", b"a Mac's shadow of a file")
-    script("data.py", "--src", "src", "--size", 16, "--out", "one/pets")
-    assert "warning" not in script("data.py", "--src", "src.zip", "--size", 16, "--out", "two/pets")
-    one, two = contents(tmp_path / "one/pets"), contents(tmp_path / "two/pets")
+    script(*PACK)
+    assert "warning" not in script(*PACK, "--src", "src.zip", "--out", "zipped")
+    one, two = contents(tmp_path / "out"), contents(tmp_path / "zipped")
     assert one["images.npy"] == two["images.npy"]
     assert one["labels.npy"] == two["labels.npy"]
-    assert Packed(tmp_path / "two/pets").classes == ["cat", "dog"]
+    assert Packed(tmp_path / "zipped").classes == ["cat", "dog"]
 
 
 def test_folders_are_classes_and_a_flat_folder_has_none(tmp_path):
@@ -218,9 +216,6 @@ def test_mistakes_are_one_line(script, tmp_path, words, named):
     (tmp_path / "empty").mkdir()
     assert named in script("data.py", "--out", "out", *words.split(), code=2)
     assert not (tmp_path / "out").exists()
-
-
-PACK = ("data.py", "--src", "src", "--size", 16, "--out", "out")
 
 
 def edm(folder, table, *names):
@@ -312,8 +307,7 @@ def test_small_images_are_enlarged_and_said(script, tmp_path):
     (tmp_path / "src").mkdir()
     for k in range(2):
         picture().resize((20, 15)).save(tmp_path / f"src/{k}.png")
-    said = script("data.py", "--src", "src", "--size", 16, "--out", "out")
-    assert said.count("images smaller than 16 x 16 are enlarged") == 1
+    assert script(*PACK).count("images smaller than 16 x 16 are enlarged") == 1
 
 
 @pytest.mark.parametrize("out, named", [
@@ -343,17 +337,10 @@ def test_a_dataset_json_below_the_top_is_refused(script, tmp_path):
     assert Packed(tmp_path / "without").classes == []
 
 
-def test_a_class_whose_images_are_all_broken_is_named(script, tmp_path):
-    pictures(tmp_path / "src", "cat/1.png", "dog/1.png")
-    os.truncate(tmp_path / "src/dog/1.png", 100)
-    assert "folders without images, 1: dog\n" in script(*PACK, "--skip-broken")
-
-
 def test_a_zip_with_backslashes_is_refused(script, tmp_path):
     with zipfile.ZipFile(tmp_path / "src.zip", "w") as file:
         file.writestr("cats\\0.png", b"")
-    words = ("data.py", "--src", "src.zip", "--size", 16, "--out", "out")
-    assert "in place of /" in script(*words, code=2)
+    assert "in place of /" in script(*PACK, "--src", "src.zip", code=2)
 
 
 def broken(folder, *numbers):
@@ -378,31 +365,28 @@ def test_broken_images_are_named_when_all_others_are_packed(script, tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole/out")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="kills")
 def test_skip_broken_leaves_them_out_to_the_same_bytes(script, tmp_path):
     names = broken(tmp_path / "src", 8, 33)
-    words = (*PACK[:-1], "killed/out", "--skip-broken")
-    script(*words, code=9, change=functools.partial(dies, "fsync", 4))
-    assert "warning: broken images left out, 2: a/008.png, b/033.png" in script(*words)
-    assert json.loads((tmp_path / "killed/out/meta.json").read_text())["broken"] == dict(count=2, names=names)
+    said = script(*PACK, "--out", "skipped/out", "--skip-broken")
+    assert "warning: broken images left out, 2: a/008.png, b/033.png" in said
+    assert Packed(tmp_path / "skipped/out").meta["broken"] == dict(count=2, names=names)
     for name in names:
         (tmp_path / "src" / name).unlink()
     script(*PACK)
-    found, expected = contents(tmp_path / "killed/out"), contents(tmp_path / "out")
+    found, expected = contents(tmp_path / "skipped/out"), contents(tmp_path / "out")
     assert found.pop("meta.json") != expected.pop("meta.json")
     assert found == expected
 
 
 def test_a_folder_that_holds_another_pack_is_refused(script, tmp_path):
     pets(tmp_path / "src")
-    words = ("data.py", "--src", "src", "--out", "out", "--size")
-    script(*words, 16)
-    assert "other settings" in script(*words, 32, code=2)
+    script(*PACK)
+    assert "other settings" in script(*PACK, "--size", 32, code=2)
     (tmp_path / "src/cat/2.png").rename(tmp_path / "src/cat/3.png")
-    assert "other images" in script(*words, 16, code=2)
+    assert "other images" in script(*PACK, code=2)
     (tmp_path / "out/meta.json").unlink()
     before = contents(tmp_path / "out")
-    assert "choose a new folder" in script(*words, 16, code=2)
+    assert "choose a new folder" in script(*PACK, code=2)
     assert contents(tmp_path / "out") == before
 
 
@@ -434,7 +418,7 @@ def test_killed_and_restarted_pack_has_the_same_bytes(script, tmp_path, name, mo
 
 # -------------------------------------------------------------------------------------- the papers' data sets
 
-def test_imagenet(script, tmp_path):
+def test_imagenet_is_read_as_adm_reads_it_in_the_order_of_its_1000_folders(script, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 3                                                         # upside down, not for the papers
     picture().save(tmp_path / "one.JPEG", exif=exif)
@@ -490,9 +474,8 @@ def test_celeba_is_split_by_number(celeba, script, tmp_path, split, first, last)
     assert pack.classes == []
 
 
-def test_celeba_refuses(celeba, script):
-    assert "nope" in script(*CELEBA, "--split", "nope", code=2)
-    WIDE.save(celeba / "000004.jpg")                                         # of the images "in the wild"
+def test_celeba_refuses_images_in_the_wild(celeba, script):
+    WIDE.save(celeba / "000004.jpg")
     assert "000004.jpg: found 451 x 300" in script(*CELEBA, code=2)
 
 
@@ -514,7 +497,7 @@ def cifar(tmp_path):
 
 
 @pytest.mark.parametrize("split, part", [("train", slice(0, 100)), ("test", slice(100, 120))])
-def test_cifar10(cifar, script, tmp_path, split, part):
+def test_cifar10_keeps_its_bytes_and_its_order(cifar, script, tmp_path, split, part):
     images, labels = cifar
     script("data.py", "--out", "data/cifar10", "--src", "cifar-10-binary.tar.gz", "--split", split)
     pack = Packed(tmp_path / "data/cifar10")
@@ -549,23 +532,16 @@ def write_pack(folder, images, labels, **meta):
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def test_a_pack_in_memory(tmp_path):
-    images = np.random.RandomState(0).randint(0, 256, (70, 3, 4, 4), np.uint8)
-    write_pack(tmp_path, images, np.arange(70) % 2)
-    pack = Packed(tmp_path)
-    expected = pack.batch([69, 0, 3])
-    assert torch.equal(pack.to("cpu").images, torch.from_numpy(images))
-    assert torch.equal(pack.batch([69, 0, 3])[0], expected[0])
-    assert torch.equal(built_in(8, 50).to("cpu").images, torch.from_numpy(shapes(range(50), 8)[0]))
+def test_the_built_in_images_can_be_held_in_memory():
+    held = built_in(8, 50).to("cpu")
+    assert torch.equal(held.images, torch.from_numpy(shapes(range(50), 8)[0]))
 
 
 @pytest.mark.parametrize("damage, named", [
     (dict(images=np.zeros((4, 3, 8, 8), np.float32)), "images.npy"),
     (dict(labels=np.zeros(3, np.int64)), "labels.npy"),
-    (dict(labels=np.full(4, 2)), "from 2 to 2"),
     (dict(labels=np.array([0, 1, -1, 0])), "unfinished"),
     (dict(size=16), "images.npy"),
-    (dict(count=300), "images.npy"),
 ])
 def test_a_pack_that_contradicts_itself_is_refused(tmp_path, damage, named):
     right = dict(images=np.zeros((4, 3, 8, 8), np.uint8), labels=np.zeros(4, np.int64))
@@ -585,8 +561,6 @@ def test_a_cut_file_of_a_pack_is_named(tmp_path):
     np.arange(1, 9),
     np.arange(-1, 7),
     np.arange(8.0),
-    np.arange(8, dtype=np.int32),
-    np.eye(8, dtype=np.int64),
     np.arange(7),
 ])
 def test_labels_of_another_kind_or_range_are_refused(labels):
@@ -647,7 +621,7 @@ def test_the_fingerprint_of_a_pack_is_not_its_name():
     assert found != data.fingerprint(dict(dataset="a", vae_file="b", size=16))
 
 
-def test_tile():
+def test_tiles_fill_a_row_then_the_next_and_the_rest_is_grey():
     images = np.empty((5, 3, 2, 4), np.uint8)
     images[:] = np.arange(5)[:, None, None, None]
     sheet = np.asarray(data.tile(images, 3))

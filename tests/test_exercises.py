@@ -22,7 +22,3 @@ def test_exercises_are_red_as_shipped_and_green_when_solved(tmp_path):
     shutil.copytree(ROOT / "exercises/solutions", tmp_path, dirs_exist_ok=True)
     code, text = check(tmp_path)
     assert code == 0, text
-
-
-def test_the_projects_own_test_command_leaves_the_exercises_out(pytestconfig):
-    assert pytestconfig.getini("testpaths") == ["tests"]

@@ -5,7 +5,6 @@ from itertools import permutations, product
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from conftest import ROOT, formula, relative
 from PIL import Image
@@ -48,13 +47,6 @@ def moments(x):
 
 
 # ------------------------------------------------------------------------------------------------ the network
-
-def test_parameters_are_those_of_the_published_file(inception, weights):
-    state = inception.state_dict()
-    assert weights.keys() < state.keys()
-    assert len(state) == 566
-    assert sum(p.numel() for p in inception.parameters()) == 23_850_960
-
 
 def test_features_are_golden(values, inception):
     features, spatial = inception(nchw(values["images_64"]), spatial=True)
@@ -100,13 +92,6 @@ def test_frechet_is_golden(pair, values):
     assert found == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
-def test_frechet_of_diagonal_covariances():
-    a, b, mu, nu = np.random.RandomState(0).rand(4, 30)
-    terms = (np.sqrt(a) - np.sqrt(b)) ** 2 + (mu - nu) ** 2
-    found = fid.frechet_distance(mu, np.diag(a), nu, np.diag(b))
-    assert found == pytest.approx(terms.sum(), rel=1e-10)
-
-
 @pytest.mark.parametrize("n", [100, 5])                  # 5 samples: a singular covariance
 def test_frechet_of_equal_covariances(n):
     mu, sigma = moments(np.random.RandomState(0).randn(n, 30))
@@ -114,23 +99,7 @@ def test_frechet_of_equal_covariances(n):
     assert found == pytest.approx(30, rel=1e-7)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("D, n, tolerance", [
-    (2048, 5000, 1e-6),
-    (512, 250, 1e-3)])                                   # singular covariances
-def test_frechet_against_sqrtm(D, n, tolerance):
-    rng = np.random.RandomState(0)
-    mix = rng.randn(D, D) / D ** 0.5
-    one = moments(np.maximum(rng.randn(n, D) @ mix, 0))
-    two = moments(np.maximum(rng.randn(n, D) @ mix + 0.2, 0))
-    found = fid.frechet_distance(*one, *two)
-    root = scipy.linalg.sqrtm(one[1] @ two[1]).real
-    shift = ((one[0] - two[0]) ** 2).sum()
-    expected = shift + np.trace(one[1] + two[1] - 2 * root)
-    assert found == pytest.approx(expected, abs=tolerance * max(1, expected))
-
-
-def test_streaming_is_np_cov():
+def test_statistics_that_are_streamed_are_those_of_numpy():
     x = np.random.RandomState(1).gamma(2.0, size=(500, 40))
     statistics = fid.Statistics(40)
     for part in np.array_split(x, [7, 100, 101, 340]):
@@ -140,7 +109,7 @@ def test_streaming_is_np_cov():
     assert relative(sigma, np.cov(x, rowvar=False)) < 1e-12
 
 
-def test_inception_score():
+def test_the_inception_score_is_10_for_10_sure_classes_and_1_for_unsure_ones_chunk_by_chunk():
     sure = torch.eye(10).repeat(6, 1)
     assert fid.inception_score(sure, split=30) == pytest.approx(10)
     unsure = torch.full((60, 10), 0.1)
@@ -149,21 +118,19 @@ def test_inception_score():
     assert fid.inception_score(in_order, split=6) < 3
 
 
-def test_precision_and_recall_on_a_line():
-    line = torch.arange(10.0)[:, None]
-    far = torch.tensor([4.5, 4.6, 100, 101, 102, 103])[:, None]
-    assert fid.precision_recall(line, line) == (1, 1)
-    assert fid.precision_recall(line, far) == (pytest.approx(2 / 6), 1)
-
-
-def test_precision_is_the_share_in_a_ball():
-    x = torch.randn(40, 3).double()
-    y = torch.randn(30, 3).double()
-    among = (x[:, None] - x).norm(dim=2)                 # (40, 40)
+def share_in_a_ball(points, centres):
+    """The balls reach from each centre to the third nearest of the others."""
+    among = (centres[:, None] - centres).norm(dim=2)     # (C,C)
     radius = among.sort(1).values[:, 3]
-    inside = (y[:, None] - x).norm(dim=2) <= radius      # (30, 40)
-    expected = inside.any(1).double().mean()
-    assert fid.precision_recall(x, y)[0] == pytest.approx(float(expected))
+    inside = (points[:, None] - centres).norm(dim=2) <= radius           # (P,C)
+    return inside.any(1).double().mean().item()
+
+
+def test_precision_is_the_share_of_the_samples_in_a_ball_and_recall_that_of_the_reference():
+    reference = torch.randn(40, 3).double()
+    samples = torch.randn(30, 3).double()
+    expected = share_in_a_ball(samples, reference), share_in_a_ball(reference, samples)
+    assert fid.precision_recall(reference, samples) == pytest.approx(expected)
 
 
 def mmd(x, y):
@@ -182,7 +149,7 @@ def test_kid_is_a_mean_over_pairs():
     assert fid.kid(x, y, subset=5)[1] > 1e-9             # drawn at random
 
 
-def test_fd_pixels():
+def test_fd_pixels_grows_with_the_difference_of_the_images():
     real, _ = shapes(range(400), 16)
     other, _ = shapes(range(400, 800), 16)
     assert abs(fid.fd_pixels(real, real)) < 1e-6
@@ -214,7 +181,10 @@ def write_pngs(folder, images):
 
 @pytest.fixture
 def sets(tmp_path):
-    """The same 20 images as a folder, a .zip, an npz and with statistics of others, as ADM has; and 30 others."""
+    """Twenty images as a folder a, as a.zip and as a.npz; thirty others as b.npz.
+
+    batch.npz is ADM's kind of file: the twenty images beside statistics that are not theirs.
+    """
     images, _ = shapes(range(50), 24)
     images = images.transpose(0, 2, 3, 1)
     write_pngs(tmp_path / "a", images[:20])
@@ -254,14 +224,6 @@ def test_one_score_whatever_the_form_and_batch(script, sets, features):
         assert found["reference"]["n"] == 30
 
 
-@pytest.mark.parametrize("name", ["a", "a.zip", "a.npz", "b.npz"])
-def test_images_are_read_from_any_place(name, sets):
-    _, meta, rows, take = fid.open_side(sets / name, 192, "x", None, 0, False)
-    images = take(rows)
-    assert images.shape == (meta["n"], 3, 24, 24)
-    assert np.array_equal(take(rows[3:17]), images[3:17])
-
-
 @pytest.mark.parametrize("reference, name", [
     ("a", "FD-pixels-20"),
     ("batch.npz", "FD-pixels-30")])                      # published statistics do not say of how many images
@@ -293,7 +255,7 @@ def test_grey_images_are_read_as_rgb(channel, script, sets):
     assert parsed(text)["result"]["FD-pixels-20"] == pytest.approx(0, abs=1e-6)
 
 
-def diverge():
+def divide_by_0():
     fid.pixels = lambda images: torch.ones(len(images), 192) / 0
 
 
@@ -302,7 +264,7 @@ def test_statistics_that_are_not_finite(script, mistakes):
 
 
 def test_features_that_are_not_finite(script, sets):
-    assert "a: mu holds inf or nan" in script("fid.py", "a", "b.npz", *PIXELS, code=3, change=diverge)
+    assert "a: mu holds inf or nan" in script("fid.py", "a", "b.npz", *PIXELS, code=3, change=divide_by_0)
 
 
 def test_a_pack_has_the_score_of_its_images(script, sets):
@@ -340,18 +302,19 @@ def test_all_metrics_are_those_of_their_formulas(script, sets, inception, incept
         "KID_std": std}, rel=1e-3)
 
 
-def tell():
+def print_tf32():
     fid.allow_tf32 = lambda allowed: print("tf32", allowed)
 
 
 @pytest.mark.parametrize("flags, said", [((), "tf32 True"), (("--exact",), "tf32 False")])
 def test_products_are_tf32_unless_exact(flags, said, script, sets):
-    assert said in script("fid.py", "a", "b.npz", *PIXELS, *flags, change=tell)
+    assert said in script("fid.py", "a", "b.npz", *PIXELS, *flags, change=print_tf32)
 
 
 def test_images_beyond_the_protocol_are_said(script, sets):
     (sets / "a/protocol.json").write_text(json.dumps(dict(n=18)))
-    assert "a: holds 20 images, 18 of them by its protocol; measured are 18 of these" in script("fid.py", "a", "b.npz", *PIXELS)
+    text = script("fid.py", "a", "b.npz", *PIXELS)
+    assert "a: holds 20 images, 18 of them by its protocol; measured are 18 of these" in text
 
 
 @pytest.mark.slow
@@ -373,12 +336,10 @@ def mistakes(sets):
     np.savez(sets / "nan.npz", mu=np.full(192, np.nan), sigma=np.eye(192))
     np.savez(sets / "keys.npz", other=small)
     np.savez(sets / "odd.npz", mu=np.zeros(5), sigma=np.eye(5))
-    np.savez(sets / "half.npz", sigma=np.eye(192))
     (sets / "oblong").mkdir()
     Image.new("RGB", (24, 16)).save(sets / "oblong/0.png")
     meta = json.dumps(dict(extractor="another"))
-    zeros, ones = np.zeros(192), np.eye(192)
-    np.savez(sets / "extractor.npz", mu=zeros, sigma=ones, meta=meta)
+    np.savez(sets / "extractor.npz", mu=np.zeros(192), sigma=np.eye(192), meta=meta)
     (sets / "cut.npz").write_bytes((sets / "small.npz").read_bytes()[:900])
     whole = bytearray((sets / "b.npz").read_bytes())
     whole[len(whole) // 2] ^= 16
@@ -389,8 +350,6 @@ def mistakes(sets):
     Image.new("RGB", (16, 16)).save(sets / "jpeg/9.JPG")
     (sets / "broken/9.png").write_bytes((sets / "broken/001.png").read_bytes()[:99])
     (sets / "short/protocol.json").write_text(json.dumps(dict(n=30)))
-    for name in ("jpeg", "short"):
-        shutil.make_archive(sets / name, "zip", sets / name)
 
 
 @pytest.mark.parametrize("words, named", [
@@ -400,10 +359,8 @@ def mistakes(sets):
     ("columns.npz b.npz", "arr_0"),
     ("wide.npz b.npz", "(9, 12, 16, 3), expected uint8 (N,S,S,3)"),
     ("extractor.npz a", "SAMPLES REFERENCE"),
-    ("stats --data extractor.npz --out ref.npz", "SAMPLES REFERENCE"),
     ("keys.npz b.npz", "arr_0"),
     ("a odd.npz", "192 features"),
-    ("a half.npz", "192 features"),
     ("oblong small.npz", "square"),
     ("cut.npz b.npz", "cut.npz"),
     ("flipped.npz b.npz", "flipped.npz"),
@@ -411,17 +368,11 @@ def mistakes(sets):
     ("mixed small.npz", "9.png"),
     ("broken small.npz", "9.png"),
     ("jpeg small.npz", "JPEG"),
-    ("jpeg.zip small.npz", "JPEG"),
     ("short small.npz", "at least 30"),
-    ("short.zip small.npz", "at least 30"),
     ("a b.npz --count 21", "at least 21"),
     ("none b.npz", "none"),
-    ("a", "reference"),
-    ("stats --data a", "--out"),
     ("stats --data a.npz --out ./a.npz", "itself"),
-    ("a b.npz --metrics all", "--metrics all"),
-    ("stats --data a --out s.npz --metrics all", "--metrics all"),
-    ("a b.npz --batch-size 0", "--batch-size")])
+    ("a b.npz --metrics all", "--metrics all")])
 def test_a_mistake_is_one_line(words, named, script, mistakes):
     assert named in script("fid.py", *words.split(), *PIXELS, code=2)
 

@@ -19,7 +19,8 @@ from experiments import figures
     (figures.densities, "clts", 999, [exp(-0.7 ** 2 / 2) / sqrt(2 * pi) / 0.376]),           # at its end
 ])
 def test_the_numbers_drawn_are_the_formulas(table, curve, x, expected):
-    [found] = [y for name, at, *y in map(dict.values, table()) if (name, at) == (curve, x)]
+    rows = [row.values() for row in table()]
+    [found] = [numbers for name, at, *numbers in rows if (name, at) == (curve, x)]
     assert torch.tensor(found).tolist() == pytest.approx(expected, rel=1e-3)
 
 

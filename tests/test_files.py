@@ -11,7 +11,7 @@ import torch
 from conftest import FORKS, ROOT
 
 from files import (BadInput, NotFinite, Parser, allow_tf32, at_least, between, hash_file, positive, processes,
-                   progress, read, read_json, replace, run, write_json)
+                   progress, read, read_json, replace, run)
 
 W = torch.arange(40.0)
 OUT_OF_MEMORY = "train.py: out of memory; try a smaller --batch-size, in train.py --accum 2 or --grad-ckpt\n"
@@ -149,6 +149,18 @@ def test_a_full_disk_is_one_line(old, write):
     assert old.read_text() == "old"
 
 
+def test_what_is_no_json_is_refused(old):
+    with pytest.raises(BadInput, match="a.pt: cannot be read"):
+        read_json(old)
+
+
+def test_hash_file_is_sha256(old):
+    old.write_text("abc")
+    assert hash_file(old).startswith("ba7816bf8f01cfea")                     # the standard's example
+
+
+# ------------------------------------------------------------------------------------------------ devices
+
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
 def test_a_device_that_is_not_there_is_refused(kind):
     with pytest.raises(BadInput, match=f"--device {kind}: PyTorch finds none on this machine"):
@@ -174,21 +186,6 @@ def test_progress_is_shown_five_times_a_second_and_at_the_end(monkeypatch, capsy
     assert 5 <= len(lines) <= 6
     assert lines[0].startswith("rows 1 / 100   100/s") and lines[-1].startswith("rows 100 / 100   100/s")
     assert lines[-1].endswith("\n")
-
-
-def test_json_comes_back():
-    write_json("a.json", dict(a=[1]))
-    assert read_json(Path("a.json")) == dict(a=[1])
-
-
-def test_what_is_no_json_is_refused(old):
-    with pytest.raises(BadInput, match="a.pt: cannot be read"):
-        read_json(old)
-
-
-def test_hash_file_is_sha256(old):
-    old.write_text("abc")
-    assert hash_file(old).startswith("ba7816bf8f01cfea")                     # the standard's example
 
 
 # ------------------------------------------------------------------------------------------- safe reading
@@ -267,6 +264,12 @@ def test_it_compiles_without_a_warning(path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         compile(path.read_text(), path, "exec")
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_it_reads_no_checkpoint_but_by_read(path):
+    """Which executes nothing, and refuses a damaged file in one line."""
+    assert path.name == "files.py" or "torch.load(" not in path.read_text()
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)

@@ -146,13 +146,6 @@ def test_solvers_reach_the_referee(kind, T, rank, scale, share):
         assert best * (1 - 1e-6) - zero <= value <= best * 1.001 + zero, solver
 
 
-@pytest.mark.parametrize("solver", [pareto.ugd, pareto.frank_wolfe])
-def test_solvers_reach_the_referee_on_gradients_of_a_network(loaded, solver):
-    G = pareto.gram(*loaded, 40, 2)
-    best, zero = check_referee(G)
-    assert pareto.objective(G, solver(G)) <= best * 1.001 + zero
-
-
 @pytest.mark.parametrize("solver", [pareto.exact, pareto.ugd, pareto.frank_wolfe])
 @pytest.mark.parametrize("g1, g2, lam, first, optimum", [
     ([2, 0], [0, 1], 0, 1 / 5, 4 / 5),                                       # orthogonal: as 1 / |g|^2
@@ -402,36 +395,28 @@ def test_the_judge_of_the_shapes_sees_none_that_a_run_trains_on(monkeypatch):
 
 @pytest.fixture
 def packed_crops(command, monkeypatch, tmp_path):
-    """16 crops in data/crops. Stands in for the photographs: number k is of the grey 10 k."""
+    """16 crops in data/crops. Stands in for the photographs: number k has columns of the greys 20 k to 20 k + 19."""
     folder = tmp_path / "skimage/data"
     folder.mkdir(parents=True)
     (tmp_path / "skimage/__init__.py").touch()
+    columns = np.tile(np.arange(20, dtype=np.uint8).repeat(2), (30, 1))
     for k, name in enumerate(crops.PHOTOGRAPHS):
-        Image.new("RGB", (40, 30), (10 * k,) * 3).save(folder / name)
+        Image.fromarray(columns + 20 * k).convert("RGB").save(folder / name)
     monkeypatch.syspath_prepend(tmp_path)
     command(crops, "--count", 16, "--size", 8)
     return Packed("data/crops")
 
 
 def test_the_class_of_a_crop_is_its_photograph(packed_crops):
-    greys = packed_crops.images[:, 0, 0, 0] / 10                             # JPEG: 0.1 off at most
+    greys = packed_crops.images.mean((1, 2, 3))
     assert packed_crops.images.shape == (16, 3, 8, 8)
     assert packed_crops.labels.tolist() == [*range(8), *range(8)]
-    assert greys.round().tolist() == packed_crops.labels.tolist()
+    assert (greys // 20).tolist() == packed_crops.labels.tolist()
 
 
-def test_the_seed_chooses_the_places(command, monkeypatch, packed_crops, tmp_path):
-    stripes = Image.fromarray(np.arange(120, dtype=np.uint8).repeat(3).reshape(4, 30, 3).repeat(10, 0))
-    for name in crops.PHOTOGRAPHS:
-        stripes.save(tmp_path / "skimage/data" / name, "PNG")
-    for seed in (0, 1):
-        command(crops, "--count", 16, "--size", 8, "--seed", seed, "--out", f"seed{seed}")
-    assert not np.array_equal(Packed("seed0").images, Packed("seed1").images)
-
-
-def test_crops_are_not_packed_into_a_run(command, packed_crops):
-    with pytest.raises(BadInput, match="holds other images"):
-        command(crops, "--count", 16, "--size", 8, "--out", "run")
+def test_the_seed_chooses_the_places(command, packed_crops):
+    command(crops, "--count", 16, "--size", 8, "--seed", 1, "--out", "other")
+    assert not np.array_equal(Packed("other").images, packed_crops.images)
 
 
 def test_the_images_of_a_run_are_found_where_train_looks(packed_crops):
@@ -452,14 +437,6 @@ def test_missing_photographs_are_asked_for(command, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BadInput, match="pip install scikit-image"):
         command(crops)
-
-
-def test_checkpoints_that_are_not_finite_are_refused(command):
-    state = torch.load("run/ckpt.pt")
-    state["ema"]["pos_embed"].fill_(math.nan)
-    torch.save(state, "run/ckpt.pt")
-    with pytest.raises(BadInput, match="not finite"):
-        command(pareto, "ugd", "--ckpt", "run", "--n", 2, "--K", 3, "--out", "w.csv")
 
 
 def test_ugd_trains_by_way_of_a_file(script, command):
@@ -562,13 +539,6 @@ def test_needs_is_the_step_of_the_best_weightings_end(command, tmp_path):
     assert column("n.csv", "mean")[:2] == [4, 3]
     assert column("n.csv", "high")[:2] == [4, 4]
     assert column("n.csv", "needs", str)[:4] == ["-", "168 <=100", "-", "- -"]       # 100 * 2 ** (3 / 4)
-
-
-def test_a_run_given_twice_counts_once(command, tmp_path):
-    write_run(tmp_path / "a", "x0", "const", "")
-    (tmp_path / "a/quality.csv").write_text("step,fd_pixels,fd_judge,recognised,x0_mse\n100,3,nan,1,1")
-    command(pareto, "needs", "--runs", "a", "a", "--out", "n.csv")
-    assert column("n.csv", "needs", str)[0] == "<=100"
 
 
 def test_needs_names_a_run_that_was_not_measured(command, tmp_path, capsys):

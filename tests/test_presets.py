@@ -98,9 +98,9 @@ def test_what_the_papers_share_and_where_they_differ(dataset, model, target):
 
 
 @pytest.mark.parametrize("asked, network, target", [
-    (("shapes",), "vit-tiny", "x0"), (("celeba64",), "vit-s", "x0"), (("imagenet64",), "vit-l", "eps"),
-    (("imagenet256",), "vit-b", "x0"),
-    (("imagenet256", "vit-xl"), "vit-xl", "x0"), (("celeba64", "vit-b"), "vit-b", "x0")])
+    (("imagenet64",), "vit-l", "eps"),
+    (("imagenet256", "vit-xl"), "vit-xl", "x0"),
+])
 def test_the_default_of_a_data_set_is_its_first_row(asked, network, target):
     row = preset(*asked)
     assert (row["dataset"], row["model"], row["target"]) == (asked[0], network, target)
@@ -259,10 +259,6 @@ def test_what_is_odd_is_said(words, said, reduced, tmp_path):
     assert said in launch(tmp_path, f"{words} --batch-size 2 --steps 1 --sample-steps 1 --out run")
 
 
-def test_a_network_without_label_drop_is_not_guided(tmp_path):
-    assert "cannot be guided" in launch(tmp_path, f"{TINY} --steps 1 --drop 0 --out run", code=2)
-
-
 def test_flags_of_this_machine_reach_what_they_switch_on(monkeypatch, tmp_path):
     """They change no result, so that a run does not show whether they were heard."""
     seen, loss = [], Diffusion.loss
@@ -288,23 +284,46 @@ def test_blocks_that_are_alike_are_compiled_one_by_one(name, parts, monkeypatch)
     assert set(seen) == {parts}
 
 
+@pytest.fixture
+def parsed(monkeypatch):
+    """parsed("--dataset mine", gpu=True) -> the flags of a command line on a machine with a GPU, or without one."""
+    def call(words, gpu, bfloat16=True, processes=1):
+        def is_bf16_supported(including_emulation):
+            return including_emulation or bfloat16
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda local: None)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        monkeypatch.setattr(sys, "argv", ["train.py", *words.split()])
+        args, _ = train.parse()
+        return args
+    return call
+
+
 @pytest.mark.parametrize("words, gpu, compiled, graph", [
-    ("shapes", True, False, True),
-    ("shapes --grad-ckpt", True, False, False),
-    ("shapes", False, False, False),
-    ("shapes --device cpu", True, False, False),
-    ("mine", True, True, False),
-    ("mine --no-compile --graph", True, False, True),
-    ("mine", False, False, False),
-    ("mine --device cpu", True, False, False),
+    ("--dataset shapes", True, False, True),
+    ("--dataset shapes --grad-ckpt", True, False, False),
+    ("--dataset shapes", False, False, False),
+    ("--dataset mine", True, True, False),
+    ("--dataset mine --no-compile --graph", True, False, True),
+    ("--dataset mine --device cpu", True, False, False),
 ])
-def test_a_gpu_compiles_or_runs_the_short_steps_of_the_shapes_as_a_graph(words, gpu, compiled, graph, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda local: None)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **how: True)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--dataset", *words.split()])
-    args, _ = train.parse()
+def test_a_gpu_compiles_or_runs_the_short_steps_of_the_shapes_as_a_graph(words, gpu, compiled, graph, parsed):
+    args = parsed(words, gpu)
     assert (args.compile, args.graph) == (compiled, graph)
+
+
+def test_several_processes_have_no_graph(parsed):
+    assert not parsed("", gpu=True, processes=2).graph
+
+
+@pytest.mark.parametrize("device, native, dtype", [
+    ("cuda", True, "bfloat16"),
+    ("cuda", False, "float32"),
+    ("cpu", True, "float32"),
+])
+def test_bfloat16_is_the_default_of_cards_that_have_it(device, native, dtype, parsed):
+    assert parsed(f"--device {device}", gpu=True, bfloat16=native).dtype == dtype
 
 
 @pytest.mark.parametrize("flag, said", [
@@ -313,15 +332,6 @@ def test_a_gpu_compiles_or_runs_the_short_steps_of_the_shapes_as_a_graph(words, 
 ])
 def test_what_is_for_a_gpu_is_refused_without_one(flag, said, tmp_path):
     assert said in launch(tmp_path, f"{TINY} {flag} --steps 1 --out run", code=2)
-
-
-def test_several_processes_have_no_graph(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda local: None)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **how: True)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    assert not train.parse()[0].graph
 
 
 def test_a_run_with_a_graph_goes_on_without_one(tmp_path):

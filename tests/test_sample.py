@@ -360,11 +360,6 @@ def test_a_data_set_is_no_place_for_samples(refused):
     assert Path("folder/dataset.json").read_text() == "mine"
 
 
-def test_images_without_a_protocol_are_refused(refused):
-    Image.new("RGB", (8, 8)).save("a.png")
-    assert "protocol.json" in refused("--out .")
-
-
 # --------------------------------------------------------------------------------------------- not finite
 
 def test_weights_that_are_not_finite_are_refused_by_name(main, state):
@@ -387,8 +382,6 @@ def test_samples_that_are_not_finite_become_no_file_and_those_before_stay(main, 
 # ------------------------------------------------------------------------------------- flags and refusals
 
 NAMES = ["tench, Tinca tinca", "Glass", "2", "crane", "crane, bird"]
-
-
 NUMBERS = ["01", "02", "10"]
 
 
@@ -424,7 +417,6 @@ def test_classes_of_a_network_without_any_are_refused():
 
 @pytest.mark.parametrize("flags", [
     "--n 0",
-    "--steps 0",
     "--steps 10001",
     "--batch-size 0",
     "--seed -1",
@@ -436,11 +428,9 @@ def test_classes_of_a_network_without_any_are_refused():
     "--vae none.pt",
     "--interval 90 0",
     "--interval 0 200",
-    "--seeds 1",
     "--interval -1 9",
     "--interval 0 9 --cfg 1",
     "--strip --out a.npz",
-    "--strip --out folder",
 ])
 def test_a_bad_flag_is_one_line_that_names_it(refused, flags):
     assert flags.split()[0] in refused(flags)
@@ -555,14 +545,8 @@ def test_public_weights_that_do_not_fit_are_refused(public, refused):
     assert "side 16 and 10 classes, the network for 16 and 5" in refused("--classifier classifier.pt")
 
 
-@pytest.mark.parametrize("size, shape, target, steps", [
-    ("vit-xl", (32, 2, 4), "x0", 50),
-    ("vit-l", (64, 4, 3), "eps", 20),
-])
-def test_released_files_are_known_by_their_shapes(size, shape, target, steps):
+def test_released_weights_of_1000_classes_know_imagenets_names():
     with torch.device("meta"):
-        model = ViT(*shape, num_classes=1000, **SIZES[size])
+        model = ViT(32, 2, 4, 1000, **SIZES["vit-xl"])
         _, config = sample.load_released("file.pt", model.state_dict())
-    assert config.items() >= dict(target=target, sample_steps=steps, cfg=1.5).items()
-    assert config["guidable"]
     assert config["class_names"][1].startswith("goldfish")

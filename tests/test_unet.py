@@ -48,7 +48,7 @@ def inputs(B=3, H=16, W=16):
 
 
 @pytest.mark.parametrize("name", ["unet_adm", "unet_plain", "unet_ldm"])
-def test_golden(golden, name):
+def test_outputs_are_golden(golden, name):
     values, weights = golden(name)
     if name == "unet_ldm":
         weights["label_emb.weight"] = values["label_emb"].float()            # LDM keeps it elsewhere
@@ -60,7 +60,7 @@ def test_golden(golden, name):
     assert attention_norm.eps == (1e-6 if name == "unet_ldm" else 1e-5)
 
 
-def test_golden_classifier_and_its_gradient(golden):
+def test_the_classifier_and_its_gradient_are_golden(golden):
     values, weights = golden("classifier")
     model = classifier_from_adm(weights, **KINDS["classifier"])
     x = values["x"].clone().requires_grad_()
@@ -83,7 +83,7 @@ def attention_blocks(model):
     ("unet-b",      4, 1000, 129_146_692, 15),
     ("unet-ldm",    4, 1000, 395_496_708, 16),
 ])
-def test_sizes(name, channels, classes, parameters, attention):
+def test_sizes_have_the_papers_parameters_and_attend_on_fixed_levels(name, channels, classes, parameters, attention):
     """The paper's 395.0M leaves out the class table, 1,001 rows of 512. 421.5M and 295.9M have it in."""
     row = SIZES[name]
     with torch.device("meta"):
@@ -148,13 +148,6 @@ def test_a_file_that_does_not_fit_is_one_line(golden, name, key, value):
     with pytest.raises(ValueError, match=key) as error:
         load(weights, **KINDS[name])
     assert len(str(error.value)) < 350
-
-
-def test_learned_sigma_is_cut(golden):
-    values, weights = golden("unet_adm")
-    for key in ("out.2.weight", "out.2.bias"):
-        weights[key] = torch.cat([weights[key], torch.randn_like(weights[key])])
-    assert close(from_adm(weights, **KINDS["unet_adm"]), values)
 
 
 def test_a_class_table_without_null_label_gets_one(golden):
@@ -230,24 +223,6 @@ def test_other_sides_and_float64(options):
     assert relative(out, exact) < 1e-4
 
 
-@pytest.mark.parametrize("how, expected", [
-    (dict(attention_resolutions=(32,)), {(32, 16), (8, 16)}),                # the middle always attends
-    (dict(attention_resolutions=(16, 8), head_channels=8), {(16, 8), (8, 8)}),
-    (dict(attention_resolutions=(8,), side=16), {(16, 16), (8, 16)}),
-])
-def test_attention_is_where_it_was_asked_for(how, expected):
-    """-> sides that attend, channels a head."""
-    model, found = small(**dict(img_size=32, channel_mult=(1, 1, 1)) | how), set()
-
-    def note(layer, inputs, out):
-        found.add((out.shape[-1], layer.head_channels))
-    for layer in model.modules():
-        if isinstance(layer, Attention):
-            layer.register_forward_hook(note)
-    model(*inputs(1, H=32, W=32))
-    assert found == expected
-
-
 def test_a_side_that_the_levels_do_not_divide_is_refused():
     with pytest.raises(ValueError, match="15.*2"):
         small(img_size=15)
@@ -274,15 +249,11 @@ def test_gradient_checkpointing_runs_the_blocks_again(options):
 
 
 @variants
-def test_bfloat16_autocast_and_channels_last(options):
+def test_it_runs_in_bfloat16(options):
     model = noisy(small(**options)).requires_grad_(False)
-    x, t, y = inputs()
-    expected = model(x, t, y)
+    expected = model(*inputs())
     with torch.autocast("cpu", torch.bfloat16):
-        assert relative(model(x, t, y), expected) < 0.05
-    model.to(memory_format=torch.channels_last)
-    x = x.to(memory_format=torch.channels_last)
-    assert relative(model(x, t, y), expected) < 1e-5
+        assert relative(model(*inputs()), expected) < 0.05
 
 
 @pytest.mark.slow

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 import vae
 from data import Packed, shapes
-from files import BadInput
 from vae import DIFFUSERS, OLD, SCALE, VAE, diffusers_name, load_vae, mean_std
 
 
@@ -58,15 +57,6 @@ def to_diffusers(state, words=DIFFUSERS, dims=2):
     return renamed
 
 
-def layout(state):
-    return {name: str(tuple(value.shape)) for name, value in state.items()}
-
-
-def golden_layout(values, naming):
-    names = map(str, values[f"{naming}_keys"])
-    return dict(zip(names, map(str, values[f"{naming}_shapes"])))
-
-
 def same(model, state):
     own = model.state_dict()
     assert own.keys() == state.keys()
@@ -75,14 +65,6 @@ def same(model, state):
 
 # ------------------------------------------------------------------------------------------------ the network
 
-def test_size_and_names(values, model):
-    assert layout(model.state_dict()) == golden_layout(values, "compvis")
-    parameters = list(model.parameters())
-    assert sum(p.numel() for p in parameters) == 83_653_863
-    assert not model.training
-    assert not any(p.requires_grad for p in parameters)
-
-
 def test_norms_have_eps_1e_6(model):
     """The golden values' tolerance hides 1e-5."""
     norms = [module for module in model.modules() if hasattr(module, "num_groups")]
@@ -90,7 +72,7 @@ def test_norms_have_eps_1e_6(model):
 
 
 @pytest.mark.parametrize("naming", ["compvis", "diffusers"])
-def test_golden(values, model, naming):
+def test_latents_and_images_are_golden(values, model, naming):
     if naming == "diffusers":
         model = load_vae(formula(values["diffusers_keys"], values["diffusers_shapes"]))
     x = torch.from_numpy(values["x"])
@@ -127,21 +109,6 @@ def test_standard_deviation_is_clamped():
     assert relative(std[0, 0, 0].log(), [-15.0, -15, 0, 10, 10]) < 1e-6
 
 
-def test_upsampling_is_nearest_then_convolution():
-    up = vae.Upsample(6).double()
-    x = torch.randn(2, 6, 5, 3, dtype=torch.float64)
-    nearest = F.interpolate(x, scale_factor=2.0)
-    assert relative(up(x), up.conv(nearest)) < 1e-12
-
-
-def test_downsampling_pads_right_and_below():
-    down = vae.Downsample(6).double()
-    padded = torch.zeros(2, 6, 5, 3, dtype=torch.float64)
-    x = padded[:, :, :4, :2].normal_()
-    expected = F.conv2d(padded, down.conv.weight, down.conv.bias, stride=2)
-    assert relative(down(x), expected) < 1e-12
-
-
 @pytest.mark.parametrize("side, parts", [(256, [2, 2, 1]), (512, [1] * 5), (64, [5])])
 def test_a_large_batch_goes_in_parts(model, monkeypatch, side, parts):
     sizes = []
@@ -171,9 +138,8 @@ def test_the_file_stands_alone(tmp_path):
 
 # ------------------------------------------------------------------------------------------------ the weights
 
-def test_names_are_those_of_diffusers(values, tiny):
-    assert layout(to_diffusers(tiny)) == golden_layout(values, "diffusers")
-    old = to_diffusers(tiny, DIFFUSERS | OLD)                                # as in the published file
+def test_old_names_are_those_of_the_published_file(tiny):
+    old = to_diffusers(tiny, DIFFUSERS | OLD)
     assert "encoder.mid_block.attentions.0.query.weight" in old
     assert "decoder.mid_block.attentions.0.proj_attn.bias" in old
 
@@ -198,13 +164,6 @@ def test_whole_checkpoints_load(tiny, prefix, wrapped):
     if wrapped:
         state = {"state_dict": state, "epoch": 3}
     assert same(load_vae(state), {name: value.float() for name, value in half.items()})
-
-
-@pytest.mark.parametrize("name, zipped", [("a.ckpt", True), ("a.pt", False), ("a.bin", True)])
-def test_torch_files_load(tiny, tmp_path, name, zipped):
-    state = {"state_dict": tiny | EXTRA}
-    torch.save(state, tmp_path / name, _use_new_zipfile_serialization=zipped)
-    assert same(load_vae(tmp_path / name), tiny)
 
 
 def test_safetensors_load(tiny, tmp_path):
@@ -267,10 +226,10 @@ class Toy(torch.nn.Module):
         return grey * torch.linspace(-1, 1, 8)[:, None, None]
 
 
-def toy(name="fsync", moment=0):
-    """Toy, and the process dies before its `moment`-th call of os.NAME."""
+def toy(moment=0):
+    """Toy, and the process dies before its `moment`-th call of os.fsync."""
     vae.load_vae = lambda path: Toy()
-    dies(name, moment)
+    dies("fsync", moment)
 
 
 @pytest.fixture
@@ -288,15 +247,11 @@ WORDS = ("vae.py", "--src", "src", "--vae", "vae.pt", "--size", 16, "--out")
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kills")
 def test_killed_and_restarted_and_shared_latents_have_the_same_bytes(folder, script):
-    """300 rows make 10 chunks; the processes are 1, 2 and 3, and one is killed at three moments."""
+    """300 rows make 10 chunks; one process is killed within them, and three go on."""
     script(*WORDS, "whole/pack", change=toy)
-    for name, moment, processes in (("replace", 2, 2), ("fsync", 3, 3), ("fsync", 8, 1)):
-        out = folder / f"killed{moment}/pack"
-        script(*WORDS, out, code=9, change=functools.partial(toy, name, moment))
-        with pytest.raises(BadInput):
-            Packed(out)
-        script(*WORDS, out, change=toy, processes=processes)
-        assert contents(out) == contents(folder / "whole/pack")
+    script(*WORDS, "killed/pack", code=9, change=functools.partial(toy, 8))
+    script(*WORDS, "killed/pack", change=toy, processes=3)
+    assert contents(folder / "killed/pack") == contents(folder / "whole/pack")
 
 
 def test_latents_are_those_of_the_images(folder, script):
@@ -335,37 +290,18 @@ def test_mistakes_are_one_line(folder, script, words, named):
     assert not (folder / "x").exists()
 
 
-@pytest.fixture
-def unit_vae(weights, tmp_path):
-    """An autoencoder whose latents have unit scale, as the published one's."""
-    x = torch.from_numpy(shapes(range(16), 16)[0]) / 127.5 - 1
-    std = load_vae(weights).moments(x)[:, :4].std()
-    mean, logvar = weights["quant_conv.weight"].chunk(2)
-    state = dict(weights)
-    state["quant_conv.weight"] = torch.cat([mean / (std * SCALE), logvar / 10])
-    state["quant_conv.bias"] = torch.tensor([0, 0, 0, 0, -3, -2.5, -2, -1.5])
-    torch.save(dict(state_dict=state), tmp_path / "vae.pt")
-    return load_vae(state)
-
-
 @pytest.mark.slow
-def test_from_jpegs_to_samples(unit_vae, script, tmp_path):
-    """ImageNet in 1,000 folders -> latents -> a trained ViT -> images."""
+def test_imagenet_becomes_latents_a_trained_vit_and_images(weights, script, tmp_path):
+    """Each file is found by the next script where its default says."""
+    torch.save(weights, tmp_path / "vae.pt")
     for k, wnid in enumerate(WNIDS):
         image = shapes([k], 16)[0][0].transpose(1, 2, 0)
-        (tmp_path / "train" / wnid).mkdir(parents=True)
-        Image.fromarray(image).save(tmp_path / f"train/{wnid}/{k}.JPEG")
-    words = ("--src", "train", "--vae", "vae.pt", "--size", 16, "--out", "data/imagenet256")
-    script("vae.py", *words, timeout=900)
-    pack = Packed(tmp_path / "data/imagenet256")
-    image = np.array(Image.open(tmp_path / f"train/{WNIDS[600]}/600.JPEG"))
-    x = torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1
-    expected = torch.cat(mean_std(unit_vae.moments(x)), 1)
-    assert relative(pack.images[[600]], expected) < 1e-3
+        (tmp_path / "src" / wnid).mkdir(parents=True)
+        Image.fromarray(image).save(tmp_path / f"src/{wnid}/{k}.JPEG")
+    script(*WORDS, "data/imagenet256", timeout=900)
     script("train.py", "--dataset", "imagenet256", "--model", "vit-tiny", "--batch-size", 8,
            "--steps", 4, "--sample-steps", 1)
-    script("sample.py", "--ckpt", "out/imagenet256", "--steps", 2, "--n", 3, "--out", "drawn")
-    names = sorted(path.name for path in (tmp_path / "drawn").glob("*.png"))
-    drawn = np.array([Image.open(tmp_path / "drawn" / name) for name in names])
+    script("sample.py", "--ckpt", "out/imagenet256", "--steps", 2, "--n", 3, "--out", "drawn.npz")
+    drawn = np.load(tmp_path / "drawn.npz")["arr_0"]
     assert drawn.shape == (3, 16, 16, 3)
     assert drawn.std() > 5

@@ -9,7 +9,7 @@ from model_vit import SIZES, ViT, from_official
 
 
 @pytest.mark.parametrize("name, heads", [("vit_cond", 4), ("vit_uncond", 6)])
-def test_golden(golden, name, heads):
+def test_outputs_are_golden(golden, name, heads):
     values, weights = golden(name)
     model = from_official(weights, heads)
     with torch.no_grad():
@@ -67,7 +67,7 @@ def test_the_papers_sizes_and_released_files(name, shape, millions, released):
     assert (public["target"], public["sample_steps"], public["cfg"]) == released
 
 
-def test_initialisation():
+def test_it_starts_as_the_official_code_does():
     torch.manual_seed(0)
     model = ViT(16, 4, 3, 8, dim=96, depth=3, heads=3).requires_grad_(False)
     stds = {
