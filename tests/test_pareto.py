@@ -541,6 +541,13 @@ def test_needs_is_the_step_of_the_best_weightings_end(command, tmp_path):
     assert column("n.csv", "needs", str)[:4] == ["-", "168 <=100", "-", "- -"]       # 100 * 2 ** (3 / 4)
 
 
+def test_a_run_given_twice_counts_once(command, tmp_path):
+    write_run(tmp_path / "a", "x0", "const", "")
+    (tmp_path / "a/quality.csv").write_text("step,fd_pixels,fd_judge,recognised,x0_mse\n100,3,nan,1,1")
+    command(pareto, "needs", "--runs", "a", "a", "--out", "n.csv")
+    assert column("n.csv", "needs", str)[0] == "<=100"
+
+
 def test_needs_names_a_run_that_was_not_measured(command, tmp_path, capsys):
     write_run(tmp_path / "a", "x0", "const", "")
     (tmp_path / "a/quality.csv").unlink()
