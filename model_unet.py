@@ -267,8 +267,9 @@ class UNet(nn.Module):
         updown = res if resblock_updown else None        # makes the res-block that halves or doubles the side
 
         def attention(width):
-            if width % (head_channels or heads):
-                raise ValueError(f"heads, head_channels: found {head_channels or heads}, no divisor of {width}")
+            divisor = head_channels or heads
+            if width % divisor:
+                raise ValueError(f"heads, head_channels: found {divisor}, no divisor of {width} channels")
             d = head_channels or width // heads
             return SpatialTransformer(width, context_dim, d) if context_dim else Attention(width, d)
 
@@ -322,7 +323,7 @@ class UNet(nn.Module):
 
     def forward(self, x, t, y=None):
         waves = sinusoids(t, self.channels, longest=10_000)                  # (B,channels)
-        emb = self.time_embed(waves.to(x.dtype))                             # (B,E)
+        emb = self.time_embed(waves.to(x.dtype))                             # (B,E), E = 4 channels
         context = None
         if self.label_emb is not None:
             y = torch.full_like(t, self.num_classes) if y is None else y
@@ -331,16 +332,20 @@ class UNet(nn.Module):
                 context = label[:, None]                                     # (B,1,D)
             else:
                 emb = emb + label
-        run = partial(checkpoint, use_reentrant=False) if self.grad_ckpt else Stage.__call__
         skips = []                                                           # the encoder's outputs
         for stage in self.input_blocks:
-            x = run(stage, x, emb, context)
+            x = self.run(stage, x, emb, context)
             skips.append(x)
-        x = run(self.middle_block, x, emb, context)
+        x = self.run(self.middle_block, x, emb, context)
         for stage in self.output_blocks:
             x = torch.cat([x, skips.pop()], dim=1)
-            x = run(stage, x, emb, context)
+            x = self.run(stage, x, emb, context)
         return self.out(x)                                                   # (B,C,H,W)
+
+    def run(self, stage, *inputs):
+        if self.grad_ckpt:
+            return checkpoint(stage, *inputs, use_reentrant=False)
+        return stage(*inputs)
 
 
 Classifier = partial(UNet, classifier=True)                                  # ADM's have head_channels=64
@@ -354,18 +359,6 @@ PUBLIC = {  # number of parameters, which tells the files apart: the file's name
     65_438_568:  ("64x64_classifier.pt", row(64, 128, (1, 2, 3, 4), 4)),
     42_568_040:  ("128x128_classifier.pt", row(128, 128, (1, 1, 2, 3, 4), 2)),
 }
-
-
-def unet_part(state_dict):
-    """A new dict of the UNet's weights under guided-diffusion's names. state_dict is that of the UNet alone, or a
-    whole file of latent-diffusion, with its autoencoder and class table.
-    """
-    state_dict = state_dict.get("state_dict", state_dict)
-    prefix = "model.diffusion_model."
-    part = {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix)}
-    if not part:
-        return dict(state_dict)
-    return part | {"label_emb.weight": state_dict["cond_stage_model.embedding.weight"]}
 
 
 def recognise(state_dict, architecture):
@@ -404,6 +397,8 @@ def from_adm(state_dict, heads=None, head_channels=None, num_classes=None, **arc
     num_classes: unless given, a class table of 1,000 rows is taken to have no null label (ADM and LDM, on ImageNet),
     any other to end with it. A table without one gets a row of zeros, so that a null label exists, but the network
     never saw it: sample such a file with labels and cfg 1, or with a classifier.
+    Of a file of latent-diffusion give the weights under model.diffusion_model., without this prefix, and as
+    label_emb.weight its cond_stage_model.embedding.weight.
     Where the output has 2C channels, the last C predict sigma, and are left out.
 
     The UNet gets an attribute `public`, what sampling needs to know of the file: dict(dataset, target, schedule,
@@ -411,7 +406,7 @@ def from_adm(state_dict, heads=None, head_channels=None, num_classes=None, **arc
     learned, else None, as weights do not show it. guidable: the class table has a null label of its own.
     Raises ValueError, which names the arguments to give, or what does not fit.
     """
-    state_dict = unet_part(state_dict)
+    state_dict = dict(state_dict)
     name, arguments = recognise(state_dict, architecture)
     if heads or head_channels:
         arguments.update(heads=heads, head_channels=head_channels)
