@@ -57,7 +57,7 @@ WEIGHTINGS = {  # name: w(SNR, gamma) on the x0 loss
 
 
 def target_factor(snr, target):
-    """How many times a guess's squared error in the target's own space is that of its x0 (appendix B), like snr."""
+    """Squared error of a guess in the target's own space over the squared error of its x0 (appendix B), like snr."""
     if target not in TARGETS:
         raise ValueError(f"target: found {target!r}, expected one of {', '.join(TARGETS)}")
     return {"x0": torch.ones_like(snr), "eps": snr, "v": snr + 1}[target]
@@ -133,7 +133,7 @@ def laplace(t, lam, step, mu=0.0, b=0.5):
 
 def logit_normal(t, lam, step, m=0.0, s=1.0):
     """log(sigma_t / alpha_t) = -lam / 2 is normal, with mean m and standard deviation s (Esser et al. 2024). It is
-    the logit of their t = sigma / (alpha + sigma).
+    the logit of their t, which is sigma_t / (alpha_t + sigma_t).
     """
     if not s > 0:
         raise ValueError("the second number is a width, above 0")

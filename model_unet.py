@@ -108,21 +108,6 @@ class ResBlock(nn.Module):
         return self.skip_connection(x) + last(silu(h))
 
 
-def halving(width, res):
-    """Half the side: the res-block that res makes, without it a convolution."""
-    if res:
-        return res(width, width, nn.AvgPool2d(2))
-    return named(op=conv(width, width, stride=2))
-
-
-def doubling(width, res):
-    """Twice the side: the res-block that res makes, without it a convolution."""
-    nearest = nn.Upsample(scale_factor=2)
-    if res:
-        return res(width, width, nearest)
-    return named(nearest=nearest, conv=conv(width, width))
-
-
 class Attention(nn.Module):
     """ADM: every pixel attends to every pixel."""
 
@@ -264,7 +249,6 @@ class UNet(nn.Module):
             raise ValueError(f"img_size: found {img_size}, expected a multiple of {factor}")
         emb_dim = 4 * channels
         res = partial(ResBlock, emb_dim=emb_dim, scale_shift=scale_shift)
-        updown = res if resblock_updown else None        # makes the res-block that halves or doubles the side
 
         def attention(width):
             divisor = head_channels or heads
@@ -275,18 +259,18 @@ class UNet(nn.Module):
 
         def stage(width_in, level):
             side_of_level = (side or img_size) // 2 ** level
-            attends = side_of_level in attention_resolutions
-            more = [attention(widths[level])] if attends else []
+            more = [attention(widths[level])] if side_of_level in attention_resolutions else []
             return Stage(res(width_in, widths[level]), *more)
 
-        self.time_embed = nn.Sequential(
-            nn.Linear(channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+        self.time_embed = nn.Sequential(nn.Linear(channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         width = widths[0]                                                    # of the last stage so far
         self.input_blocks = nn.ModuleList([Stage(conv(in_channels, width))])
         skips = [width]                                                      # widths of the encoder's outputs
         for level in range(len(widths)):
             if level > 0:
-                self.input_blocks.append(Stage(halving(width, updown)))
+                down = (res(width, width, nn.AvgPool2d(2)) if resblock_updown
+                        else named(op=conv(width, width, stride=2)))
+                self.input_blocks.append(Stage(down))
                 skips.append(width)
             for _ in range(res_blocks):
                 self.input_blocks.append(stage(width, level))
@@ -301,11 +285,12 @@ class UNet(nn.Module):
             pool = AttentionPool(img_size // factor, width, self.middle_block[1].head_channels, num_classes)
             self.out = after_norm(width, pool)
         else:
-            self.build_decoder(widths, res_blocks, skips, stage, updown)
+            self.build_decoder(widths, res_blocks, skips, stage, res if resblock_updown else None)
 
-    def build_decoder(self, widths, res_blocks, skips, stage, updown):
+    def build_decoder(self, widths, res_blocks, skips, stage, res):
         """The encoder mirrored. Each stage has one skip connection, from the encoder's last output to its first, and
-        skips are the widths of these outputs. stage and updown: see __init__.
+        skips are the widths of these outputs. stage(width_in, level) makes a stage. res makes the res-block that
+        doubles the side; if it is None, a convolution does.
         """
         width = widths[-1]
         for level in reversed(range(len(widths))):
@@ -313,7 +298,9 @@ class UNet(nn.Module):
                 self.output_blocks.append(stage(width + skips.pop(), level))
                 width = widths[level]
             if level > 0:
-                self.output_blocks[-1].append(doubling(width, updown))
+                double = nn.Upsample(scale_factor=2)
+                up = res(width, width, double) if res else named(nearest=double, conv=conv(width, width))
+                self.output_blocks[-1].append(up)
         self.out = after_norm(width, zero(conv(width, self.in_channels)))
 
     @property

@@ -115,7 +115,7 @@ def find_vae(config, device, path=None):
 def find_classifier(path, model):
     """ADM's noisy classifier in the file `path`. Raises BadInput where it is not for this network's images."""
     try:
-        classifier = model_unet.classifier_from_adm(read(path)).eval().requires_grad_(False)
+        classifier = model_unet.classifier_from_adm(read(path)).requires_grad_(False)
     except ValueError as error:
         raise BadInput(f"--classifier {path}: {error}") from None
     if (classifier.img_size, classifier.num_classes) != (model.img_size, model.num_classes):
@@ -335,7 +335,7 @@ def parse_classes(text, names, count):
 def parse():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--ckpt", required=True, help="checkpoint, run folder, or released weights")
+    add("--ckpt", type=Path, required=True, help="checkpoint, run folder, or released weights")
     add("--out", type=Path, help="grid .png (default: samples.png beside --ckpt), .npz, or folder of PNGs")
     add("--strip", action="store_true", help="draw a .png (default: strip.png beside --ckpt) with a row for "
         "each image: the noise, then the x0 estimates of at most 12 steps, the last of which is the image")
@@ -365,7 +365,6 @@ def parse():
     add("--classifier-scale", type=between(0, 1000), default=1.0, help="factor of that gradient")
     add("--target", choices=TARGETS, help="what released weights predict, where their shapes do not tell")
     args = parser.parse_args()
-    args.ckpt = Path(args.ckpt)
     if args.ckpt.is_dir():
         args.ckpt = args.ckpt / "ckpt.pt"
     args.out = args.out or args.ckpt.parent / ("strip.png" if args.strip else "samples.png")
