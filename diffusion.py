@@ -1,9 +1,12 @@
 """Min-SNR diffusion in one file: schedule, prediction targets, loss weights, loss, sampler.
 
 Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy", ICCV 2023. Equation numbers are
-that paper's unless another is named. Symbols: x0 is the clean image, x_t the noisy one, t = 0 .. T-1 (the
-paper's 1 .. T), alpha_t^2 + sigma_t^2 = 1, alphas_cumprod = alpha_t^2, SNR = alpha_t^2 / sigma_t^2.
-Tables are float64, because the SNR of the cosine schedule runs from 2.4e4 down to 2.4e-9.
+that paper's unless another is named.
+
+Symbols: x0 is the clean image, eps is unit normal noise, and x_t = alpha_t x0 + sigma_t eps is the noisy image,
+where alpha_t^2 + sigma_t^2 = 1. The timestep t is 0 .. T-1, in the paper 1 .. T. The signal-to-noise ratio is
+SNR = alpha_t^2 / sigma_t^2. Tables over t are float64, because the SNR of the cosine schedule runs from 2.4e4
+down to 2.4e-9.
 """
 import copy
 import math
@@ -18,14 +21,14 @@ SOLVERS = ("heun", "euler", "dpm++2m")
 # -------------------------------------------------------------------------------- schedule (section 3.1)
 
 def alphas_cumprod(schedule="cosine", T=1000):
-    """alpha_t^2 for t = 0 .. T-1, float64 (T,), strictly falling. The name is Ho et al.'s, whose alpha_t is
-    1 - beta_t: the cumulative product of theirs is the square of this paper's.
+    """alpha_t^2 for t = 0 .. T-1, float64 (T,), strictly falling.
 
+    It is the cumulative product of 1 - beta_t, and beta_t is the share of alpha^2 that step t takes away. The
+    name is that of Ho et al., who write alpha_t for 1 - beta_t.
     "cosine": beta_t = min(1 - f((t+1)/T) / f(t/T), 0.999) with f(s) = cos^2((s + .008) / 1.008 pi/2)
     (Nichol & Dhariwal 2021, eq. 17). "linear": betas from 1e-4 to 0.02, scaled by 1000 / T (Ho et al. 2020).
     Raises ValueError for another name, and for a T so small that a beta of the linear schedule reaches 1.
     """
-    assert T >= 1
     if schedule == "cosine":
         s = torch.arange(T + 1, dtype=torch.float64) / T
         f = torch.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -54,7 +57,7 @@ WEIGHTINGS = {  # name: w(SNR, gamma) on the x0 loss
 
 
 def target_factor(snr, target):
-    """|target - prediction|^2 = factor |x0 - predicted x0|^2: 1 (x0), SNR (eps), SNR + 1 (v); appendix B."""
+    """The factor in |target - prediction|^2 = factor |x0 - predicted x0|^2 (appendix B), like snr."""
     if target not in TARGETS:
         raise ValueError(f"target: found {target!r}, expected one of {', '.join(TARGETS)}")
     return {"x0": torch.ones_like(snr), "eps": snr, "v": snr + 1}[target]
@@ -63,18 +66,18 @@ def target_factor(snr, target):
 def loss_weight(snr, weighting, target, gamma=5.0):
     """Weight of the mean squared error in the target's own space, float64, same shape as snr.
 
-    weighting: a name of WEIGHTINGS, or a table of weights like snr. It is always defined on the x0 loss and
-    converted once, so that x0, eps and v trained under one name minimise the same objective (section 4.2,
-    appendix B). At SNR = 0 the entry is the limit: for min_snr 0 (x0, v) and 1 (eps), where the official code
-    writes 1 for all three. Raises ValueError for unknown names, gamma not in (0, inf), and a combination
-    without a finite limit: eps at SNR = 0 with const, max_snr, sqrt_snr or snr_plus_1.
+    weighting: a name of WEIGHTINGS, or a table of weights like snr. It is always a weight on the x0 loss, and is
+    converted to the target here. So x0, eps and v trained under one name minimise the same objective (section
+    4.2, appendix B). At SNR = 0 the weight is its limit: for min_snr 0 (x0, v) or 1 (eps), where the official
+    code has 1 for all three. Raises ValueError for unknown names, for a gamma that is not positive and finite,
+    and where there is no finite limit: eps at SNR = 0 with const, max_snr, sqrt_snr or snr_plus_1.
     """
     snr = torch.as_tensor(snr, dtype=torch.float64)
     if not 0 < gamma < math.inf:
         raise ValueError(f"gamma: found {gamma}, expected a positive finite number")
     if target == "eps":
-        # This avoids 0 / 0: at 1e-300, w(SNR) / SNR equals its limit at SNR = 0, or exceeds 1e100 where there is
-        # no finite limit, which is refused below.
+        # The weight is w(SNR) / SNR, at SNR = 0 often 0 / 0. An SNR of 1e-300 gives its limit there, or more than
+        # 1e100 if the limit is infinite, which is refused below.
         snr = snr.clamp(min=1e-300)
     if not isinstance(weighting, str):
         w = torch.as_tensor(weighting).to(snr)
@@ -90,7 +93,8 @@ def loss_weight(snr, weighting, target, gamma=5.0):
 
 
 # ----------------------------------------------------------------------------- density of t in training
-# q(t) up to a factor, as a function of t, of lam = log SNR, of the step of training, and of parameters.
+# Each function returns the density q(t) up to a factor, float64 (T,). t is 0 .. T-1 and lam is log SNR, both
+# float64 (T,), and step is the step of training. The arguments after these are the density's parameters.
 
 def uniform(t, lam, step):
     """The paper's: every t is equally likely."""
@@ -98,16 +102,20 @@ def uniform(t, lam, step):
 
 
 def curriculum(t, lam, step, mu=0.3, target_step=5e4):
-    """Proportional to (1 - gamma) U(t) + gamma N(t; mu T, T^2) with gamma = min(1, step / target_step): eq. 6
-    and 7 of the curriculum paper (Wang et al. 2024), whose mu is mu T here, and which has no min. This gamma is
-    not min-SNR's. N reaches beyond 0 .. T (for mu = 0.3 its sum inside is 0.376) and is normalised only after the
-    mixing, so its share of the draws is below gamma until gamma = 1. Then q T is between 0.83 (t = T - 1) and
-    1.06 (t = mu T).
+    """From uniform to normal during training: (1 - gamma) U(t) + gamma N(t; mu T, T^2), where gamma is
+    min(1, step / target_step) and not min-SNR's gamma.
+
+    These are eq. 6 and 7 of the curriculum paper (Wang et al. 2024). Its mu is mu T here, and it has no min. Most of
+    N lies outside 0 .. T: for mu = 0.3 only 0.376 of it is inside. As the mixture is normalised, not N alone, the
+    share of N in the draws is below gamma until gamma is 1. Even then q is not far from uniform: for mu = 0.3,
+    q T is between 0.83 (t = T - 1) and 1.06 (t = mu T).
     """
     if not 0 <= mu <= 1:
-        raise ValueError("mu")                                               # timestep_density says the rest
+        raise ValueError("the first number is a share of T, from 0 to 1")
+    if not target_step > 0:
+        raise ValueError("the second number is a step, above 0")
     gamma = min(1, step / target_step)
-    normal = (-(t / len(t) - mu) ** 2 / 2).exp() / math.sqrt(2 * math.pi)    # N(t) T, so that U(t) T is 1
+    normal = (-(t / len(t) - mu) ** 2 / 2).exp() / math.sqrt(2 * math.pi)    # N(t) T, as U(t) T is 1
     return (1 - gamma) + gamma * normal
 
 
@@ -117,17 +125,25 @@ def spacing(lam):
 
 
 def laplace(t, lam, step, mu=0.0, b=0.5):
-    """Hang & Gu 2024."""
+    """lam has a Laplace density with centre mu and width b (Hang & Gu 2024)."""
+    if not b > 0:
+        raise ValueError("the second number is a width, above 0")
     return (-(lam - mu).abs() / b).exp() * spacing(lam)
 
 
 def logit_normal(t, lam, step, m=0.0, s=1.0):
-    """Esser et al. 2024, whose t is sigma / (alpha + sigma)."""
+    """log(sigma_t / alpha_t) = -lam / 2 is normal, with mean m and standard deviation s (Esser et al. 2024). It is
+    the logit of their t, which is sigma_t / (alpha_t + sigma_t).
+    """
+    if not s > 0:
+        raise ValueError("the second number is a width, above 0")
     return (-((lam / 2 + m) / s) ** 2 / 2).exp() * spacing(lam)
 
 
 def cosine_scaled(t, lam, step, s=2.0):
-    """Hang & Gu 2024; for s = 1 the density of lam that the cosine schedule has under uniform t."""
+    """lam has a density proportional to 1 / cosh(s lam / 2) (Hang & Gu 2024). At s = 1 it is that of the cosine
+    schedule under uniform t.
+    """
     return spacing(lam) / torch.cosh(s * lam / 2)
 
 
@@ -139,53 +155,53 @@ def timestep_density(timesteps, snr, step=0):
     """q(t) in a step of training, float64 (T,), sum 1.
 
     timesteps: a name of DENSITIES, then, after colons, that function's parameters in order: "clts:0.3:50000",
-    "laplace:0:0.5". The second, a width or a step, must be positive. Raises ValueError for another name and for
-    parameters that give no density.
+    "laplace:0:0.5". snr: float64 (T,). Raises ValueError for another name, for parameters that the function
+    refuses, and where q is not a density.
     """
-    name, *values = timesteps.split(":")
+    name, *texts = timesteps.split(":")
     if name not in DENSITIES:
         raise ValueError(f"timesteps: found {timesteps!r}, expected one of {', '.join(DENSITIES)}")
     t = torch.arange(len(snr), dtype=torch.float64)
-    lam = snr.double().clamp(min=1e-300).log()
+    lam = snr.clamp(min=1e-300).log()                                        # SNR may be 0
     try:
-        values = [float(value) for value in values]
-        q = DENSITIES[name](t, lam, step, *values)
-        q = q / q.sum()
-        valid = q.min() >= 0 and min(values[1:], default=1) > 0              # nan is not >= 0
-    except (TypeError, ValueError, ZeroDivisionError):                   # too many, no number, mu, 0
-        valid = False
-    if not valid:
-        raise ValueError(f"timesteps: found {timesteps!r}, expected a density such as laplace:0:0.5, or "
-                         "clts:0.3:50000, a share of T and a step")
+        parameters = [float(text) for text in texts]
+        q = DENSITIES[name](t, lam, step, *parameters)
+    except (TypeError, ValueError) as error:                                 # TypeError: too many parameters
+        raise ValueError(f"timesteps: found {timesteps!r}, expected a density such as laplace:0:0.5 or "
+                         f"clts:0.3:50000 ({error})") from None
+    q = q / q.sum()
+    if not q.min() >= 0:                                                     # nan, or below 0
+        raise ValueError(f"timesteps: found {timesteps!r}, which gives no density over t")
     return q
 
 
 # ------------------------------------------------------------------------------ forward process and loss
 
 class Diffusion:
-    """Schedule, target and weighting as float64 tables `.alphas_cumprod .snr .weight .factor`, each (T,).
+    """Schedule, target and weighting as tables over t, and what training computes with them.
 
     schedule: "cosine", "linear" or a (T,) tensor of alphas_cumprod. target: what the network predicts, "x0",
-    "eps" or "v". weighting and gamma: see `loss_weight`. timesteps: see `timestep_density`.
+    "eps" or "v". weighting and gamma: see `loss_weight`. timesteps: see `timestep_density`. The tables are
+    `.alphas_cumprod`, `.snr`, `.weight` (`loss_weight`) and `.factor` (`target_factor`), each float64 (T,).
     Images are (B,C,H,W), t is (B,) long. Raises ValueError for values that it does not know.
     """
 
     def __init__(self, schedule="cosine", T=1000, target="x0", weighting="min_snr", gamma=5.0,
                  timesteps="uniform"):
-        table = alphas_cumprod(schedule, T) if isinstance(schedule, str) else schedule.double()
-        self.alphas_cumprod = table
-        self.T = len(table)
+        alpha2 = alphas_cumprod(schedule, T) if isinstance(schedule, str) else schedule.double()
+        self.alphas_cumprod = alpha2
+        self.T = len(alpha2)
         self.target = target
-        self.snr = table / (1 - table)                                       # SNR = alpha^2 / sigma^2
-        self.snr_on_cpu = self.snr               # density reads it, in a thread that must not wait for a GPU
+        self.snr = alpha2 / (1 - alpha2)
+        self.snr_on_cpu = self.snr               # stays there: the threads that draw t must not wait for a GPU
         self.weight = loss_weight(self.snr, weighting, target, gamma)
         self.factor = target_factor(self.snr, target)
         self.timesteps = timesteps
-        self.density()                                                       # refuses what is no density
+        self.density()                           # raises its ValueError here, not in the first step
 
     def to(self, device):
-        """Move the tables once, so that no step waits for a copy. A Mac's GPU, mps, has no float64: the tables stay
-        where they are, and what is read from them there takes the images' dtype before it is moved.
+        """Move the tables, so that no step waits for a copy. But mps, a Mac's GPU, has no float64. There the tables
+        stay where they are, and the entries of a batch are moved in the images' dtype.
         """
         if torch.device(device).type == "mps":
             return self
@@ -200,11 +216,10 @@ class Diffusion:
     def draw(self, B, generator, step=0):
         """t (B,) long with density q, and 1 / (q T) (B,) float64, on the CPU.
 
-        The draws are stratified: each of B equal shares of q gives one t, so that every batch has its share of
-        every range of t; their order is random. In the official code the t of a batch are independent.
-        Multiplied by 1 / (q T), the loss has the same expectation as under uniform t (importance sampling), and
-        less variance if q is large at those t where w |gradient| is large. Without the factor, q acts as one
-        more weight.
+        The draws are stratified: q is cut into B equal shares and each gives one t, in random order. So every
+        batch has its share of every range of t. In the official code the t of a batch are independent.
+        A loss times 1 / (q T) has the same expectation as under uniform t (importance sampling). Its variance is
+        lower if q is large where w |gradient| is large. Without this factor q acts as one more weight.
         """
         q = self.density(step)
         share = torch.randperm(B, generator=generator)
@@ -214,10 +229,10 @@ class Diffusion:
         return t, 1 / (q[t] * self.T)
 
     def alpha_sigma(self, t, x):
-        """alpha_t and sigma_t of each sample, (B,1,1,1), so that they multiply images; in x's dtype."""
-        a2 = self.alphas_cumprod[t.to(self.alphas_cumprod.device)].view(-1, 1, 1, 1)
-        sigma2 = 1 - a2
-        return a2.sqrt().to(x), sigma2.sqrt().to(x)
+        """alpha_t and sigma_t of each sample, (B,1,1,1) to multiply images, in x's dtype and on its device."""
+        alpha2 = self.alphas_cumprod[t.to(self.alphas_cumprod.device)].view(-1, 1, 1, 1)
+        sigma2 = 1 - alpha2
+        return alpha2.sqrt().to(x), sigma2.sqrt().to(x)
 
     def q_sample(self, x0, t, noise):
         """x_t = alpha_t x0 + sigma_t eps (eq. 2)."""
@@ -243,9 +258,11 @@ class Diffusion:
         return sigma * x_t + alpha * output
 
     def loss(self, model, x0, t, noise, y=None):
-        """Per-sample (loss, mse), each (B,) float32 (float64 for float64 images): loss = w_t mse, and mse is the
-        unweighted squared error in the target's own space (eq. 4, 5; a mean over pixels, where the paper sums).
-        mse / factor[t] is the x0-space error of figure 6, comparable across targets and weightings.
+        """Of each sample (loss, mse), each (B,), in the images' dtype (eq. 4, 5).
+
+        mse is the squared error in the target's own space, a mean over pixels, where the paper sums; loss is the
+        weight at t times mse. mse / factor[t] is the error of x0, as in figure 6, which can be compared across
+        targets and weightings.
         """
         alpha, sigma = self.alpha_sigma(t, x0)
         output = model(self.q_sample(x0, t, noise), t, y)
@@ -258,13 +275,13 @@ class Diffusion:
 
 
 # ----------------------------------------------------- sampler (appendix C.3: EDM's, Karras et al. 2022)
-# From here on `sigma` is EDM's noise level, sigma_t / alpha_t = 1 / sqrt(SNR), and not the paper's sigma_t. The
-# sampler works on x = x_t / alpha_t = x0 + sigma eps, where alpha_t = 1 / sqrt(1 + sigma^2).
+# The sampler works on x = x_t / alpha_t = x0 + sigma eps. From here on `sigma` is this noise level, EDM's, and not
+# the paper's sigma_t: sigma = sigma_t / alpha_t = 1 / sqrt(SNR), and so alpha_t = 1 / sqrt(1 + sigma^2).
 
 def sampling_timesteps(diffusion, steps, rho=7):
     """The t of each sampling step, long, falling, at most `steps` of them.
 
-    EDM eq. 5 spaces the noise levels sigma = 1 / sqrt(SNR) from min(80, highest) to max(0.002, lowest). Each
+    EDM eq. 5 spaces the noise levels sigma from 80 to 0.002, or less where the schedule does not reach so far. Each
     is rounded to the nearest of the T levels that training saw, and repeats are dropped.
     """
     levels = diffusion.snr.rsqrt()                                           # (T,) rising in t
@@ -272,14 +289,15 @@ def sampling_timesteps(diffusion, steps, rho=7):
     high = levels.max().clamp(max=80) ** (1 / rho)
     low = levels.min().clamp(min=0.002) ** (1 / rho)
     sigmas = (high + ramp * (low - high)) ** rho
-    return torch.unique_consecutive((levels[:, None] - sigmas).abs().argmin(0))
+    nearest = (levels[:, None] - sigmas).abs().argmin(0)                     # (steps,)
+    return torch.unique_consecutive(nearest)
 
 
 def steps_run(diffusion, steps, solver="heun"):
     """-> how many of `steps` sampling steps are run, and how many evaluations of the network they take.
 
-    Repeats are dropped (`sampling_timesteps`). Heun evaluates twice in every step but the last, the other solvers
-    once. Under guidance one evaluation is one call, with both halves in its batch. A classifier is not counted.
+    `sampling_timesteps` drops repeats. Heun evaluates twice in every step but the last, the other solvers once.
+    Under guidance an evaluation is still one call, with both halves in its batch. A classifier is not counted.
     """
     run = len(sampling_timesteps(diffusion, steps))
     if solver == "heun":
@@ -288,8 +306,10 @@ def steps_run(diffusion, steps, solver="heun"):
 
 
 def guided_x0(model, diffusion, x_t, t, y, cfg, dtype):
-    """x0 estimate (B,C,H,W) at one t: uncond + cfg (cond - uncond), both halves in one call of the network. At
-    cfg 1 the unconditional half is not run.
+    """Classifier-free guidance: the x0 estimate (B,C,H,W) uncond + cfg (cond - uncond) at one t, a number.
+
+    cond is the estimate with the labels y, uncond the one with the null label, model.num_classes. Both come from one
+    call of the network, in dtype. At cfg 1 only cond is needed, and only that is run.
     """
     if cfg != 1:
         x_t = torch.cat([x_t, x_t])
@@ -315,17 +335,15 @@ def log_p_gradient(classifier, x_t, t, y):
 @torch.no_grad()
 def trajectory(model, diffusion, z, y=None, steps=30, cfg=1.0, interval=None, solver="heun", classifier=None,
                classifier_scale=1.0, clip=False):
-    """Sample from unit normal z (B,C,H,W), labels y (B,) long: yields (t, x0 estimate (B,C,H,W) float64) of
-    every step, the last of which is the sample; on mps it is float32. The network runs in z's dtype. A generator
-    checks its arguments when the first value is asked for.
+    """Sample from unit normal z (B,C,H,W) with labels y (B,) long: yields t and the x0 estimate (B,C,H,W) of every
+    step. The last estimate is the sample. Estimates are float64, on mps float32; the network runs in z's dtype.
 
-    solver: "heun" (EDM algorithm 1 without churn, 2 steps - 1 evaluations), "euler" (= DDIM) or "dpm++2m"
-    (Lu et al. 2022, one evaluation a step, second order).
-    cfg: scale of classifier-free guidance on all channels, 1 is purely conditional; the null label is
-    model.num_classes. interval = (t_lo, t_hi), inclusive: guide only there (Kynkaanniemi et al. 2024).
-    classifier: model(x_t, t) -> logits. It moves the x0 estimate by classifier_scale sigma_t^2 / alpha_t (the
-    paper's sigma_t) times the gradient of log p(y | x_t) (Dhariwal & Nichol 2021; appendix D.1), within the
-    interval too. clip: clamp x0 estimates to [-1, 1].
+    steps: see `sampling_timesteps`. solver: "heun" (EDM algorithm 1 without churn), "euler" (= DDIM) or "dpm++2m"
+    (Lu et al. 2022: second order, as Heun is, with one evaluation of the network a step). cfg: scale of guidance
+    without a classifier, see `guided_x0`. interval = (t_lo, t_hi), inclusive: guide only there (Kynkaanniemi et
+    al. 2024). classifier: model(x_t, t) -> logits. It moves the x0 estimate by classifier_scale times
+    sigma_t^2 / alpha_t (the paper's sigma_t) times the gradient of log p(y | x_t) (Dhariwal & Nichol 2021;
+    appendix D.1). clip: clamp x0 estimates to [-1, 1].
     """
     if solver not in SOLVERS or steps < 1:
         raise ValueError(f"found solver {solver!r}, steps {steps}, expected one of {SOLVERS}, at least 1")
@@ -336,21 +354,22 @@ def trajectory(model, diffusion, z, y=None, steps=30, cfg=1.0, interval=None, so
     sigmas = diffusion.snr[ts].rsqrt().tolist()
     ts = ts.tolist()
 
-    def denoise(x, sigma, t):                                                # x = x_t / alpha_t
-        x_t = x / math.sqrt(1 + sigma ** 2)
+    def denoise(x, sigma, t):
+        inverse_alpha = math.sqrt(1 + sigma ** 2)
+        x_t = x / inverse_alpha
         guided = interval is None or interval[0] <= t <= interval[1]
         x0 = guided_x0(model, diffusion, x_t, t, y, cfg if guided else 1, z.dtype)
         if classifier and guided:
-            shift = classifier_scale * sigma ** 2 / math.sqrt(1 + sigma ** 2)            # sigma_t^2 / alpha_t
+            shift = classifier_scale * sigma ** 2 / inverse_alpha            # sigma_t^2 / alpha_t
             x0 = x0 + shift * log_p_gradient(classifier, x_t.to(z.dtype), t, y)
         return x0.clamp(-1, 1) if clip else x0
 
-    x = (z.float() if z.is_mps else z.double()) * sigmas[0]
+    x = (z.float() if z.is_mps else z.double()) * sigmas[0]                  # mps has no float64
     previous = None
     for i, (t, sigma) in enumerate(zip(ts, sigmas)):
         x0 = denoise(x, sigma, t)
         yield t, x0
-        if i + 1 == len(ts):                                                 # a step to sigma = 0 lands on x0
+        if i + 1 == len(ts):                                                 # the step to sigma = 0 ends at x0
             return
         next_sigma = sigmas[i + 1]
         slope = (x - x0) / sigma                                             # dx / dsigma, EDM eq. 1 and 3
@@ -358,15 +377,16 @@ def trajectory(model, diffusion, z, y=None, steps=30, cfg=1.0, interval=None, so
             ahead = x + (next_sigma - sigma) * slope
             slope_ahead = (ahead - denoise(ahead, next_sigma, ts[i + 1])) / next_sigma
             slope = (slope + slope_ahead) / 2
-        if solver == "dpm++2m" and previous is not None:                     # second order: x0, half a step ahead
-            r = math.log(sigmas[i - 1] / sigma) / math.log(sigma / next_sigma)           # last step over this
-            slope = slope - (x0 - previous) / (2 * r * sigma)
+        if solver == "dpm++2m" and previous is not None:
+            # The slope with x0 + (x0 - previous) / (2 ratio), x0 extrapolated to the middle of the step in log sigma.
+            ratio = math.log(sigmas[i - 1] / sigma) / math.log(sigma / next_sigma)       # last step / this step
+            slope = slope - (x0 - previous) / (2 * ratio * sigma)
         previous = x0
         x = x + (next_sigma - sigma) * slope
 
 
 def sampler(*args, **how):
-    """Takes what `trajectory` takes and returns its last x0 estimate (B,C,H,W), the sample: float64, on mps float32."""
+    """The sample (B,C,H,W), the last estimate of `trajectory`, which takes the same arguments."""
     for _, x0 in trajectory(*args, **how):
         pass
     return x0

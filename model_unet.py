@@ -1,11 +1,12 @@
 """The paper's UNets in one file: ADM's, on pixels and latents, LDM's, and ADM's noisy classifier.
 
-Dhariwal & Nichol 2021 (guided-diffusion) and Rombach et al. 2022 (latent-diffusion). Facts that their weights
-depend on: the time embedding is cosines, then sines; every GroupNorm has 32 groups, eps 1e-5 (1e-6 in the
-spatial transformer); rows of qkv are ordered head, then q k v, then channel (in the classifier's head q k v,
-then head). The last layer of res-blocks, attention blocks and the UNet starts at zero. Parameter names are
-theirs, so `input_blocks.N` is block N of the encoder and its first layer is `input_blocks.N.0`. So are
-shapes: ADM's attention keeps its convolutions of width 1, (out,in,1), and applies them as linear layers.
+ADM is Dhariwal & Nichol 2021, code guided-diffusion; LDM is Rombach et al. 2022, code latent-diffusion.
+Their weights depend on some facts. The time embedding is cosines, then sines. Every GroupNorm has 32 groups and
+eps 1e-5, in LDM's spatial transformer 1e-6. The rows of ADM's qkv are ordered by head, then q k v, then channel;
+those of the classifier's attention pool by q k v, then head. The last layer of each res-block, of each attention
+block and of the UNet starts at zero.
+Parameter names are theirs: `input_blocks.N` is block N of the encoder, and its first layer is `input_blocks.N.0`.
+Shapes are theirs too: ADM's attention has convolutions of width 1, (out,in,1), applied here as linear layers.
 """
 import math
 from collections import OrderedDict
@@ -18,17 +19,17 @@ from torch.utils.checkpoint import checkpoint
 
 
 def row(side, channels, channel_mult, res_blocks, attention_resolutions=(32, 16, 8), **more):
-    """Arguments of a UNet. ADM attends at the sides 32, 16 and 8."""
+    """The row as a dict of the UNet's arguments. ADM attends at the sides 32, 16 and 8."""
     return dict(side=side, channels=channels, channel_mult=channel_mult, res_blocks=res_blocks,
                 attention_resolutions=attention_resolutions, **more)
 
 
-PLAIN = dict(resblock_updown=False)                      # one convolution halves or doubles the side
+PLAIN = dict(resblock_updown=False)                      # a convolution halves or doubles the side, no res-block
 LDM = dict(context_dim=512, scale_shift=False, **PLAIN)  # the class is a token for cross-attention
-SIZES = {  # side, width, its multiple per level, res-blocks per level, sides with attention
+SIZES = {  # side, width, its multiples at the levels, res-blocks a level, sides with attention
     "unet-tiny":   row(16,  32,  (1, 2, 2),    1, (8,),    heads=2),           # ours, for the CPU
     "unet-cifar":  row(32,  128, (1, 2, 2, 2), 3, (16, 8), heads=4, **PLAIN),  # curriculum paper
-    "unet-celeba": row(64,  128, (1, 2, 2, 2), 3,          head_channels=64),  # table 3; inferred
+    "unet-celeba": row(64,  128, (1, 2, 2, 2), 3,          head_channels=64),  # table 3; the row is a guess
     "unet-adm":    row(64,  192, (1, 2, 3, 4), 3,          head_channels=64),  # appendix C
     "unet-adm128": row(128, 256, (1, 1, 2, 3, 4), 2,       heads=4),           # curriculum paper
     "unet-b":      row(32,  192, (1, 2, 2, 2), 3, (16, 8), heads=4),           # tables 1-2, appendix C.1
@@ -43,7 +44,7 @@ def conv(width_in, width, stride=1):
 
 
 def after_norm(width, *layers):
-    """These layers behind a group norm and SiLU."""
+    """A group norm and SiLU, then these layers."""
     return nn.Sequential(nn.GroupNorm(32, width), nn.SiLU(), *layers)
 
 
@@ -69,27 +70,28 @@ class Pointwise(nn.Conv1d):
         return F.linear(x, self.weight[:, :, 0], self.bias)
 
 
-def attend(*qkv):
-    """Head by head, every query looks at all keys: q (B,h,N,d), k and v (B,h,M,d) -> (B,N,h*d)."""
-    return F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2)
+def attend(q, k, v):
+    """In each of h heads every query attends to all keys: q (B,h,N,d), k and v (B,h,M,d) -> (B,N,h*d)."""
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class ResBlock(nn.Module):
-    """x + conv(conv(x)). In between, the time embedding is added, or scales and shifts the second norm.
-    resample, where given, halves or doubles the side on both branches, and then width must equal width_in.
+    """x + conv(conv(x)), each conv behind a norm and SiLU. emb, the embedding of the time and the class, is added
+    before the second norm, or with scale_shift scales and shifts what that norm returns. resample, where given,
+    halves or doubles the side in both branches; then width must equal width_in.
     """
 
     def __init__(self, width_in, width, resample=None, *, emb_dim, scale_shift):
         super().__init__()
         self.scale_shift = scale_shift
         resample = resample or nn.Identity()
-        silu = nn.Sequential(nn.SiLU(), resample)                            # one entry, so that conv is in_layers.2
+        silu = nn.Sequential(nn.SiLU(), resample)                            # as one layer: conv is in_layers.2
         self.in_layers = nn.Sequential(nn.GroupNorm(32, width_in), silu, conv(width_in, width))
         emb_width = 2 * width if scale_shift else width
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, emb_width))
-        no_dropout = nn.Identity()                                           # in dropout's place: conv is out_layers.3
+        no_dropout = nn.Identity()                                           # in its place: conv is out_layers.3
         self.out_layers = after_norm(width, no_dropout, zero(conv(width, width)))
-        self.skip_connection = resample                                      # which keeps the width
+        self.skip_connection = resample
         if width != width_in:
             self.skip_connection = nn.Conv2d(width_in, width, 1)
 
@@ -99,7 +101,7 @@ class ResBlock(nn.Module):
         emb = self.emb_layers(emb)[:, :, None, None]                         # (B,C' or 2C',1,1)
         if self.scale_shift:
             scale, shift = emb.chunk(2, dim=1)
-            h = torch.addcmul(shift, norm(h), 1 + scale)
+            h = torch.addcmul(shift, norm(h), 1 + scale)                     # shift + norm(h) (1 + scale)
         else:
             h = norm(h + emb)
         return self.skip_connection(x) + last(silu(h))
@@ -123,7 +125,7 @@ class Attention(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """The classifier's head: the mean of all pixels is one more token, and its attention gives the logits."""
+    """The classifier's last layer. The mean of all pixels is one more token, whose attention gives the logits."""
 
     def __init__(self, side, dim, head_channels, num_classes):
         super().__init__()
@@ -168,13 +170,13 @@ class TransformerBlock(nn.Module):
         self.attn2 = CrossAttention(dim, context_dim, head_channels)
         self.norm3 = nn.LayerNorm(dim)
         widen, narrow = nn.Linear(dim, 8 * dim), nn.Linear(4 * dim, dim)
-        # This spells LDM's names ff.net.0.proj and ff.net.2; the GEGLU itself is in forward.
+        # LDM's names are ff.net.0.proj and ff.net.2. Its activation, GEGLU, is computed in forward.
         self.ff = named(net=nn.Sequential(named(proj=widen), nn.Identity(), narrow))
 
     def forward(self, x, context):                                           # (B,N,C), (B,M,D)
         h = self.norm1(x)
         x = x + self.attn1(h, h)
-        x = x + self.attn2(self.norm2(x), context)   # one token: softmax is 1, to_q and to_k get no gradient
+        x = x + self.attn2(self.norm2(x), context)   # softmax over one token is 1: to_q and to_k never learn
         widen, _, narrow = self.ff.net
         h, gate = widen(self.norm3(x)).chunk(2, dim=-1)                       # each (B,N,4C)
         return x + narrow(h * F.gelu(gate))
@@ -198,7 +200,7 @@ class SpatialTransformer(nn.Module):
 
 
 class Stage(nn.Sequential):
-    """Layers between two skips; each gets what it conditions on."""
+    """Layers that run one after another, between two skip connections. Each gets of emb and context what it uses."""
 
     def forward(self, x, emb, context):
         for layer in self:
@@ -214,20 +216,23 @@ class Stage(nn.Sequential):
 # ----------------------------------------------------------------------------------------- networks
 
 class UNet(nn.Module):
-    """model(x (B,C,H,W), t (B,) long, y (B,) long or None) -> (B,C,H,W); fresh, it returns zeros.
+    """model(x (B,C,H,W), t (B,) long, y (B,) long or None) -> (B,C,H,W). A fresh one returns zeros.
 
-    channels is the base width, channel_mult its multiple at each level, res_blocks the number of res-blocks a
-    level of the encoder (the decoder has one more). A level attends if the side of its feature maps is in
-    attention_resolutions, as counted for an image of side `side` (img_size unless given); so a network for
-    another img_size attends at the same levels. The middle always attends. scale_shift and resblock_updown: see
-    ResBlock and SIZES. H and W may be any multiples of 2^(levels - 1). heads is the number of heads, or head_channels their width. num_classes = 0 is
-    unconditional; otherwise the null label of guidance is num_classes, and y = None means the null label.
-    With context_dim, LDM's spatial transformers stand in place of the attention blocks, and the class
-    embedding is their one context token instead of being added to the time embedding (without classes the
-    token is a learned one). classifier = True is ADM's noisy classifier, model(x, t) -> (B,num_classes)
-    logits of p(y | x_t): the encoder and an attention pool, which has positions for img_size alone.
-    grad_ckpt = True keeps only the inputs of the blocks for the backward pass and computes the rest again:
-    less memory, the same gradients. Raises ValueError for an img_size that the levels do not divide.
+    H and W may be any multiples of 2^(levels - 1). channels is the base width and channel_mult its multiple at each
+    level. The encoder has res_blocks res-blocks a level, the decoder one more. scale_shift: see ResBlock.
+    resblock_updown: a res-block halves or doubles the side, otherwise a convolution. heads is the number of heads;
+    head_channels, where given, is their width instead.
+    attention_resolutions: a level attends if the side of its feature maps is one of these. It is counted for an
+    image of side `side`, by default img_size, so that a network for another img_size attends at the same levels.
+    The middle always attends.
+    num_classes = 0 is unconditional; otherwise the null label of guidance is num_classes, and y = None means the
+    null label. The embedding of the class is added to that of the time. With context_dim, LDM's spatial
+    transformers take the place of the attention blocks, and the embedding of the class is their context, one
+    token. Without classes this token is learned too.
+    classifier = True is ADM's noisy classifier, model(x, t) -> (B,num_classes) logits of p(y | x_t): the encoder
+    and an attention pool, for images of img_size alone.
+    grad_ckpt = True keeps only the inputs of the blocks and computes the rest again for the gradient.
+    Raises ValueError for an img_size that the levels do not divide and for heads that do not divide a width.
     """
     grad_ckpt = False
 
@@ -245,53 +250,55 @@ class UNet(nn.Module):
         res = partial(ResBlock, emb_dim=emb_dim, scale_shift=scale_shift)
 
         def attention(width):
-            if width % (head_channels or heads):
-                raise ValueError(f"heads, head_channels: found {head_channels or heads}, no divisor of {width} channels")
+            divisor = head_channels or heads
+            if width % divisor:
+                raise ValueError(f"heads, head_channels: found {divisor}, no divisor of {width} channels")
             d = head_channels or width // heads
             return SpatialTransformer(width, context_dim, d) if context_dim else Attention(width, d)
 
         def stage(width_in, level):
-            attends = (side or img_size) >> level in attention_resolutions
-            more = [attention(widths[level])] if attends else []
+            side_of_level = (side or img_size) // 2 ** level
+            more = [attention(widths[level])] if side_of_level in attention_resolutions else []
             return Stage(res(width_in, widths[level]), *more)
 
-        self.time_embed = nn.Sequential(
-            nn.Linear(channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
-        below = widths[0]                                                    # width of the stage before
-        self.input_blocks = nn.ModuleList([Stage(conv(in_channels, below))])
-        for level, width in enumerate(widths):
-            if level:
-                down = (res(below, below, nn.AvgPool2d(2)) if resblock_updown
-                        else named(op=conv(below, below, stride=2)))
+        self.time_embed = nn.Sequential(nn.Linear(channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+        width = widths[0]                                                    # of the last stage so far
+        self.input_blocks = nn.ModuleList([Stage(conv(in_channels, width))])
+        skips = [width]                                                      # widths of the encoder's outputs
+        for level in range(len(widths)):
+            if level > 0:
+                down = (res(width, width, nn.AvgPool2d(2)) if resblock_updown
+                        else named(op=conv(width, width, stride=2)))
                 self.input_blocks.append(Stage(down))
+                skips.append(width)
             for _ in range(res_blocks):
-                self.input_blocks.append(stage(below, level))
-                below = width
-        self.middle_block = Stage(res(below, below), attention(below), res(below, below))
+                self.input_blocks.append(stage(width, level))
+                width = widths[level]
+                skips.append(width)
+        self.middle_block = Stage(res(width, width), attention(width), res(width, width))
         self.label_emb = None
         if not classifier and (num_classes or context_dim):                  # last row: the null label
             self.label_emb = nn.Embedding(num_classes + 1, context_dim or emb_dim)
         self.output_blocks = nn.ModuleList()
         if classifier:
-            pool = AttentionPool(img_size // factor, below, self.middle_block[1].head_channels, num_classes)
-            self.out = after_norm(below, pool)
+            pool = AttentionPool(img_size // factor, width, self.middle_block[1].head_channels, num_classes)
+            self.out = after_norm(width, pool)
         else:
-            self.build_decoder(widths, res_blocks, stage, res if resblock_updown else None)
+            self.build_decoder(widths, res_blocks, skips, stage, res if resblock_updown else None)
 
-    def build_decoder(self, widths, res_blocks, stage, res):
-        """The encoder mirrored: a level has res_blocks + 1 stages, each with one skip. stage(width_in, level) builds
-        one; res builds the res-block that doubles the side, and without it a plain convolution does.
+    def build_decoder(self, widths, res_blocks, skips, stage, res):
+        """The encoder mirrored. Each stage has one skip connection, from the encoder's last output to its first, and
+        skips are the widths of these outputs. stage(width_in, level) makes a stage. res makes the res-block that
+        doubles the side; if it is None, a convolution does.
         """
-        below = widths[-1]
-        for level, width in reversed(list(enumerate(widths))):
-            outer = widths[max(level - 1, 0)]    # the downsampler, whose output is a level's last skip, has this width
-            for skip in [width] * res_blocks + [outer]:
-                self.output_blocks.append(stage(below + skip, level))
-                below = width
-            if level:
+        width = widths[-1]
+        for level in reversed(range(len(widths))):
+            for _ in range(res_blocks + 1):
+                self.output_blocks.append(stage(width + skips.pop(), level))
+                width = widths[level]
+            if level > 0:
                 double = nn.Upsample(scale_factor=2)
-                up = (res(width, width, double) if res
-                      else named(nearest=double, conv=conv(width, width)))
+                up = res(width, width, double) if res else named(nearest=double, conv=conv(width, width))
                 self.output_blocks[-1].append(up)
         self.out = after_norm(width, zero(conv(width, self.in_channels)))
 
@@ -304,7 +311,7 @@ class UNet(nn.Module):
         i = torch.arange(self.channels // 2, device=t.device)
         angles = t[:, None] * torch.exp(-math.log(10_000) * i / len(i))
         waves = torch.cat([angles.cos(), angles.sin()], dim=1)               # (B,channels)
-        emb = self.time_embed(waves.to(x.dtype))                             # (B,E)
+        emb = self.time_embed(waves.to(x.dtype))                             # (B,E), E = 4 channels
         context = None
         if self.label_emb is not None:
             y = torch.full_like(t, self.num_classes) if y is None else y
@@ -313,16 +320,20 @@ class UNet(nn.Module):
                 context = label[:, None]                                     # (B,1,D)
             else:
                 emb = emb + label
-        run = partial(checkpoint, use_reentrant=False) if self.grad_ckpt else Stage.__call__
-        skips = []
-        for stage in self.input_blocks:                                      # encoder: every output is kept
-            x = run(stage, x, emb, context)
+        skips = []                                                           # the encoder's outputs
+        for stage in self.input_blocks:
+            x = self.run(stage, x, emb, context)
             skips.append(x)
-        x = run(self.middle_block, x, emb, context)
-        for stage in self.output_blocks:                                     # decoder: takes them, the last first
+        x = self.run(self.middle_block, x, emb, context)
+        for stage in self.output_blocks:
             x = torch.cat([x, skips.pop()], dim=1)
-            x = run(stage, x, emb, context)
+            x = self.run(stage, x, emb, context)
         return self.out(x)                                                   # (B,C,H,W)
+
+    def run(self, stage, *inputs):
+        if self.grad_ckpt:
+            return checkpoint(stage, *inputs, use_reentrant=False)
+        return stage(*inputs)
 
 
 Classifier = partial(UNet, classifier=True)                                  # ADM's have head_channels=64
@@ -330,7 +341,7 @@ Classifier = partial(UNet, classifier=True)                                  # A
 
 # ------------------------------------------------------------------------------------ public weights
 
-PUBLIC = {  # the number of parameters of a file, which tells the files apart: its name, the arguments
+PUBLIC = {  # number of parameters, which tells the files apart: the file's name, the UNet's arguments
     295_904_454: ("64x64_diffusion.pt", SIZES["unet-adm"]),
     421_529_606: ("128x128_diffusion.pt", SIZES["unet-adm128"]),
     65_438_568:  ("64x64_classifier.pt", row(64, 128, (1, 2, 3, 4), 4)),
@@ -339,7 +350,7 @@ PUBLIC = {  # the number of parameters of a file, which tells the files apart: i
 
 
 def unet_part(state_dict):
-    """The UNet's weights, under guided-diffusion's names, of a whole file of latent-diffusion or a bare one."""
+    """The UNet's weights, under guided-diffusion's names, of a whole file of latent-diffusion or of a bare one."""
     state_dict = state_dict.get("state_dict", state_dict)
     prefix = "model.diffusion_model."
     part = {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix)}
@@ -349,8 +360,8 @@ def unet_part(state_dict):
 
 
 def recognise(state_dict, architecture):
-    """-> the file's name in PUBLIC, or None, and the network's arguments: those in PUBLIC, overridden by
-    `architecture`, overridden by the widths that the weights show. Raises ValueError.
+    """-> the file's name in PUBLIC, or None, and the network's arguments: those in PUBLIC, then `architecture`, then
+    the widths that the weights show, and a later one replaces an earlier. Raises ValueError.
     """
     try:
         channels = state_dict["time_embed.0.weight"].shape[1]
@@ -375,22 +386,21 @@ def load(network, state_dict, arguments):
 
 
 def from_adm(state_dict, img_size=None, heads=None, head_channels=None, num_classes=None, **architecture):
-    """A state dict of guided-diffusion, the official repository or latent-diffusion -> UNet, strict.
+    """State dict of guided-diffusion, the official repository or latent-diffusion -> UNet, strict.
 
-    The files in PUBLIC are known by their number of parameters; arguments replace their own. For any other
-    file give img_size, heads or head_channels, and as `architecture` the UNet's other ones (channel_mult,
-    res_blocks, attention_resolutions, ...): ADM's 256x256_diffusion.pt has img_size=256, head_channels=64,
-    channel_mult=(1, 1, 2, 2, 4, 4), res_blocks=2, attention_resolutions=(32, 16, 8). Of a whole file of
-    latent-diffusion the UNet and the class table are taken.
-    num_classes: unless given, a class table of 1,000 rows is taken to have no null label (ADM and LDM,
-    ImageNet), any other to end with it. A table without one gets a row of zeros, so that labels mean the same
-    everywhere, but the network never saw it: sample such a file with labels and cfg 1, or with a classifier.
-    An output of 2C channels (learned sigma) keeps its first C.
+    A file in PUBLIC is known by its number of parameters, and needs no arguments; those that are given replace its
+    own. For any other file give img_size, heads or head_channels, and as `architecture` channel_mult, res_blocks,
+    attention_resolutions and what else of the UNet's arguments differs. ADM's 256x256_diffusion.pt has
+    img_size=256, head_channels=64, channel_mult=(1, 1, 2, 2, 4, 4), res_blocks=2, attention_resolutions=(32, 16, 8).
+    num_classes: unless given, a class table of 1,000 rows is taken to have no null label (ADM and LDM, on ImageNet),
+    any other to end with it. A table without one gets a row of zeros, so that a null label exists, but the network
+    never saw it: sample such a file with labels and cfg 1, or with a classifier.
+    Of a whole file of latent-diffusion the UNet and the class table are taken.
+    Where the output has 2C channels, the last C predict sigma, and are left out.
 
-    The UNet gets an attribute `public`, what sampling needs to know of the file: dict(dataset, target,
-    schedule, sample_steps, cfg, guidable). dataset is the name of its row in PUBLIC or None; target is "eps"
-    where sigma was learned, else None, as weights do not show it; guidable says that the class table has its own null
-    label.
+    The UNet gets an attribute `public`, what sampling needs to know of the file: dict(dataset, target, schedule,
+    sample_steps, cfg, guidable). dataset is the file's name in PUBLIC, or None. target is "eps" where sigma was
+    learned, else None, as weights do not show it. guidable: the class table has a null label of its own.
     Raises ValueError, which names the arguments to give, or what does not fit.
     """
     state_dict = unet_part(state_dict)
@@ -406,14 +416,14 @@ def from_adm(state_dict, img_size=None, heads=None, head_channels=None, num_clas
     learned_sigma = len(state_dict.get("out.2.weight", ())) == 2 * C
     for key, x in state_dict.items():
         if key.startswith("out.2."):
-            state_dict[key] = x[:C]                                          # the others predict sigma
-        if ".qkv." in key and name == "64x64_diffusion.pt":                  # rows: q k v, then head
+            state_dict[key] = x[:C]
+        if ".qkv." in key and name == "64x64_diffusion.pt":                  # rows: q k v, then head; now head first
             by_head = x.unflatten(0, (3, -1, arguments["head_channels"])).transpose(0, 1)
             state_dict[key] = by_head.flatten(0, 2)
     rows = len(state_dict.get("label_emb.weight", ()))
     if num_classes is None:
-        num_classes = rows if rows == 1000 else max(rows - 1, 0)
-    if 0 < rows == num_classes:
+        num_classes = rows if rows in (0, 1000) else rows - 1
+    if rows and rows == num_classes:
         state_dict["label_emb.weight"] = F.pad(state_dict["label_emb.weight"], (0, 0, 0, 1))
 
     model = load(UNet, state_dict, arguments | dict(num_classes=num_classes))
@@ -424,7 +434,7 @@ def from_adm(state_dict, img_size=None, heads=None, head_channels=None, num_clas
 
 
 def classifier_from_adm(state_dict, head_channels=64, **architecture):
-    """guided-diffusion's noisy classifiers (`64x64_classifier.pt`, ...) -> Classifier, strict.
+    """State dict of guided-diffusion's noisy classifiers (`64x64_classifier.pt`, ...) -> Classifier, strict.
 
     For files that are not in PUBLIC, `architecture` is img_size, channel_mult, res_blocks,
     attention_resolutions and what else of the UNet's arguments differs. Raises ValueError.

@@ -1,8 +1,9 @@
 """The paper's vanilla ViT: time and class are learned tokens before the patches (section 4.1, appendix C.1).
 
-Facts of the official code that the released weights depend on: no final norm before the head, norm eps 1e-6,
-exact GELU, q and v have a bias and k has none, and head width is dim // heads even where that does not divide
-dim (ViT-Small: 6 heads of 85 in a width of 512). Parameter names are the official ones.
+The released weights depend on some facts of the official code. There is no norm between the last block and the
+output layer. Norms have eps 1e-6, and GELU is exact. q and v have a bias and k has none. A head is dim // heads
+wide, even where heads does not divide dim (ViT-S: 6 heads of 85 in a width of 512). Parameter names are the official
+ones.
 """
 import math
 
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-SIZES = {  # appendix C.1, table 6; tiny is ours, for the built-in images on a CPU
+SIZES = {  # appendix C.1, table 6; vit-tiny is ours, for the built-in images on a CPU
     "vit-tiny": dict(dim=192,  depth=4,  heads=3, short_run=True),
     "vit-s":    dict(dim=512,  depth=13, heads=6),
     "vit-b":    dict(dim=768,  depth=12, heads=12),
@@ -24,7 +25,7 @@ class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
-        inner = dim // heads * heads
+        inner = dim // heads * heads                                         # of all heads, at most dim
         self.qkv = nn.Linear(dim, 3 * inner, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(inner))
         self.v_bias = nn.Parameter(torch.zeros(inner))   # none for k: softmax would ignore it
@@ -45,7 +46,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.Sequential()                                           # named as in the released files
+        self.mlp = nn.Sequential()               # filled by name, as the released files name its layers
         self.mlp.fc1 = nn.Linear(dim, 4 * dim)
         self.mlp.act = nn.GELU()
         self.mlp.fc2 = nn.Linear(4 * dim, dim)
@@ -56,7 +57,9 @@ class Block(nn.Module):
 
 
 def sinusoids(positions, dim, longest):
-    """(...) -> (...,dim): cosines, then sines, wavelengths 2 pi to 2 pi longest (Vaswani et al. 2017)."""
+    """Positions (...) -> (...,dim): dim / 2 cosines, then as many sines, whose wavelengths rise from 2 pi to nearly
+    2 pi longest (Vaswani et al. 2017).
+    """
     i = torch.arange(dim // 2)
     angles = positions[..., None] * torch.exp(-math.log(longest) * i / len(i))
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -65,20 +68,19 @@ def sinusoids(positions, dim, longest):
 class ViT(nn.Module):
     """model(x (B,C,S,S), t (B,) long, y (B,) long or None) -> (B,C,S,S), whatever the prediction target.
 
-    num_classes = 0 is unconditional; otherwise labels are 0 .. num_classes - 1, the null label of guidance is
-    num_classes, and y = None means the null label. img_size must be a multiple of patch_size.
-    grad_ckpt = True keeps only the inputs of the blocks and computes the rest again for the gradient.
-    short_run is for narrow networks and a few thousand steps: the time and position tables, still learned,
-    start from sinusoids, so that neighbours begin alike, and linear layers from 1 / sqrt(dim), not 0.02.
+    num_classes = 0 is unconditional. Otherwise labels are 0 .. num_classes - 1, the null label of guidance is
+    num_classes, and y = None means the null label. short_run: see `init_weights`. grad_ckpt = True keeps only the
+    inputs of the blocks and computes the rest again for the gradient.
+    Raises ValueError for an img_size S that patch_size does not divide.
     """
     grad_ckpt = False
 
     def __init__(self, img_size, patch_size, in_channels, num_classes, dim, depth, heads, T=1000,
                  short_run=False):
         super().__init__()
-        self.side, rest = divmod(img_size, patch_size)                       # in patches
-        if rest:
+        if img_size % patch_size:
             raise ValueError(f"img_size: found {img_size}, not a multiple of the patch size {patch_size}")
+        self.side = img_size // patch_size                                   # in patches
         self.img_size = img_size
         self.patch_size = patch_size
         self.in_channels = in_channels
@@ -96,8 +98,12 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, short_run):
-        """The official initialisation, in which the time and class tables keep PyTorch's N(0,1). short_run's
-        sinusoids are those of t on a scale of 1,000, and of a patch's row (half of the width) and column.
+        """The official initialisation. The time and class tables keep PyTorch's N(0,1).
+
+        short_run is for narrow networks and a few thousand steps. Linear layers start with a standard deviation of
+        1 / sqrt(dim) instead of 0.02. The time and position tables are learned all the same, but start from
+        sinusoids, so that neighbours begin alike: those of t, scaled to 0 .. 1,000, and those of a patch's row and
+        column, which take half of the width each.
         """
         T, dim = self.time_embedding.weight.shape
         std = dim ** -0.5 if short_run else 0.02
@@ -123,47 +129,48 @@ class ViT(nn.Module):
             y = torch.full_like(t, self.num_classes) if y is None else y
             tokens.append(self.class_embedding(y)[:, None])                  # (B,1,D)
         patches = self.patch_embed(x).flatten(2).transpose(1, 2)             # (B,side*side,D)
-        h = torch.cat([*tokens, patches], dim=1) + self.pos_embed            # (B,N,D)
+        h = torch.cat([*tokens, patches], dim=1) + self.pos_embed            # (B,N,D), N = 2 + side*side
         for block in self.blocks:
             h = checkpoint(block, h, use_reentrant=False) if self.grad_ckpt else block(h)
         h = self.linear_projection(h[:, len(tokens):])                       # (B,side*side,p*p*C)
         h = h.unflatten(2, (self.patch_size, self.patch_size, -1))
         h = h.unflatten(1, (self.side, self.side))                           # (B,row,col,p,p,C)
-        return h.permute(0, 5, 1, 3, 2, 4).reshape(x.shape)                  # (B,C,row,p,col,p), as pixels
+        return h.permute(0, 5, 1, 3, 2, 4).reshape(x.shape)                  # (B,C,row,p,col,p) -> (B,C,S,S)
 
 
-RELEASED = {  # width, channels: the paper's file, and how its FID was drawn
+RELEASED = {  # (width, channels): the paper's file, what it predicts, and how the samples of its FID were drawn
     (1152, 4): dict(dataset="ema_0.9999_xl.pt", target="x0", sample_steps=50, cfg=1.5),       # 2.06
     (1024, 3): dict(dataset="ema_0.9999_large.pt", target="eps", sample_steps=20, cfg=1.5),   # 2.28
 }
 
 
 def from_official(state_dict, heads=None):
-    """The paper's released `.pt` files (`ema_0.9999_xl.pt`, ...) -> ViT, every name and shape checked.
+    """State dict of a released `.pt` file (`ema_0.9999_xl.pt`, ...) -> ViT, every name and shape checked.
 
-    The architecture is read off the shapes; heads, which no shape shows, off the width as in SIZES unless
-    given. The official time table has 4,000 rows, of which the first 1,000 are in use; the class table's last
-    row is the null label. The ViT gets an attribute `public`, what sampling needs to know of the file:
-    dict(dataset, target, schedule, sample_steps, cfg, guidable). dataset and target are None for a file that
-    is not in RELEASED; guidable says that the network has labels, and so the null label. Raises ValueError
-    for what does not fit.
+    The shapes show the architecture, but not the number of heads: unless given, it is that of SIZES for this width.
+    The official time table has 4,000 rows, of which the first 1,000 are in use.
+
+    The ViT gets an attribute `public`, what sampling needs to know of the file: dict(dataset, target, schedule,
+    sample_steps, cfg, guidable). dataset is the name of the file. It and target are None for a file that is not in
+    RELEASED. guidable: there are labels, and so the null label. Raises ValueError for weights that do not fit.
     """
-    classes = state_dict.get("class_embedding.weight", [None])               # with the null label
+    class_table = state_dict.get("class_embedding.weight", ())
+    num_classes = max(len(class_table) - 1, 0)                               # the last row is the null label
     depth = len([name for name in state_dict if name.endswith(".q_bias")])   # one in every block
+    heads_of_width = {size["dim"]: size["heads"] for size in SIZES.values()}
     try:
         T, dim = state_dict["time_embedding.weight"].shape
         _, in_channels, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
-        side = math.isqrt(state_dict["pos_embed"].shape[1] - 1)              # one or two are no patches
-        for size in SIZES.values():
-            if size["dim"] == dim:
-                heads = heads or size["heads"]
+        tokens = state_dict["pos_embed"].shape[1]        # a square of patches, the time and perhaps the class
+        img_size = patch_size * math.isqrt(tokens - 1)
+        heads = heads or heads_of_width.get(dim)
         if not heads:
             raise ValueError(f"heads: must be given, since width {dim} is not one of the paper's")
-        model = ViT(side * patch_size, patch_size, in_channels, len(classes) - 1, dim, depth, heads, T)
+        model = ViT(img_size, patch_size, in_channels, num_classes, dim, depth, heads, T)
         model.load_state_dict(state_dict)
     except (KeyError, RuntimeError) as error:
         raise ValueError(f"no weights of the official ViT: {error!s:.300}") from None
     model.public = dict(dataset=None, target=None, schedule="cosine", sample_steps=50, cfg=1.0,
-                        guidable=len(classes) > 1)
+                        guidable=num_classes > 0)
     model.public |= RELEASED.get((dim, in_channels), {})
     return model

@@ -6,8 +6,8 @@
     python sample.py --ckpt out/shapes --strip                # the way from noise to image, step by step
 
 Image k = 0, 1, ... depends on the checkpoint, on k, and on the flags that protocol.json lists. The batch size and
-the number of processes change it by rounding at most; with the same of both, a stop in between changes nothing.
-The same command finishes what a killed one began, and with a larger --count it adds images to a folder.
+the number of processes change it by rounding at most. The same command finishes what a killed one began, to the
+same bits, and with a larger --count it adds images to a folder.
 """
 import shutil
 import time
@@ -28,21 +28,21 @@ from vae import load_vae
 
 # ----------------------------------------------------------------------------------------------- networks
 
-MODELS = {  # name: (class, its arguments). A network of yours is one more row, and its import
+MODELS = {  # name: (class, its arguments). To add your network, import it above and give it a row here
     **{name: (model_vit.ViT, size) for name, size in model_vit.SIZES.items()},
     **{name: (model_unet.UNet, size) for name, size in model_unet.SIZES.items()},
 }
 
 
 def build_model(config):
-    """The network of a run, freshly initialised."""
+    """The network of a run's config, freshly initialised."""
     network, _ = MODELS[config["model"]]
     return network(**config["network"])
 
 
 def to_device(model, device, dtype=None):
-    """The network there. On a GPU its convolutions are faster in channels_last; a CPU's group norm is not,
-    and a training step of the UNets would take 1.02 to 1.31 times as long.
+    """Move the network, on a GPU into the layout channels_last, in which convolutions are faster there. On a CPU
+    group norms are slower in it, and a training step of the UNets would take 1.02 to 1.31 times as long.
     """
     layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
     return model.to(device, dtype, memory_format=layout)
@@ -51,8 +51,9 @@ def to_device(model, device, dtype=None):
 def load_checkpoint(path, raw=False, target=None):
     """-> (network in eval mode, config) of a checkpoint, a run folder, or released weights.
 
-    Of a checkpoint the EMA weights are taken, unless raw. Released weights are the paper's,
-    guided-diffusion's or latent-diffusion's; `target` says what they predict where their shapes do not.
+    Of a checkpoint the EMA weights are taken, unless raw. Released weights are the paper's or guided-diffusion's;
+    `target` says what they predict if their shapes do not. Beside the flags of the run, config has step, weights
+    (a word for people) and guidable, which says whether the network knows the null label.
     Raises BadInput, and NotFinite where a weight is inf or nan.
     """
     state = read(path)
@@ -62,8 +63,9 @@ def load_checkpoint(path, raw=False, target=None):
         raise BadInput(f"--raw: {path} is a snapshot, which holds the EMA alone")
     else:
         try:
-            weights = "raw" if raw else f"EMA {state['config'].get('ema')}"
-            config = {**state["config"], "step": state["step"], "weights": weights}
+            config = dict(state["config"], step=state["step"])
+            config["weights"] = "raw" if raw else f"EMA {config.get('ema')}"
+            config["guidable"] = config.get("drop", 0) > 0
             model = build_model(config)
             model.load_state_dict(state["model" if raw else "ema"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -73,12 +75,12 @@ def load_checkpoint(path, raw=False, target=None):
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             raise NotFinite(f"{path}: {name} is not finite")
-    model.class_counts = config.get("class_counts")                          # for the label rule "data"
+    model.class_counts = config.get("class_counts")                          # `start` draws labels from them
     return model.eval(), config
 
 
 def load_released(path, state, target=None):
-    """-> (network, config) of weights alone; config holds what sampling needs."""
+    """-> (network, config) of a file that holds weights alone. config has what sampling needs."""
     try:
         model = model_vit.from_official(state) if "pos_embed" in state else model_unet.from_adm(state)
     except ValueError as error:
@@ -93,8 +95,8 @@ def load_released(path, state, target=None):
 
 
 def find_vae(config, device, path=None):
-    """The autoencoder (float32) that turns the network's latents into images, None where it draws images:
-    the file `path`, or the one that the training data were encoded with. Raises BadInput.
+    """The autoencoder (float32) that turns the network's latents into images, None where the network draws images.
+    It is the file `path`, by default the one that the training data were encoded with. Raises BadInput.
     """
     if config["network"]["in_channels"] == 3:
         if path:
@@ -111,9 +113,9 @@ def find_vae(config, device, path=None):
 
 
 def find_classifier(path, model):
-    """ADM's noisy classifier in `path`, for images of this network. Raises BadInput."""
+    """ADM's noisy classifier in the file `path`. Raises BadInput where it is not for this network's images."""
     try:
-        classifier = model_unet.classifier_from_adm(read(path)).eval().requires_grad_(False)
+        classifier = model_unet.classifier_from_adm(read(path)).requires_grad_(False)
     except ValueError as error:
         raise BadInput(f"--classifier {path}: {error}") from None
     if (classifier.img_size, classifier.num_classes) != (model.img_size, model.num_classes):
@@ -125,39 +127,39 @@ def find_classifier(path, model):
 # ------------------------------------------------------------------------------------------------- images
 
 def to_uint8(x):
-    """[-1, 1] -> 0 .. 255, rounded half up and clipped: the one place where images become bytes."""
+    """[-1, 1] -> 0 .. 255, rounded and clipped: the one place where images become bytes."""
     return (127.5 * x + 128).clamp(0, 255).floor().to(torch.uint8)
 
 
 def start(seed, k, labels, model):
-    """Label and unit normal noise (C,S,S) that image k of a network begins with.
+    """The label, an int, and the unit normal noise (C,S,S) that image k of a network begins with.
 
-    labels: "random" draws one, "data" too, as often as model.class_counts has it, "balanced" is k modulo the
-    number of classes, a list is gone through in turn.
+    labels: "random" draws each class equally often, "data" as often as the training data have it
+    (model.class_counts). A list of labels is gone through in turn, and "balanced" is the list of all classes.
     """
     g = generator("image", seed, k)
     count = max(model.num_classes, 1)
-    drawn = int(torch.randint(count, (), generator=g))   # under every rule, so that the noise is always the same
+    drawn = int(torch.randint(count, (), generator=g))   # whatever `labels` is, so that the noise is the same
     noise = torch.randn(model.in_channels, model.img_size, model.img_size, generator=g)
     if labels == "random":
         return drawn, noise
-    if labels == "balanced":
-        return k % count, noise
     if labels == "data":
         counts = torch.tensor(model.class_counts).double()
         return int(counts.multinomial(1, generator=g)), noise
+    if labels == "balanced":
+        labels = range(count)
     return labels[k % len(labels)], noise
 
 
 def draw(model, config, ks, seed=0, labels="balanced", vae=None, dtype="float32", shown=(), **how):
-    """The images of numbers ks, uint8 (N,3,S,S); `how` is what `sampler` takes: steps, cfg, solver, ... With
-    dtype "bfloat16" the network runs under autocast; the sampler's state is float64 all the same, but float32 on mps.
-    With `shown`, some of the sampler's t, there are 1 + len(shown) images of each number: its noise and its
-    x0 estimates at these t, decoded and clipped as images are. Raises NotFinite.
+    """The images of numbers ks, uint8 (N,3,S,S). `how` is what `sampler` takes: steps, cfg, solver, ...
+
+    With dtype "bfloat16" the network runs under autocast. `shown` are some of the sampler's t: with them, each
+    number gives not one image but 1 + len(shown), its noise and then its x0 estimates at these t. Raises NotFinite.
     """
     y, z = zip(*[start(seed, k, labels, model) for k in ks])
-    weight = next(model.parameters())                                        # its device and dtype are used
-    z = torch.stack(z).to(weight)
+    weight = next(model.parameters())
+    z = torch.stack(z).to(weight)                                            # its device and dtype
     y = torch.tensor(y, device=weight.device) if model.num_classes else None
     diffusion = Diffusion(config["schedule"], config["T"], config["target"])
     with torch.autocast(weight.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -174,11 +176,12 @@ def draw(model, config, ks, seed=0, labels="balanced", vae=None, dtype="float32"
 
 
 def batches_of(ks, size):
+    """Cut a range or list into parts of `size`; the last may be shorter."""
     return [ks[i:i + size] for i in range(0, len(ks), size)]
 
 
 def steps_of_strip(diffusion, steps):
-    """The t of at most 12 sampling steps, evenly chosen, the first and the last among them."""
+    """The t of at most 12 sampling steps, from the first to the last, evenly chosen."""
     ts = sampling_timesteps(diffusion, steps)
     places = torch.linspace(0, len(ts) - 1, min(12, len(ts)))
     say(f"columns: the noise, then the x0 estimates of {len(places)} of {len(ts)} steps")
@@ -186,8 +189,9 @@ def steps_of_strip(diffusion, steps):
 
 
 def save_sheet(path, images, columns, titles=(), side=64):
-    """uint8 (N,3,S,S) -> one PNG, `columns` to a row; small images are shown larger, at most `side` wide. Above
-    each column may stand a title, of as many lines as the first; a letter is a quarter of an image high.
+    """Images uint8 (N,3,S,S) -> one PNG, `columns` to a row. Small images are enlarged to at most `side` pixels.
+    titles, if any, stand above the columns. All have as many lines as the first, and letters are a quarter of an
+    image high.
     """
     sheet = tile(images.numpy(), columns)
     scale = max(1, side // images.shape[-1])
@@ -195,7 +199,8 @@ def save_sheet(path, images, columns, titles=(), side=64):
     width = sheet.width // columns
     if titles:
         lines = len(titles[0].splitlines())
-        sheet = ImageOps.expand(sheet, (0, lines * width // 3, 0, 0), "white")           # at the top alone
+        top = lines * width // 3
+        sheet = ImageOps.expand(sheet, (0, top, 0, 0), "white")
     for column, title in enumerate(titles):
         ImageDraw.Draw(sheet).text((column * width, 0), title, "black", font_size=width // 4)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -203,8 +208,8 @@ def save_sheet(path, images, columns, titles=(), side=64):
 
 
 def grid(model, config, path, n=None, batch_size=64, shown=(), **how):
-    """Draw n images (8 rows by default) into one PNG, one class to a column where they fit. With `shown` it is a
-    strip: each image has a row (4 by default) of its noise and its x0 estimates at these t.
+    """Draw n images (by default 8 rows) into one PNG, one class to a column if there are 2 to 16 classes. With
+    `shown` the PNG is a strip: each image (by default 4) has a row of its noise and its x0 estimates at these t.
     """
     columns = model.num_classes if 2 <= model.num_classes <= 16 else 8
     n = n or (4 if shown else 8 * columns)
@@ -223,14 +228,17 @@ def png(folder, k):
 
 
 def save_folder(folder, n, batch_size, images_of):
-    """Images 0 .. n-1 as PNG files, each process its share; what is there already is left alone.
+    """Images 0 .. n-1 as PNG files, each process its share. Files that are there are left alone. images_of(ks)
+    draws a batch, uint8 (N,3,S,S).
 
-    A batch with a missing image is drawn again as a whole: alone, that image could differ in its last bit.
+    A batch with a missing image is drawn again as a whole: in another batch that image could differ by rounding.
     """
     rank, world = env("RANK"), env("WORLD_SIZE", 1)
     batches = batches_of(range(rank, n, world), batch_size)
     todo = [ks for ks in batches if not all(png(folder, k).exists() for k in ks)]
-    total, done, since = sum(map(len, todo)), 0, time.monotonic()
+    total = sum(len(ks) for ks in todo)
+    done = 0
+    since = time.monotonic()
     for ks in todo:
         for k, image in zip(ks, images_of(ks).permute(0, 2, 3, 1).numpy()):
             if not png(folder, k).exists():
@@ -241,7 +249,9 @@ def save_folder(folder, n, batch_size, images_of):
 
 
 def save_npz(path, folder, n, labels):
-    """PNG files 0 .. n-1 -> npz with arr_0 uint8 (n,S,S,3) and arr_1 labels, by way of an array on disk."""
+    """PNG files 0 .. n-1 -> npz with arr_0 uint8 (n,S,S,3) and arr_1 labels, the form of ADM's files. An array on
+    disk is between, so that the images need not fit into memory.
+    """
     side = load_image(png(folder, 0)).width
     images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (n, side, side, 3))
     for k in range(n):
@@ -249,13 +259,14 @@ def save_npz(path, folder, n, labels):
     replace(path, lambda file: np.savez(file, arr_0=images, arr_1=np.array(labels)))
 
 
-def claim(folder, protocol, grows):
-    """Make `folder` the place of this protocol -> n of the protocol.json there, which differs from this one's
-    only if the folder grows. Raises BadInput where it holds other samples.
+def claim(folder, protocol):
+    """Write protocol.json into a new folder, or check that the one there says the same but for n, the number of
+    images. -> the n in protocol.json. Raises BadInput where the folder holds anything else.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "protocol.json"
-    others = [name for name in folder.iterdir() if name.suffix != ".part"]   # first: other processes may begin
+    # The folder is read before the file is looked for, as another process may begin to write in between.
+    others = [name for name in folder.iterdir() if name.suffix != ".part"]
     if others and not file.exists():
         raise BadInput(f"--out {folder}: holds files but no protocol.json; choose a new folder")
     if not file.exists():
@@ -263,13 +274,13 @@ def claim(folder, protocol, grows):
     before = read_json(file)
     for key, value in protocol.items():
         found = before.get(key)
-        if found != value and not (grows and key == "n"):
+        if found != value and key != "n":
             raise BadInput(f"--out {folder}: holds samples with {key} {found!r}, not {value!r}")
     return before["n"]
 
 
 def save_images(out, protocol, batch_size, model, config, how):
-    """The images of a protocol in the folder `out`, or in the .npz `out`, which is made of such a folder."""
+    """Draw the images of a protocol into the folder `out`, or by way of a folder into the .npz `out`."""
     n = protocol["n"]
     npz = out.suffix == ".npz"
     folder = out.with_name(out.name + ".parts") if npz else out
@@ -278,7 +289,7 @@ def save_images(out, protocol, batch_size, model, config, how):
         if rank > 0:                             # a late process finds what rank 0 has just finished
             return
         raise BadInput(f"--out {out}: exists already")
-    before = claim(folder, protocol, grows=not npz)
+    before = claim(folder, protocol)
     save_folder(folder, n, batch_size, lambda ks: draw(model, config, ks, **how))
     if rank > 0:
         return
@@ -291,7 +302,7 @@ def save_images(out, protocol, batch_size, model, config, how):
         shutil.rmtree(folder, ignore_errors=True)
     elif n < before:
         say(f"images 0 to {n - 1:,} are there; {folder} is to hold {before:,}, as --count {before} makes it")
-    else:                                        # all are there now: a growth that is stopped leaves the old n
+    else:                # written last, so that a folder whose growth is stopped still says how many it had
         table = [[png(folder, k).name, labels[k]] for k in range(n)] if model.num_classes else None
         write_json(folder / "dataset.json", dict(labels=table))              # EDM's form, which data.py reads
         write_json(folder / "protocol.json", protocol)
@@ -301,18 +312,19 @@ def save_images(out, protocol, batch_size, model, config, how):
 
 def parse_classes(text, names, count):
     """"3,glass" -> [3, 5]. A part is a class name, one of a name's synonyms (tench of "tench, Tinca tinca"), or
-    a number. Where all names are numbers, a number is a name: 1 is the class 01. Raises BadInput.
+    the number of a class. Where all names are numbers, a number is a name: 1 is the class 01. Raises BadInput.
     """
-    numbers = range(count)
-    if names and all(map(str.isdecimal, names)):
-        numbers = [int(name) for name in names]
     if not count:
         raise BadInput(f"--classes {text}: the network was trained without classes")
+    numbers = range(count)
+    if names and all(name.isdecimal() for name in names):
+        numbers = [int(name) for name in names]
     labels = []
     for part in text.lower().split(","):
         part = part.strip()
-        named = [k for k, name in enumerate(names) if part in name.lower().split(", ")]
-        found = named or [k for k, number in enumerate(numbers) if part.isdecimal() and int(part) == number]
+        found = [k for k, name in enumerate(names) if part in name.lower().split(", ")]
+        if not found and part.isdecimal():
+            found = [k for k, number in enumerate(numbers) if number == int(part)]
         if len(found) != 1:
             raise BadInput(f"--classes {part}: fits classes {found}, expected one of {count}, a number or "
                            f"{names[:10]}")
@@ -323,7 +335,7 @@ def parse_classes(text, names, count):
 def parse():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--ckpt", required=True, help="checkpoint, run folder, or released weights")
+    add("--ckpt", type=Path, required=True, help="checkpoint, run folder, or released weights")
     add("--out", type=Path, help="grid .png (default: samples.png beside --ckpt), .npz, or folder of PNGs")
     add("--strip", action="store_true", help="draw a .png (default: strip.png beside --ckpt) with a row for "
         "each image: the noise, then the x0 estimates of at most 12 steps, the last of which is the image")
@@ -341,7 +353,8 @@ def parse():
         "image; balanced: k modulo the number of classes; data: drawn as often as the training data have them "
         "(default: balanced in a grid, else random)")
     add("--clip", action="store_true", help="clamp x0 estimates to [-1, 1] at every step; for pixels alone")
-    add("--device", choices=("cuda", "cpu", "mps"), help="default: cuda where there is one, else cpu; mps is untested")
+    add("--device", choices=("cuda", "cpu", "mps"),
+        help="default: cuda where there is one, else cpu; mps is untested")
     add("--dtype", choices=("float32", "tf32", "bfloat16"), help="of the network; tf32 is float32 with shorter "
         "factors in products, which a GPU does faster (default: tf32 on cuda, else float32)")
     add("--seed", type=at_least(0), default=0, help="of labels and noise")
@@ -351,14 +364,22 @@ def parse():
     add("--classifier", help="ADM's noisy classifier, 64x64_classifier.pt: guide by its gradient")
     add("--classifier-scale", type=between(0, 1000), default=1.0, help="factor of that gradient")
     add("--target", choices=TARGETS, help="what released weights predict, where their shapes do not tell")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.ckpt.is_dir():
+        args.ckpt = args.ckpt / "ckpt.pt"
+    args.out = args.out or args.ckpt.parent / ("strip.png" if args.strip else "samples.png")
+    if args.strip and args.out.suffix != ".png":
+        raise BadInput(f"--strip: found --out {args.out}, expected a .png")
+    if args.out.suffix not in ("", ".png", ".npz") and not args.out.is_dir():
+        raise BadInput(f"--out {args.out}: expected a .png grid, an .npz, or a folder for PNGs")
+    return args
 
 
 def settle(args, model, config):
     """Flags and checkpoint -> the keyword arguments of `draw` that are numbers and words. Raises BadInput."""
     cfg = config["cfg"] if args.cfg is None else args.cfg
     interval = args.interval
-    if cfg != 1 and not config.get("guidable", config.get("drop")):
+    if cfg != 1 and not config["guidable"]:
         raise BadInput(f"--cfg {cfg}: {args.ckpt} was trained without classes or label drop, expected 1")
     if interval and cfg == 1 and not args.classifier:
         raise BadInput(f"--interval {interval}: there is no guidance at --cfg 1")
@@ -383,22 +404,15 @@ def main():
     args = parse()
     rank, _, device = processes(args.device)
     args.dtype = args.dtype or ("tf32" if device.type == "cuda" else "float32")
-    ckpt = Path(args.ckpt)
-    if ckpt.is_dir():
-        ckpt = ckpt / "ckpt.pt"
-    args.out = args.out or ckpt.parent / ("strip.png" if args.strip else "samples.png")
-    if args.strip and args.out.suffix != ".png":
-        raise BadInput(f"--strip: found --out {args.out}, expected a .png")
-    if args.out.suffix not in ("", ".png", ".npz") and not args.out.is_dir():
-        raise BadInput(f"--out {args.out}: expected a .png grid, an .npz, or a folder for PNGs")
-    model, config = load_checkpoint(ckpt, args.raw, args.target)
+    model, config = load_checkpoint(args.ckpt, args.raw, args.target)
     how = settle(args, model, config)
-    steps, levels = how["steps"], Diffusion(config["schedule"], config["T"])
-    actual, evaluations = steps_run(levels, steps, how["solver"])
-    say(f"{ckpt}: {config['target']} prediction, weights: {config['weights']} @ step {config['step']}; "
+    steps = how["steps"]
+    diffusion = Diffusion(config["schedule"], config["T"])
+    actual, evaluations = steps_run(diffusion, steps, how["solver"])
+    say(f"{args.ckpt}: {config['target']} prediction, weights: {config['weights']} @ step {config['step']}; "
         f"{how['solver']} {steps} steps, {actual} run, {evaluations} evaluations an image, cfg {how['cfg']}, "
         f"labels {how['labels']!s:.40}, {args.dtype}")
-    if "ema" in config and not args.raw:         # not of released weights
+    if "ema" in config and not args.raw:                                     # released weights do not say theirs
         untrained = config["ema"] ** config["step"]
         if untrained > 0.01:
             say(f"warning: {untrained:.0%} of the EMA are the weights before training; --raw of a checkpoint is "
@@ -421,9 +435,9 @@ def main():
         how["classifier_scale"] = args.classifier_scale
         protocol["classifier"] = hash_file(args.classifier)
     if args.strip:
-        how["shown"] = steps_of_strip(levels, steps)
+        how["shown"] = steps_of_strip(diffusion, steps)
     if args.out.suffix != ".png":
-        protocol["checkpoint"] = hash_file(ckpt)
+        protocol["checkpoint"] = hash_file(args.ckpt)
         save_images(args.out, protocol, args.batch_size, model, config, how)
     elif rank == 0:
         grid(model, config, args.out, args.n, args.batch_size, **how)

@@ -325,10 +325,15 @@ def test_a_growth_that_is_stopped_leaves_a_whole_folder_of_the_old_n(main, monke
     assert read_json("folder/protocol.json")["n"] == 4
 
 
-def test_an_npz_does_not_grow(main, refused):
-    Path("a.npz.parts").mkdir()
-    main("--n 1 --out a.npz.parts")
-    assert "holds samples with n 1, not 3" in refused("--n 3 --out a.npz")
+def test_an_npz_that_was_stopped_may_get_more_images(main, monkeypatch):
+    main("--n 3 --out whole.npz")
+    with monkeypatch.context() as patch:
+        patch.delattr(sample, "save_npz")
+        with pytest.raises(NameError):
+            main("--n 1 --out a.npz")
+    main("--n 3 --out a.npz")
+    assert near(pictures("a.npz"), pictures("whole.npz"))
+    assert read_json("a.protocol.json") == read_json("whole.protocol.json")
 
 
 @pytest.mark.parametrize("key, flags", [

@@ -165,6 +165,13 @@ def test_1000_rows_have_no_null_label(golden, rows, classes):
     assert from_adm(weights, **KINDS["unet_adm"]).num_classes == classes
 
 
+def test_a_whole_file_of_latent_diffusion_gives_its_unet(golden):
+    values, weights = golden("unet_ldm")
+    whole = {"model.diffusion_model." + name: x for name, x in weights.items()}
+    whole.update({"cond_stage_model.embedding.weight": values["label_emb"].float(), "betas": torch.zeros(3)})
+    assert close(from_adm(dict(state_dict=whole, epoch=1), **KINDS["unet_ldm"]), values)
+
+
 def test_the_64x64_file_orders_its_rows_of_qkv_differently(golden, monkeypatch):
     """Rows of qkv are stored q k v, then head, not head, then q k v; its heads are 64 wide."""
     values, weights = golden("unet_adm")
