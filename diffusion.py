@@ -80,7 +80,7 @@ def loss_weight(snr, weighting, target, gamma=5.0):
         # 1e100 if the limit is infinite, which is refused below.
         snr = snr.clamp(min=1e-300)
     if not isinstance(weighting, str):
-        w = torch.as_tensor(weighting).to(snr)
+        w = torch.as_tensor(weighting, dtype=snr.dtype, device=snr.device)
         assert w.shape == snr.shape
     elif weighting in WEIGHTINGS:
         w = WEIGHTINGS[weighting](snr, gamma)
