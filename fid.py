@@ -112,7 +112,7 @@ class Unit(nn.Sequential):
 
 
 class Block(nn.Module):
-    """(N,channels,H,W) -> the outputs of the branches, joined: (N,width,h,w). Its units are children by name."""
+    """(N,channels,H,W) -> the outputs of the branches, joined: (N,width,h,w). It holds its units by name."""
 
     def __init__(self, channels, branches):
         super().__init__()
@@ -146,7 +146,7 @@ class Block(nn.Module):
 class Inception(Block):
     """uint8 (N,3,H,W) of any size -> features (N,2048), float32. It stays in eval mode.
 
-    As a Block it is its own beginning, the stem, whose units the published file has at the top.
+    It is a Block whose one branch is the stem, because the published file has the stem's units at its top level.
     """
 
     def __init__(self):
@@ -244,35 +244,35 @@ def distances(points, centres):
         yield torch.cdist(some, centres)
 
 
-def covered(points, centres, k):
-    """The share of the points that lie in some ball. Around each centre lies a ball that reaches to its k-th
-    nearest other centre.
+def covered(points, centres):
+    """The share of the points that lie in some ball. Around each centre lies a ball that reaches to its third
+    nearest neighbour among the centres.
     """
-    nearest = [some.kthvalue(k + 1).values for some in distances(centres, centres)]  # + 1: the first is itself
+    nearest = [some.kthvalue(4).values for some in distances(centres, centres)]      # the nearest is itself
     radii = torch.cat(nearest)                                                       # (M,)
     inside = [(some <= radii).any(1) for some in distances(points, centres)]
     return float(torch.cat(inside).double().mean())
 
 
-def precision_recall(reference, samples, k=3):
+def precision_recall(reference, samples):
     """Of features (N,D) and (M,D) (Kynkaanniemi et al. 2019): precision is the share of the samples that balls
     around the references cover, recall is the same with the sets exchanged. Distances are float64; ADM's evaluator
     has the same rule with float16.
     """
     reference, samples = reference.double(), samples.double()
-    return covered(samples, reference, k), covered(reference, samples, k)
+    return covered(samples, reference), covered(reference, samples)
 
 
-def kid(reference, samples, subset=1000, seed=0):
+def kid(reference, samples, subset=1000):
     """Kernel Inception distance of features (N,D) and (M,D) (Binkowski et al. 2018) -> mean and standard deviation
-    over 100 pairs of random subsets, in float64.
+    over 100 pairs of random subsets, always the same ones, in float64.
 
     A subset has `subset` rows, or as many as the smaller set. The distance of two subsets is the unbiased MMD^2
     with the kernel k(x, y) = (x.y / D + 1)^3: the mean of k over two different rows of one subset, plus the same
     for the other, minus twice the mean of k over a row of each. It may be negative.
     """
     n = min(subset, len(reference), len(samples))
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     distances = []
     for _ in range(100):
         subsets = [rows[rng.permutation(len(rows))[:n]] for rows in (reference, samples)]
@@ -287,7 +287,7 @@ def kid(reference, samples, subset=1000, seed=0):
 
 
 def pixels(images):
-    """uint8 (N,3,H,W) -> (N,192), the features of FD-pixels, which is no FID: averages over 8 x 8 fields, in [0,1]."""
+    """uint8 (N,3,H,W) -> (N,192), the features of FD-pixels, which is no FID: 8 x 8 averages of pixels in [0,1]."""
     return F.adaptive_avg_pool2d(images.float() / 255, 8).flatten(1)
 
 
@@ -437,15 +437,16 @@ def choose(path, meta, total, count, seed):
     BadInput where there are fewer.
     """
     promised = meta.get("n", total)
+    available = min(promised, total)
     n = count or promised
     if promised < total:
         say(f"{path}: holds {total:,} images, {promised:,} of them by its protocol; measured are {n:,} of these")
-    if not 4 <= n <= min(promised, total):
+    if not 4 <= n <= available:
         raise BadInput(f"{path}: found {total:,} images, {promised:,} in its protocol, expected at least "
                        f"{max(n, 4):,}")
     if count:
         meta["drawn"] = {"count": count, "seed": seed}
-    return spread(n, min(promised, total), seed)
+    return spread(n, available, seed)
 
 
 def open_side(path, D, extractor, count, seed, by_images):
@@ -541,7 +542,7 @@ def main():
         extractor, D = "pixels 8x8", 192
     paths = [args.data] if making else [args.samples, args.reference]
     sides = []
-    for path in paths:
+    for path in paths:                                   # the first one, what is measured, by its images
         sides.append(open_side(path, D, extractor, args.count, args.seed, by_images=not sides))
     for key in ("size", "extractor"):
         values = [meta[key] for _, meta, *_ in sides if key in meta]
