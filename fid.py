@@ -47,7 +47,7 @@ STEM = [("Conv2d_1a_3x3", 32, 3, 2, 0),
         halve]
 
 
-def block_a(pooled):                                     # the width of the pooled branch
+def block_a(pooled):                                     # pooled: the width of the branch with the pool
     return [[("branch1x1", 64)],
             [("branch5x5_1", 48), ("branch5x5_2", 64, 5)],
             [("branch3x3dbl_1", 64), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)],
@@ -59,7 +59,7 @@ BLOCK_B = [[("branch3x3", 384, 3, 2, 0)],
            [halve]]
 
 
-def block_c(inner):                                      # the width inside the long branches
+def block_c(inner):                                      # inner: the width inside the long branches
     row, column = (1, 7), (7, 1)
     return [[("branch1x1", 192)],
             [("branch7x7_1", inner), ("branch7x7_2", inner, row), ("branch7x7_3", 192, column)],
@@ -160,7 +160,7 @@ class Inception(Block):
         self.eval().requires_grad_(False)
 
     def forward(self, images, spatial=False):
-        """With spatial=True also sFID's features (N,2023): 7 channels of a layer of 17 x 17, row after row."""
+        """With spatial=True also sFID's features (N,2023): 7 channels inside Mixed_6d, 17 x 17, row after row."""
         x = (resize(images.float()) - 128) / 128                             # (N,3,299,299) in [-1, 0.992]
         x = super().forward(x.contiguous(memory_format=torch.channels_last))     # (N,192,35,35)
         for name in BLOCKS:
@@ -212,9 +212,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^1/2) in float64 (Heusel et al. 2017, eq. 6).
 
     The last trace is the sum of the roots of the eigenvalues of S1 S2. With S1 = R R^T these are those of
-    R^T S2 R, a symmetric matrix, so they are real and at least 0, also where the covariances are singular. R has
-    the eigenvectors of S1 as columns, times the roots of their eigenvalues. Those that are 0 but for rounding are
-    left out.
+    R^T S2 R, a symmetric matrix, so they are real and at least 0, also where the covariances are singular. The
+    columns of R are the eigenvectors of S1 times the roots of their eigenvalues. Eigenvalues that are 0 but for
+    rounding are left out.
     """
     given = mu1, sigma1, mu2, sigma2
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(part, dtype=torch.float64) for part in given)
@@ -223,8 +223,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     root = vectors[:, kept] * values[kept].sqrt()
     eigenvalues = torch.linalg.eigvalsh(root.T @ sigma2 @ root)
     shift = (mu1 - mu2).square().sum()
-    spread = sigma1.trace() + sigma2.trace() - 2 * eigenvalues.clamp(min=0).sqrt().sum()
-    return float((shift + spread).clamp(min=0))          # of equal sets it is 0, and rounding may go below
+    traces = sigma1.trace() + sigma2.trace() - 2 * eigenvalues.clamp(min=0).sqrt().sum()
+    return float((shift + traces).clamp(min=0))          # of equal sets it is 0, and rounding may go below
 
 
 def inception_score(probs, split=5000):
@@ -273,7 +273,7 @@ def kid(reference, samples, subset=1000):
     """
     n = min(subset, len(reference), len(samples))
     rng = np.random.default_rng(0)
-    distances = []
+    found = []
     for _ in range(100):
         subsets = [rows[rng.permutation(len(rows))[:n]] for rows in (reference, samples)]
         x = torch.cat(subsets).double()                                      # (2n,D)
@@ -282,12 +282,12 @@ def kid(reference, samples, subset=1000):
         across = kernel[:n, n:].sum()
         within = kernel.sum() - 2 * across
         distance = within / (n * (n - 1)) - 2 * across / n ** 2
-        distances.append(float(distance))
-    return np.mean(distances), np.std(distances)
+        found.append(float(distance))
+    return np.mean(found), np.std(found)
 
 
 def pixels(images):
-    """uint8 (N,3,H,W) -> (N,192), the features of FD-pixels, which is no FID: 8 x 8 averages of pixels in [0,1]."""
+    """uint8 (N,3,H,W) -> (N,192), features for FD-pixels, which is no FID: averages to 8 x 8 pixels, in [0,1]."""
     return F.adaptive_avg_pool2d(images.float() / 255, 8).flatten(1)
 
 
@@ -439,11 +439,11 @@ def choose(path, meta, total, count, seed):
     promised = meta.get("n", total)
     available = min(promised, total)
     n = count or promised
-    if promised < total:
-        say(f"{path}: holds {total:,} images, {promised:,} of them by its protocol; measured are {n:,} of these")
-    if not 4 <= n <= available:
+    if not 4 <= n <= available:                          # precision needs three neighbours
         raise BadInput(f"{path}: found {total:,} images, {promised:,} in its protocol, expected at least "
                        f"{max(n, 4):,}")
+    if promised < total:
+        say(f"{path}: holds {total:,} images, {promised:,} of them by its protocol; measured are {n:,} of these")
     if count:
         meta["drawn"] = {"count": count, "seed": seed}
     return spread(n, available, seed)
