@@ -1,12 +1,16 @@
-"""FID as the paper measured it: `python fid.py SAMPLES REFERENCE`, and the networks and formulas behind it.
+"""FID as the paper measured it, and the network and formulas behind it: how far are samples from real images?
 
-    python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz   # samples: folder or .zip of PNGs, npz, pack
-    python fid.py stats --data data/NAME --out ref.npz          # reference statistics of your own
+    python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz   # samples: npz, folder or .zip of PNGs, packed data
+    python fid.py stats --data data/NAME --out ref.npz          # a reference of your own: its statistics
 
-The features are those of the Inception network of December 2015, after TensorFlow 1's resize, as in
-NVlabs/edm and in ADM's evaluator. A reference that has statistics is compared by them. What it lacks for
---metrics all is measured on the images beside them. Samples are always measured on their images.
+A network turns each image into features. FID is the Frechet distance between the features of two sets of images,
+of which it takes the mean and the covariance, the statistics. The network is the Inception of December 2015, after
+TensorFlow 1's resize, as in NVlabs/edm and in ADM's evaluator.
+
+Samples are always measured on their images. A reference that has statistics is compared by them; what it lacks for
+--metrics all is measured on the images in the same file.
 """
+import collections
 import contextlib
 import json
 import sys
@@ -23,17 +27,16 @@ from torch.nn import functional as F
 
 
 # ------------------------------------------------------------------------------------------ Inception-V3
-# The published weights belong to this graph, which is not torchvision's. Here the average pool does not count
-# the padding, and Mixed_7c takes the maximum where other blocks take the average. The branches of a block are
-# joined in the order of the table, in which the next layer expects their channels.
+# The published weights belong to this network, which is not torchvision's. Here the average pool does not count
+# the padding, and Mixed_7c takes the maximum where the other blocks take the average.
 
 average = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
 maximum = nn.MaxPool2d(3, stride=1, padding=1)
 halve = nn.MaxPool2d(3, stride=2)
 
-# A block is a list of branches, and a branch is a list of steps. A step is a pool or a unit. A unit is its
-# name and what Unit takes after `channels`: width, kernel, stride, padding. Branches may begin alike: what
-# they share is computed once.
+# A block is a list of branches, whose outputs are joined in this order. A branch is a list of steps. A step is one
+# of the pools above, or a unit: its name in the file of weights, then its width, kernel, stride and padding, which
+# are the arguments of Unit. A unit that begins two branches is computed once.
 
 STEM = [("Conv2d_1a_3x3", 32, 3, 2, 0),
         ("Conv2d_2a_3x3", 32, 3, 1, 0),
@@ -44,7 +47,7 @@ STEM = [("Conv2d_1a_3x3", 32, 3, 2, 0),
         halve]
 
 
-def block_a(pooled):
+def block_a(pooled):                                     # pooled: the width of the branch with the pool
     return [[("branch1x1", 64)],
             [("branch5x5_1", 48), ("branch5x5_2", 64, 5)],
             [("branch3x3dbl_1", 64), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)],
@@ -56,12 +59,12 @@ BLOCK_B = [[("branch3x3", 384, 3, 2, 0)],
            [halve]]
 
 
-def block_c(c):
+def block_c(inner):                                      # inner: the width inside the long branches
     row, column = (1, 7), (7, 1)
     return [[("branch1x1", 192)],
-            [("branch7x7_1", c), ("branch7x7_2", c, row), ("branch7x7_3", 192, column)],
-            [("branch7x7dbl_1", c), ("branch7x7dbl_2", c, column), ("branch7x7dbl_3", c, row),
-             ("branch7x7dbl_4", c, column), ("branch7x7dbl_5", 192, row)],
+            [("branch7x7_1", inner), ("branch7x7_2", inner, row), ("branch7x7_3", 192, column)],
+            [("branch7x7dbl_1", inner), ("branch7x7dbl_2", inner, column), ("branch7x7dbl_3", inner, row),
+             ("branch7x7dbl_4", inner, column), ("branch7x7dbl_5", 192, row)],
             [average, ("branch_pool", 192)]]
 
 
@@ -83,7 +86,7 @@ def block_e(pool):
             [pool, ("branch_pool", 192)]]
 
 
-BLOCKS = {  # name: branches                out: channels, side
+BLOCKS = {  # name: branches                channels and side of the output
     "Mixed_5b": block_a(32),              # 256, 35
     "Mixed_5c": block_a(64),              # 288, 35
     "Mixed_5d": block_a(64),              # 288, 35
@@ -109,12 +112,12 @@ class Unit(nn.Sequential):
 
 
 class Block(nn.Module):
-    """(N,channels,H,W) -> the outputs of the branches, joined in the channels. Each unit is a child."""
+    """(N,channels,H,W) -> the outputs of the branches, joined: (N,width,h,w). It holds its units by name."""
 
     def __init__(self, channels, branches):
         super().__init__()
         self.branches = branches
-        self.width = 0                                   # channels of the output
+        self.width = 0
         for branch in branches:
             width = channels
             for step in branch:
@@ -141,7 +144,10 @@ class Block(nn.Module):
 
 
 class Inception(Block):
-    """uint8 (N,3,H,W) -> pool3 features (N,2048) float32, at any H and W. It stays in eval mode."""
+    """uint8 (N,3,H,W) of any size -> features (N,2048), float32. It stays in eval mode.
+
+    It is a Block whose one branch is the stem, because the published file has the stem's units at its top level.
+    """
 
     def __init__(self):
         super().__init__(3, [STEM])
@@ -154,7 +160,7 @@ class Inception(Block):
         self.eval().requires_grad_(False)
 
     def forward(self, images, spatial=False):
-        """With spatial=True also sFID's features (N,2023): 7 channels of Mixed_6d.branch1x1, rows first."""
+        """With spatial=True also sFID's features (N,2023): 7 channels inside Mixed_6d, 17 x 17, row after row."""
         x = (resize(images.float()) - 128) / 128                             # (N,3,299,299) in [-1, 0.992]
         x = super().forward(x.contiguous(memory_format=torch.channels_last))     # (N,192,35,35)
         for name in BLOCKS:
@@ -167,16 +173,15 @@ class Inception(Block):
         return features
 
     def probs(self, features):
-        """Class probabilities (N,1008) for the Inception Score: without fc's bias, as in ADM's evaluator."""
+        """Class probabilities (N,1008) for the Inception Score; without fc's bias, as in ADM's evaluator."""
         return (features @ self.fc.weight.T).softmax(1)
 
 
 def resize(x, size=299):
-    """TF1's bilinear resize of (N,C,n,n) -> (N,C,size,size): output pixel i lies at i n / size in the input.
-    PyTorch's own resize takes it from (i + 0.5) n / size - 0.5.
+    """TensorFlow 1's bilinear resize, (N,C,n,n) -> (N,C,size,size): output pixel i is read at i n / size.
 
-    n + 1 input pixels, the last one repeated, have n intervals. size + 1 output pixels with aligned corners have
-    size intervals. The last pixel is cut off.
+    PyTorch reads it at (i + 0.5) n / size - 0.5, but with align_corners at i n / size if the images have n + 1 and
+    size + 1 pixels a side. So the last row and column are repeated at first, and cut off at the end.
     """
     x = F.pad(x, (0, 1, 0, 1), mode="replicate")
     x = F.interpolate(x, (size + 1, size + 1), mode="bilinear", align_corners=True)
@@ -186,17 +191,17 @@ def resize(x, size=299):
 # ----------------------------------------------------------------------------------------------- metrics
 
 class Statistics:
-    """Mean and covariance of feature rows, streamed in float64: add (n,D) at a time, in any portions."""
+    """Mean and covariance of features, in float64. They come in any portions (n,D), and are not kept."""
 
-    def __init__(self, D, device="cpu"):
-        self.products = torch.zeros(D + 1, D + 1, dtype=torch.float64, device=device)
+    def __init__(self):
+        self.products = 0
 
     def add(self, features):
-        rows = F.pad(features.double(), (0, 1), value=1)     # by the column of ones, products hold sums and n
-        self.products += rows.T @ rows
+        rows = F.pad(features.double(), (0, 1), value=1)     # a column of ones: its products are sums, and n
+        self.products += rows.T @ rows                       # (D+1,D+1)
 
     def result(self):
-        """-> mu (D,), sigma (D,D) with n - 1 in the denominator."""
+        """-> mu (D,) and sigma (D,D), whose denominator is n - 1. On the CPU."""
         products = self.products.cpu()
         n = products[-1, -1]
         mu = products[-1, :-1] / n
@@ -204,11 +209,12 @@ class Statistics:
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^1/2), float64 (Heusel et al. 2017, eq. 6).
+    """|mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^1/2) in float64 (Heusel et al. 2017, eq. 6).
 
-    With S1 = R R^T, the last trace is the sum of the roots of the eigenvalues of R^T S2 R, which are real and
-    >= 0: no matrix root, no complex numbers, finite for singular covariances. R is the eigenvectors of S1 times
-    the roots of their eigenvalues, without those that are zero but for rounding.
+    The last trace is the sum of the roots of the eigenvalues of S1 S2. With S1 = R R^T these are those of
+    R^T S2 R, a symmetric matrix, so they are real and at least 0, also where the covariances are singular. The
+    columns of R are the eigenvectors of S1 times the roots of their eigenvalues. Eigenvalues that are 0 but for
+    rounding are left out.
     """
     given = mu1, sigma1, mu2, sigma2
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(part, dtype=torch.float64) for part in given)
@@ -217,12 +223,14 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     root = vectors[:, kept] * values[kept].sqrt()
     eigenvalues = torch.linalg.eigvalsh(root.T @ sigma2 @ root)
     shift = (mu1 - mu2).square().sum()
-    spread = sigma1.trace() + sigma2.trace() - 2 * eigenvalues.clamp(min=0).sqrt().sum()
-    return float((shift + spread).clamp(min=0))                              # rounding of equal sets
+    traces = sigma1.trace() + sigma2.trace() - 2 * eigenvalues.clamp(min=0).sqrt().sum()
+    return float((shift + traces).clamp(min=0))          # of equal sets it is 0, and rounding may go below
 
 
 def inception_score(probs, split=5000):
-    """Mean over chunks in file order of exp(mean KL(p(y|x) || p(y))), as in ADM's evaluator."""
+    """exp(mean KL(p(y|x) || p(y))) of class probabilities (N,classes) (Salimans et al. 2016). As in ADM's evaluator
+    it is the mean over chunks of `split` images, in their order.
+    """
     scores = []
     for p in probs.double().split(split):
         divergence = (torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))).sum(1)  # (n,)
@@ -230,36 +238,42 @@ def inception_score(probs, split=5000):
     return float(torch.stack(scores).mean())
 
 
-def precision_recall(reference, samples, k=3):
-    """Kynkaanniemi et al. 2019. Around each reference lies a ball that reaches to its k-th nearest reference.
-    Precision is the share of the samples that lie in some ball. Recall is the same with the sets exchanged.
-    Distances are float64; ADM's evaluator has the same rule with float16.
+def distances(points, centres):
+    """Euclidean distances of (N,D) and (M,D), in portions (n,M), as all of them may not fit into memory."""
+    for some in points.split(1000):
+        yield torch.cdist(some, centres)
+
+
+def covered(points, centres):
+    """The share of the points that lie in some ball. Around each centre lies a ball that reaches to its third
+    nearest neighbour among the centres.
     """
-    def covered(points, centres):
-        def distances(some):
-            return torch.cdist(some, centres)                                # (len(some), len(centres))
+    nearest = [some.kthvalue(4).values for some in distances(centres, centres)]      # the nearest is itself
+    radii = torch.cat(nearest)                                                       # (M,)
+    inside = [(some <= radii).any(1) for some in distances(points, centres)]
+    return float(torch.cat(inside).double().mean())
 
-        # k + 1, as each centre is its own nearest
-        radii = [distances(some).kthvalue(k + 1)[0] for some in centres.split(1000)]
-        radii = torch.cat(radii)                                             # (len(centres),)
-        inside = [(distances(some) <= radii).any(1) for some in points.split(1000)]
-        return float(torch.cat(inside).double().mean())
 
+def precision_recall(reference, samples):
+    """Of features (N,D) and (M,D) (Kynkaanniemi et al. 2019): precision is the share of the samples that balls
+    around the references cover, recall is the same with the sets exchanged. Distances are float64; ADM's evaluator
+    has the same rule with float16.
+    """
     reference, samples = reference.double(), samples.double()
     return covered(samples, reference), covered(reference, samples)
 
 
 def kid(reference, samples, subset=1000, seed=0):
-    """Kernel Inception distance of feature rows, (N,D) and (M,D) (Binkowski et al. 2018) -> mean and standard
-    deviation over 100 random subsets of each, in float64.
+    """Kernel Inception distance of features (N,D) and (M,D) (Binkowski et al. 2018) -> mean and standard deviation
+    over 100 pairs of random subsets, in float64.
 
     A subset has `subset` rows, or as many as the smaller set. The distance of two subsets is the unbiased MMD^2
-    with the kernel k(x, y) = (x.y / D + 1)^3. It is the mean of k over two different rows of one subset, plus
-    the same for the other, minus twice the mean over a row of each. It may be negative.
+    with the kernel k(x, y) = (x.y / D + 1)^3: the mean of k over two different rows of one subset, plus the same
+    for the other, minus twice the mean of k over a row of each. It may be negative.
     """
     n = min(subset, len(reference), len(samples))
     rng = np.random.default_rng(seed)
-    distances = []
+    found = []
     for _ in range(100):
         subsets = [rows[rng.permutation(len(rows))[:n]] for rows in (reference, samples)]
         x = torch.cat(subsets).double()                                      # (2n,D)
@@ -268,17 +282,17 @@ def kid(reference, samples, subset=1000, seed=0):
         across = kernel[:n, n:].sum()
         within = kernel.sum() - 2 * across
         distance = within / (n * (n - 1)) - 2 * across / n ** 2
-        distances.append(float(distance))
-    return np.mean(distances), np.std(distances)
+        found.append(float(distance))
+    return np.mean(found), np.std(found)
 
 
 def pixels(images):
-    """uint8 (N,3,H,W) -> (N,192): 8 x 8 average-pooled pixels in [0,1], for FD-pixels, which is no FID."""
+    """uint8 (N,3,H,W) -> (N,192), features for FD-pixels, which is no FID: averages to 8 x 8 pixels, in [0,1]."""
     return F.adaptive_avg_pool2d(images.float() / 255, 8).flatten(1)
 
 
 def fd_pixels(a, b):
-    """Frechet distance of average-pooled pixels between two sets of uint8 images (N,3,H,W)."""
+    """FD-pixels: the Frechet distance of two sets of uint8 images (N,3,H,W) by `pixels`."""
     moments = []
     for images in (a, b):
         features = pixels(torch.as_tensor(images)).double()
@@ -287,7 +301,7 @@ def fd_pixels(a, b):
 
 
 # ------------------------------------------------------------------------------- the weights of Inception
-# The networks and metrics above need PyTorch and numpy alone. What follows uses other files of the project.
+# The network and the metrics above need PyTorch and numpy alone. What follows uses other files of the project.
 
 from data import Packed, find_files, generator, load_image  # noqa: E402
 from files import (BadInput, NotFinite, Parser, allow_tf32, at_least, download, hash_file,  # noqa: E402
@@ -299,38 +313,34 @@ CACHED = f"{torch.hub.get_dir()}/checkpoints/{FILE}"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
-def load_inception(path_or_state_dict):
-    """The published weights, all of 472 tensors or 566 with counters -> Inception. Raises BadInput."""
-    state = path_or_state_dict
+def load_inception(state):
+    """Inception with the published weights, a file or a state dict: 472 tensors, or 566 with the counters of batch
+    norm. Raises BadInput.
+    """
     if not isinstance(state, dict):
         state = read(state)
     model = Inception()
     try:
-        model.load_state_dict(dict(state))               # PyTorch lets a plain dict lack num_batches_tracked
+        model.load_state_dict(state)                     # PyTorch lets a plain dict be without the counters
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise BadInput(f"not the FID Inception's weights: {reason}") from None
+        raise BadInput(f"not the FID Inception's weights: {error!s:.200}") from None
     return model
 
 
 # ----------------------------------------------------------------------------------------- what is on disk
-# What is opened is a tuple: the statistics that it has; its metadata; its number of images; take(rows), which
-# returns some of them as uint8 (len(rows),3,S,S). Rows ascend, so that an npz is read forwards.
+# To open a path gives four things: the statistics that it has; its metadata; how many images it has; and
+# take(rows), which reads some of them, uint8 (len(rows),3,S,S). Rows ascend, so that an npz is read forwards.
 
 def open_any(path):
     if (path / "meta.json").exists():
         return open_pack(path)
-    if path.is_dir():
-        return open_folder(path)
-    if not zipfile.is_zipfile(path):
-        raise BadInput(f"{path}: expected a folder or .zip of PNGs, packed data or an npz")
-    with readable(path):
-        suffixes = {Path(name).suffix for name in zipfile.ZipFile(path).namelist()}
-    return open_npz(path) if ".npy" in suffixes else open_folder(path)
+    if path.suffix == ".npz":
+        return open_npz(path)
+    return open_folder(path)
 
 
 def protocol(file):
-    """What sample.py wrote about its images, if it did."""
+    """What sample.py wrote about its images, such as their number n; {} for images of other origin."""
     return read_json(file) if file.exists() else {}
 
 
@@ -338,7 +348,7 @@ def open_pack(path):
     packed = Packed(path)
     if packed.latents:
         raise BadInput(f"{path}: holds latents, expected images")
-    return {}, dict(packed.meta), len(packed), packed.images.__getitem__
+    return {}, packed.meta, len(packed), packed.images.__getitem__
 
 
 def open_folder(path):
@@ -348,16 +358,14 @@ def open_folder(path):
     kinds = {Path(name).suffix.lower() for name in names}
     if kinds != {".png"}:
         raise BadInput(f"{path}: found {sorted(kinds) or 'no images'}, expected .png; JPEG changes the FID")
-    size = load_image(root / names[0]).size
-    if size[0] != size[1]:
-        raise BadInput(f"{root / names[0]}: its size is {size}, expected square images")
-    pool = ThreadPoolExecutor()                          # decoding leaves Python's lock, zipfile locks reads
+    side = load_image(root / names[0]).width
+    pool = ThreadPoolExecutor()                          # threads decode at the same time
 
     def load(row):
         file = root / names[row]
         image = load_image(file)
-        if image.size != size:
-            raise BadInput(f"{file}: its size is {image.size}, that of the first image {size}")
+        if image.size != (side, side):
+            raise BadInput(f"{file}: its size is {image.size}, expected square images, {side} x {side} as the first")
         return np.asarray(image).transpose(2, 0, 1)
 
     def take(rows):
@@ -368,24 +376,24 @@ def open_folder(path):
 
 
 def open_npz(path):
-    """ADM's layout: statistics mu (D,), sigma (D,D), perhaps mu_s and sigma_s; images arr_0, uint8 (N,S,S,3) or
-    grey (N,S,S) or (N,S,S,1); or both. The images are read forwards and never as a whole.
+    """ADM's layout: images arr_0, uint8 (N,S,S,3), or grey (N,S,S) or (N,S,S,1); or statistics mu (D,), sigma (D,D),
+    of sFID mu_s, sigma_s; or both. The images are never in memory as a whole.
     """
     with readable(path), np.load(path) as file:
         names = ("mu", "sigma", "mu_s", "sigma_s")
-        found = {name: file[name] for name in names if name in file}
+        statistics = {name: file[name] for name in names if name in file}
         meta = protocol(path.with_suffix(".protocol.json"))
-        if "meta" in file:
+        if "meta" in file:                               # of `fid.py stats`
             meta = json.loads(str(file["meta"]))
-        if found and "arr_0" not in file:
-            return found, meta, 0, None
+        if statistics and "arr_0" not in file:
+            return statistics, meta, 0, None
         stream = zipfile.ZipFile(path).open("arr_0.npy")
         np.lib.format.read_magic(stream)
         shape, columns_first, dtype = np.lib.format.read_array_header_1_0(stream)
         N, S, *_ = shape
         grey = shape in [(N, S, S), (N, S, S, 1)]
         if dtype != np.uint8 or columns_first or not (grey or shape == (N, S, S, 3)):
-            raise ValueError(f"arr_0 is {dtype} {shape}, expected uint8 (N,S,S,3) by rows, or grey (N,S,S)")
+            raise ValueError(f"arr_0 is {dtype} {shape}, expected uint8 (N,S,S,3) in C order, or grey (N,S,S)")
     channels = 3
     if grey:
         channels = 1
@@ -401,7 +409,7 @@ def open_npz(path):
                 image[:] = values.reshape(S, S, channels)    # a grey value goes into three channels
         return images.transpose(0, 3, 1, 2)
 
-    return found, meta, N, take
+    return statistics, meta, N, take
 
 
 @contextlib.contextmanager
@@ -409,59 +417,62 @@ def readable(path):
     """What numpy, json, zipfile and zlib raise for a damaged file becomes one line that names it."""
     try:
         yield
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise BadInput(f"{path}: {error}") from None
 
 
-def check_finite(path, found):
+def check_finite(path, statistics):
     """Raises NotFinite for statistics, or features, that hold inf or nan."""
-    for name, values in found.items():
+    for name, values in statistics.items():
         if not torch.as_tensor(values).isfinite().all():
             raise NotFinite(f"{path}: {name} holds inf or nan, expected features that are finite")
 
 
 def spread(count, total, seed):
-    """-> `count` of the numbers below total, in order: one at random from each of `count` portions. The portions
-    have equal sizes, or sizes that differ by 1. So no number comes twice, and all come where count is total.
+    """-> `count` different numbers below total, ascending. The total is cut into `count` portions, whose sizes
+    differ by at most 1, and one number of each is drawn. If count is total, these are all numbers.
     """
     edges = torch.arange(count + 1) * total // count
-    places = torch.rand(count, generator=generator("count", seed, 0))
+    places = torch.rand(count, generator=generator("count", seed, 0))        # each in [0,1), within its portion
     return (edges[:-1] + places.double() * edges.diff()).long().tolist()
 
 
 def choose(path, meta, total, count, seed):
-    """-> the rows to measure: `count` of a side's images, or all that its protocol promises. Raises BadInput."""
+    """-> the rows to measure: `count` of the images, or by default all n that the protocol says, or all. Raises
+    BadInput where there are fewer.
+    """
     promised = meta.get("n", total)
+    available = min(promised, total)
     n = count or promised
-    if promised < total:
-        say(f"{path}: holds {total:,} images, {promised:,} of them by its protocol; measured are {n:,} of these")
-    if not 4 <= n <= min(promised, total):
+    if not 4 <= n <= available:                          # precision needs three neighbours
         raise BadInput(f"{path}: found {total:,} images, {promised:,} in its protocol, expected at least "
                        f"{max(n, 4):,}")
+    if promised < total:
+        say(f"{path}: holds {total:,} images, {promised:,} of them by its protocol; measured are {n:,} of these")
     if count:
         meta["drawn"] = {"count": count, "seed": seed}
-    return spread(n, min(promised, total), seed)
+    return spread(n, available, seed)
 
 
-def open_side(path, D, extractor, count, seed, measured):
-    """One side of the comparison -> the statistics that it has; its metadata; the rows of the images to
-    measure; how to read them, take(rows).
+def open_side(path, D, extractor, count, seed, by_images):
+    """One side of the comparison -> its statistics, its metadata, the rows of the images that may be measured,
+    and take(rows).
 
-    A side that is to be `measured` needs images, and its statistics are left aside. Raises BadInput, and
-    NotFinite for statistics that are not finite.
+    Statistics of D features, which the extractor made, need no images. With `by_images` they are left aside.
+    Raises BadInput, and NotFinite for statistics that are not finite.
     """
-    found, meta, total, take = open_any(Path(path))
+    statistics, meta, total, take = open_any(Path(path))
     rows = range(total)
-    if measured:
-        if found and not total:
+    if by_images:
+        if not total:
             raise BadInput(f"{path}: holds statistics without images, so it is no SAMPLES; the order is "
                            "python fid.py SAMPLES REFERENCE")
-        found = {}
-    if found:
-        shapes = [np.shape(found.get(name)) for name in ("mu", "sigma")]
+        statistics = {}
+    if statistics:
+        shapes = [np.shape(statistics.get(name)) for name in ("mu", "sigma")]
         if shapes != [(D,), (D, D)]:
             raise BadInput(f"{path}: mu and sigma are {shapes}, expected {D} features")
-        check_finite(path, found)
+        check_finite(path, statistics)
     else:
         rows = choose(path, meta, total, count, seed)
         meta.update(n=len(rows), extractor=extractor)
@@ -469,7 +480,7 @@ def open_side(path, D, extractor, count, seed, measured):
     if total:
         meta["size"] = take(rows[:1]).shape[2]
     meta["file"] = str(path)
-    return found, meta, rows, take
+    return statistics, meta, rows, take
 
 
 # ------------------------------------------------------------------------------------------ command line
@@ -495,28 +506,27 @@ def flags():
     args = parser.parse_args()
     if args.metrics == "all" and (args.features == "pixels" or "out" in args):
         raise BadInput("--metrics all: compares two sides by Inception's features")
-    if "out" in args and Path(args.out).resolve() == Path(args.data).resolve():
-        raise BadInput(f"--out {args.out}: is --data itself")
+    if "out" in args and (not args.out.endswith(".npz") or Path(args.out).resolve() == Path(args.data).resolve()):
+        raise BadInput(f"--out {args.out}: expected a name that ends in .npz and is not --data itself")
     return args
 
 
-def measure(take, rows, extract, widths, batch, keep):
-    """Statistics of the images of these rows: mu, sigma of extract's first features, mu_s, sigma_s of the
-    second. With `keep` also the first ones: features (n,D), in the order of the rows.
+def measure(take, rows, extract, batch, keep):
+    """Statistics of the images of these rows: mu, sigma of extract's first features, mu_s, sigma_s of the second
+    ones. With `keep` also `features`, the first ones themselves, (n,D) in the order of the rows.
     """
-    _, _, device = processes()
-    streams = [Statistics(D, device) for D in widths]
+    streams = collections.defaultdict(Statistics)
     kept, since = [], time.monotonic()
     for i in range(0, len(rows), batch):
         some = rows[i:i + batch]
-        parts = extract(torch.tensor(take(some), device=device))
-        for stream, features in zip(streams, parts):
-            stream.add(features)
+        parts = extract(take(some))
+        for suffix, features in zip(("", "_s"), parts):
+            streams[suffix].add(features)
         if keep:
             kept.append(parts[0].cpu())
         progress("images", i + len(some), len(rows), since)
     found = {}
-    for stream, suffix in zip(streams, ("", "_s")):
+    for suffix, stream in streams.items():
         found["mu" + suffix], found["sigma" + suffix] = stream.result()
     if keep:
         found["features"] = torch.cat(kept)
@@ -529,16 +539,16 @@ def main():
     _, _, device = processes()
     allow_tf32(not args.exact)
 
-    # check both sides before the weights are fetched
-    extractor, widths = "pixels 8x8", (192,)
-    if args.features == "inception":
-        extractor, widths = SHA256, (2048, 2023)
-        if args.inception:
-            extractor = hash_file(args.inception)
+    # check both sides before the weights are fetched, whose hash is known by then
+    extractor, D = SHA256, 2048
+    if args.inception:
+        extractor = hash_file(args.inception)
+    if args.features == "pixels":
+        extractor, D = "pixels 8x8", 192
     paths = [args.data] if making else [args.samples, args.reference]
     sides = []
-    for path in paths:
-        sides.append(open_side(path, widths[0], extractor, args.count, args.seed, not sides))
+    for path in paths:                                   # the first one, what is measured, by its images
+        sides.append(open_side(path, D, extractor, args.count, args.seed, by_images=not sides))
     for key in ("size", "extractor"):
         values = [meta[key] for _, meta, *_ in sides if key in meta]
         if len(set(values)) > 1:
@@ -553,22 +563,22 @@ def main():
         model = load_inception(file).to(device, memory_format=torch.channels_last)
 
     def extract(images):
+        images = torch.tensor(images, device=device)
         if model:
             return model(images, spatial=True)
         return [pixels(images)]
 
     keep = args.metrics == "all"
-    for found, meta, rows, take in sides:
-        if len(rows) and (keep or not found):
-            measured = measure(take, rows, extract, widths, args.batch_size, keep)
+    for statistics, meta, rows, take in sides:
+        if rows and (keep or not statistics):
+            measured = measure(take, rows, extract, args.batch_size, keep)
             check_finite(meta["file"], measured)
             meta["exact"] = args.exact or device.type == "cpu"
-            for name, value in measured.items():
-                found.setdefault(name, value)            # a file's own statistics stay: ADM's are of more images
+            statistics.update(measured | statistics)     # a file's own stay: ADM's are of more images than it holds
     if making:
-        found, meta, *_ = sides[0]
-        found["meta"] = json.dumps(meta)
-        replace(args.out, lambda file: np.savez(file, **found))
+        statistics, meta, *_ = sides[0]
+        statistics["meta"] = json.dumps(meta)
+        replace(args.out, lambda file: np.savez(file, **statistics))
         print(args.out)
     else:
         report(sides, extractor, model)
@@ -588,6 +598,8 @@ def report(sides, extractor, model):
         if "mu_s" in b:
             given = a["mu_s"], a["sigma_s"], b["mu_s"], b["sigma_s"]
             result["sFID"] = frechet_distance(*given)
+        else:
+            say(f"left out: sFID, as {reference['file']} holds neither its statistics nor images")
         if "features" in b:
             real = b["features"].to(features)
             result["precision"], result["recall"] = precision_recall(real, features)

@@ -1,4 +1,4 @@
-"""Images/s, MFU and memory of a part of the project, each beside a plain baseline that takes turns with it.
+"""How fast a part of the project is, and how much memory it takes, beside a baseline that does the same work.
 
     python -m experiments.bench train                                    # the demo's network
     python -m experiments.bench train --dataset imagenet256 --model vit-xl
@@ -6,12 +6,14 @@
     python -m experiments.bench vae --batch-size 2                       # the autoencoder
     python -m experiments.bench fid --batch-size 16                      # FID's features
 
-All flags but the part are train.py's: they choose the network and --batch-size, the images of a call. With
---compile, a GPU's default, there is a line of the compiled network, and one without. Float32 products are TF32 on
-a GPU, as in the scripts. A line is the median of five rounds, in each of which everything that is compared runs
-in turn. The last column is our time over that of what is named: below 1 is faster. MFU is the rate of the FLOPs
-counted in a call, over the rate of a large matrix product in the same round. GiB is the peak on a GPU during a
-call. The column `first` is the seconds of the first call, in which the network is compiled.
+All flags but the part are train.py's: they choose the network, and --batch-size is the number of images of a call.
+With --compile, a GPU's default, training has a line with the compiled network and one without. Float32 products
+are TF32 on a GPU, as in the scripts.
+
+A line is the median of five rounds. In each round what is compared runs in turn, so that a busy machine slows all of
+it. MFU, for model FLOPs utilisation, is the FLOPs a second of our call, over those of a large matrix product in the
+same round. GiB is the peak of a GPU's memory in a call. `first` is the seconds of the first call, in which a network
+may be compiled. The last column is our time over the time of the baseline that it names: below 1, we are faster.
 """
 import contextlib
 import functools
@@ -36,8 +38,8 @@ from vae import VAE
 
 _, _, DEVICE = processes()
 GPU = DEVICE.type == "cuda"
-PRODUCT = 8192 if GPU else 2048          # side of the matrices that MFU is relative to, bfloat16 on a GPU
-SIDE = 256 if GPU else 64                # of the images that the autoencoder and FID's network get
+PRODUCT = 8192 if GPU else 2048          # rows and columns of the matrices of MFU's product, bfloat16 on a GPU
+SIDE = 256 if GPU else 64                # pixels a side of the images for the autoencoder and for FID's network
 ROUNDS = 5
 LINE = "{:<36} {:>6} {:>10} {:>10} {:>8} {:>6} {:>6} {:>6}   {}"
 
@@ -45,7 +47,7 @@ LINE = "{:<36} {:>6} {:>10} {:>10} {:>8} {:>6} {:>6} {:>6}   {}"
 # --------------------------------------------------------------------------------------------- measuring
 
 def seconds(call):
-    """Seconds that one call takes, a mean over at least 0.2 s of calls."""
+    """Seconds of a call, the mean of as many calls as fill 0.2 s, at least one."""
     count, since = 0, time.perf_counter()
     while count == 0 or time.perf_counter() - since < 0.2:
         call()
@@ -56,7 +58,7 @@ def seconds(call):
 
 
 def flops(call):
-    """FLOPs of a call, counted while it runs; on a CPU with plain attention, as the counter misses the fused one."""
+    """FLOPs of a call, counted while it runs; on a CPU without fused attention, which PyTorch's counter misses."""
     plain_attention = contextlib.nullcontext() if GPU else sdpa_kernel(SDPBackend.MATH)
     with plain_attention, FlopCounterMode(display=False) as counter:
         call()
@@ -64,7 +66,7 @@ def flops(call):
 
 
 def peak(call):
-    """GiB of a GPU's memory that are in use at most during a call, nan on a CPU."""
+    """The most GiB of a GPU's memory that a call has in use at once, nan on a CPU."""
     if not GPU:
         call()
         return np.nan
@@ -75,16 +77,18 @@ def peak(call):
 
 
 def compare(name, n, ours, other, baseline):
-    """Print one line: a call of ours makes n images; `other` does the same as `baseline` does it."""
+    """Measure two functions and print a line. A call of `ours` processes n images; `other` does the same in another
+    way, of which `baseline` is the name. Its first call may build networks, and do no work yet.
+    """
     since = time.perf_counter()
-    memory = peak(ours)                                                      # before the other takes memory
+    memory = peak(ours)                                  # first, as the other takes memory once it is called
     first = time.perf_counter() - since
     work = flops(ours)
     dtype = torch.bfloat16 if GPU else torch.float32
     matrices = torch.randn(2, PRODUCT, PRODUCT, device=DEVICE).to(dtype)
     product = functools.partial(torch.matmul, *matrices)
-    for call in (other, other, product):                                     # a training's first call builds its networks
-        call()
+    for warm_up in (other, other, product):              # twice, where the first call builds networks
+        warm_up()
     rounds = []
     for _ in range(ROUNDS):
         rounds.append([seconds(ours), seconds(other), seconds(product)])
@@ -92,7 +96,9 @@ def compare(name, n, ours, other, baseline):
 
 
 def report(name, n, work, memory, first, rounds, baseline):
-    """Print a line of n images, `work` FLOPs; rounds (R,3) are seconds of ours, the other and the product."""
+    """Print a line. work: FLOPs of a call of ours; memory: GiB; first: seconds; rounds (R,3): seconds of a call of
+    ours, of the other and of the matrix product.
+    """
     ours, other, product = rounds.T
     took = np.median(ours)
     mfu = np.median(work / ours * product) / (2 * PRODUCT ** 3)
@@ -110,12 +116,13 @@ def report(name, n, work, memory, first, rounds, baseline):
 
 # ---------------------------------------------------------------------------------------------- training
 
-def our_steps(flags, config, batch, compiled):
-    """Steps of train.py, without the data. The first next() builds the networks."""
+# Generators, one step each time: so the networks, which take memory, are built at the first next().
+
+def our_steps(flags, config, diffusion, batch, compiled):
+    """Training steps of train.py, on one batch over and over."""
     model, ema, optimizer = train.make_networks(flags, config, DEVICE)
     if compiled:
         train.compile_network(model)
-    diffusion = Diffusion(target=config["target"], T=config["T"]).to(DEVICE)
     tally = torch.zeros(10, 4, dtype=torch.float64, device=DEVICE)
     yield
     while True:
@@ -124,22 +131,20 @@ def our_steps(flags, config, batch, compiled):
         yield
 
 
-def plain_steps(config, batch):
-    """The same steps as one writes them first, with PyTorch's own layers of a ViT, AdamW and average. The first
-    next() builds the networks.
-    """
+def plain_steps(config, diffusion, batch):
+    """The same steps as one would write them at first: PyTorch's own blocks in a ViT, its AdamW and its average."""
     x0, t, noise, y, _ = batch
     model = build_model(config)
     if isinstance(model, ViT):
         dim, heads = model.pos_embed.shape[2], model.blocks[0].attn.heads
-        heads = heads if dim % heads == 0 else 8                             # ViT-S has 6 heads of 85
+        if dim % heads:                                  # ViT-S has 6 heads of 85, which PyTorch's layer refuses
+            heads = 8
         how = dict(activation=F.gelu, batch_first=True, norm_first=True)
         layer = nn.TransformerEncoderLayer(dim, heads, 4 * dim, 0, **how)
         model.blocks = nn.TransformerEncoder(layer, len(model.blocks), enable_nested_tensor=False).layers
     model.to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), config["lr"])
     average = AveragedModel(model, avg_fn=get_ema_avg_fn(config["ema"]))
-    diffusion = Diffusion(target=config["target"], T=config["T"]).to(DEVICE)
     yield
     while True:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=config["dtype"] == "bfloat16"):
@@ -152,7 +157,7 @@ def plain_steps(config, batch):
 
 
 def noise_like(config):
-    """Noise of the shape of a batch for the network, and zeros (B,)."""
+    """In place of a batch of data: noise (B,C,S,S) as the network takes it, and zeros (B,), int64."""
     C, S = config["network"]["in_channels"], config["network"]["img_size"]
     x = torch.randn(config["batch_size"], C, S, S, device=DEVICE)
     return x, torch.zeros(len(x), dtype=torch.long, device=DEVICE)
@@ -160,24 +165,25 @@ def noise_like(config):
 
 def training(flags, config):
     x, zeros = noise_like(config)
-    batch = x, zeros, x, zeros, torch.ones_like(zeros)
-    name = f"training {config['model']}"
-    if flags.compile:
-        ours = our_steps(flags, config, batch, True)
-        eager = our_steps(flags, config, batch, False)
+    batch = x, zeros, x, zeros, torch.ones_like(zeros)   # x0, t, noise, y, scale
+    diffusion = Diffusion(target=config["target"], T=config["T"]).to(DEVICE)
+    steps = functools.partial(our_steps, flags, config, diffusion, batch)
+
+    def line(how, ours, other, baseline):                # at its end the networks of both leave the memory
         next(ours)
-        compare(f"{name}, compiled", len(x), ours.__next__, eager.__next__, "eager")
-        del ours, eager                                                      # and their memory
-    ours = our_steps(flags, config, batch, False)
-    plain = plain_steps(config, batch)
-    next(ours)
-    compare(f"{name}, eager", len(x), ours.__next__, plain.__next__, "plain")
+        compare(f"training {config['model']}, {how}", len(x), ours.__next__, other.__next__, baseline)
+
+    if flags.compile:
+        line("compiled", steps(True), steps(False), "eager")
+    line("eager", steps(False), plain_steps(config, diffusion, batch), "plain")
 
 
 # ---------------------------------------------------------------------------- sampling, autoencoder, metrics
 
 def sampling(flags, config):
-    """On a GPU the first lines compare the network's precisions, in three evaluations a line."""
+    """Heun's sampler with and without guidance. On a GPU, lines that compare precisions come first, in short runs
+    of three evaluations of the network.
+    """
     model = to_device(build_model(config), DEVICE).eval()
     z, y = noise_like(config)
     diffusion = Diffusion(target=config["target"], T=config["T"])
@@ -199,7 +205,9 @@ def sampling(flags, config):
 
 
 def autoencoder(flags, config):
-    """Ours as vae.py has it on a GPU: bfloat16 weights, and a compiled encoder."""
+    """On a GPU ours is as in vae.py: its weights are bfloat16, and the encoder is compiled. The baseline is float32,
+    has the usual memory layout, NCHW, and leaves out the convolution of 1x1 between encoder or decoder and latents.
+    """
     n = config["batch_size"]
     precision = torch.bfloat16 if GPU else torch.float32
     vae = VAE().to(DEVICE, precision)
@@ -208,11 +216,13 @@ def autoencoder(flags, config):
     other = VAE().to(DEVICE, memory_format=torch.contiguous_format)
     x = torch.randn(n, 3, SIDE, SIDE, device=DEVICE)
     z = torch.randn(n, 4, SIDE // 8, SIDE // 8, device=DEVICE)
-    compare(f"encode {SIDE} x {SIDE}", n, lambda: vae.moments(x.to(precision)), lambda: other.encoder(x), "NCHW, no 1x1 conv")
-    compare(f"decode {SIDE} x {SIDE}", n, lambda: vae.decode(z.to(precision)), lambda: other.decoder(z), "NCHW, no 1x1 conv")
+    baseline = "NCHW, no 1x1 conv"
+    compare(f"encode {SIDE} x {SIDE}", n, lambda: vae.moments(x.to(precision)), lambda: other.encoder(x), baseline)
+    compare(f"decode {SIDE} x {SIDE}", n, lambda: vae.decode(z.to(precision)), lambda: other.decoder(z), baseline)
 
 
 def features(flags, config):
+    """FID's network, whose weights are in the layout NHWC."""
     n = config["batch_size"]
     images = torch.randint(256, (n, 3, SIDE, SIDE), dtype=torch.uint8, device=DEVICE)
     ours = Inception().to(DEVICE, memory_format=torch.channels_last)
@@ -228,13 +238,13 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("part", choices=PARTS)
     args, words = parser.parse_known_args()
-    sys.argv = ["train.py", "--dry-run", *words]                             # train.parse reads it; no data needed
+    sys.argv = ["train.py", "--dry-run", *words]         # which train.parse reads; a dry run needs no data
     flags, _ = train.parse()
     config = train.settle(flags, train.open_data(flags))
     allow_tf32(GPU)
     where = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}, PyTorch {torch.__version__}")
-    print(LINE.format("", "images", "images/s", "ms", "TFLOP/s", "MFU", "GiB", "first", "time over that of"))
+    print(LINE.format("", "images", "images/s", "ms", "TFLOP/s", "MFU", "GiB", "first", "our time over that of"))
     PARTS[args.part](flags, config)
 
 

@@ -1,6 +1,6 @@
-"""Random crops of eight colour photographs as a packed data set; the class is the photograph.
+"""Random crops of eight colour photographs, as a packed data set. The class of a crop is its photograph.
 
-    pip install scikit-image                     # brings the photographs and is not used otherwise
+    pip install scikit-image             # has the photographs among its files; its code is not used
     python -m experiments.crops
     python train.py --dataset crops
 """
@@ -17,11 +17,11 @@ PHOTOGRAPHS = ("astronaut.png chelsea.png coffee.png hubble_deep_field.jpg ihc.p
                "retina.jpg rocket.jpg").split()
 
 
-def crop(photograph, size, generator):
-    """uint8 (3,size,size) from anywhere in a photograph (H,W,3)."""
+def crop(photograph, size, rng):
+    """uint8 (3,size,size) from a random place of a photograph (H,W,3)."""
     height, width, _ = photograph.shape
-    top = torch.randint(height - size + 1, (), generator=generator)
-    left = torch.randint(width - size + 1, (), generator=generator)
+    top = torch.randint(height - size + 1, (), generator=rng)
+    left = torch.randint(width - size + 1, (), generator=rng)
     return photograph[top:top + size, left:left + size].transpose(2, 0, 1)
 
 
@@ -29,13 +29,13 @@ def main():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--out", type=Path, default=Path("data/crops"), help="packed folder to write")
-    add("--count", type=at_least(8), default=50_000, help="number of crops, as many of each photograph")
+    add("--count", type=at_least(8), default=50_000, help="number of crops, taken in turn from the photographs")
     add("--size", type=at_least(8, 256), default=32, help="side in pixels")
     add("--seed", type=at_least(0), default=0, help="of the crops' places")
     args = parser.parse_args()
-    package = importlib.util.find_spec("skimage")                            # which is not imported
+    package = importlib.util.find_spec("skimage")                            # finds it and does not import it
     if not package:
-        raise BadInput("the photographs are those of a package: pip install scikit-image")
+        raise BadInput("the photographs come with a package: pip install scikit-image")
     files = [Path(package.submodule_search_locations[0], "data", name) for name in PHOTOGRAPHS]
     photographs = [np.asarray(load_image(file)) for file in files]
     labels = np.arange(args.count) % len(files)
@@ -44,12 +44,15 @@ def main():
                 photographs=[hash_file(file) for file in files])
 
     def make(rows):
-        places = [generator("crop", args.seed, int(row)) for row in rows]
-        return np.array([crop(photographs[labels[row]], args.size, g) for row, g in zip(rows, places)])
+        crops = []
+        for row in rows:
+            rng = generator("crop", args.seed, int(row))
+            crops.append(crop(photographs[labels[row]], args.size, rng))
+        return np.array(crops)
 
     begin(args.out, meta, rank=0)
     fill(args.out, meta, labels, make, rank=0, world=1)
-    contact_sheet(args.out)                      # the last: where sheet.png is, the rest is
+    contact_sheet(args.out)                      # comes last, as min_snr.sh takes sheet.png for a finished pack
     say(f"{args.out}: {args.count:,} crops of {len(files)} photographs")
 
 

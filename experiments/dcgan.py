@@ -1,10 +1,10 @@
-"""Train a DCGAN (Radford, Metz & Chintala 2015), the GAN whose training stability.py sets beside diffusion's.
+"""Train a DCGAN (Radford, Metz & Chintala 2015), the GAN that stability.py compares with diffusion models.
 
     python -m experiments.dcgan --out out/gan                          # the built-in images, 16 x 16
     python -m experiments.dcgan --out out/gan32 --data data/cifar10    # a packed folder
 
-A run takes minutes and writes one checkpoint, at its end. A shorter run with the same seed is a longer one's
-early past, on a CPU to the bit.
+A run takes minutes and writes one checkpoint, at its end. With the same --seed, a run of fewer --steps is the
+beginning of a longer one, on a CPU to the bit.
 """
 import time
 from pathlib import Path
@@ -16,50 +16,56 @@ from torch.nn.functional import softplus
 from data import Packed, built_in, generator
 from files import BadInput, Parser, at_least, processes, progress, read, replace, run
 
-LATENT = 100                                     # numbers that an image is made from
-SIZES = (8, 16, 32, 64, 128)                     # image sides
-WIDTHS = (3, 64, 128, 256, 512, 1024)            # channels, counted from the image
+LATENT = 100                                     # length of z, from which an image is made
+SIZES = (8, 16, 32, 64, 128)                     # sides of an image for 1, 2, ... layers of stride 2
+WIDTHS = (3, 64, 128, 256, 512, 1024)            # channels of an image, and of these layers
 _, _, DEVICE = processes()
 
 
 class DCGAN(nn.Module):
     """.generator maps z (B,100,1,1) to images (B,3,S,S) in [-1,1], .discriminator images to logits (B,1,1,1).
 
-    S = 4 * 2^n takes n layers of stride 2 in each network. They are 64, 128, 256, ... channels wide, counted
-    from the image. As in its authors' code no convolution has a bias, and no norm is beside the image.
+    Each network has n layers of stride 2 between images of S = 4 * 2^n and features of 4 x 4. The layer at the image
+    is 64 channels wide, the next 128, and so on. As in its authors' code no convolution has a bias, and the layer at
+    the image has no batch norm.
     """
 
     def __init__(self, size):
         super().__init__()
-        widths = WIDTHS[:SIZES.index(size) + 2]
-        up, down = [nn.Tanh()], []
-        for inner, outer in zip(widths, widths[1:]):                         # up is built from its end
+        layers = SIZES.index(size) + 1
+        widths = WIDTHS[:layers + 1]
+        up, down = [nn.Tanh()], []                       # of the generator, and of the discriminator
+        for inner, outer in zip(widths, widths[1:]):     # from the image on, so `up` grows at its front
             grow = nn.ConvTranspose2d(outer, inner, 4, 2, 1, bias=False)
             shrink = nn.Conv2d(inner, outer, 4, 2, 1, bias=False)
             up = [nn.BatchNorm2d(outer), nn.ReLU(), grow, *up]
             down += [shrink, nn.BatchNorm2d(outer), nn.LeakyReLU(0.2)]
-        del down[1]                                                          # the norm beside the image
+        del down[1]                                      # the batch norm at the image
         first = nn.ConvTranspose2d(LATENT, outer, 4, bias=False)
         last = nn.Conv2d(outer, 1, 4, bias=False)
         self.generator = nn.Sequential(first, *up)
         self.discriminator = nn.Sequential(*down, last)
         for p in self.parameters():
-            if p.ndim > 1:                                                   # norms begin with 1 and 0
+            if p.ndim > 1:                               # a convolution's; batch norms stay at 1 and 0
                 nn.init.normal_(p, 0, 0.02)
 
 
 def generator_loss(D, fake):
-    """-log D(G(z)), the form that does not saturate (Goodfellow et al. 2014); D returns logits."""
+    """-log D(G(z)), whose gradient does not vanish where D is sure (Goodfellow et al. 2014). D returns logits, of
+    which softplus(-x) is -log sigmoid(x).
+    """
     return softplus(-D(fake)).mean()
 
 
 def discriminator_loss(D, real, fake):
-    """-log D(x) - log(1 - D(G(z))); the real and the fake batch each have their own batch statistics."""
+    """-log D(x) - log(1 - D(G(z))). D sees the two batches one after the other, so that its batch norms normalise
+    each by itself.
+    """
     return softplus(-D(real)).mean() + softplus(D(fake)).mean()
 
 
 def open_data(dir, sizes=SIZES):
-    """The packed folder dir, or the built-in images, 16 x 16, where it is None. Raises BadInput."""
+    """The packed folder `dir`, or for None the built-in images, 16 x 16. Raises BadInput for other sizes."""
     data = Packed(dir) if dir else built_in(16)
     if data.latents or data.size not in sizes:
         raise BadInput(f"--data {dir}: expected images, not latents, of a side in {sizes}")
@@ -67,7 +73,7 @@ def open_data(dir, sizes=SIZES):
 
 
 def batch(data, purpose, seed, k, n=64):
-    """Images (n,3,S,S) and z (n,100,1,1) of batch number k; they depend on (purpose, seed, k, n) alone."""
+    """Batch number k of a purpose: images (n,3,S,S) and z (n,100,1,1). It depends on the arguments alone."""
     g = generator(purpose, seed, k)
     indices = torch.randint(len(data), (n,), generator=g)
     x, _ = data.batch(indices, g)
@@ -76,7 +82,7 @@ def batch(data, purpose, seed, k, n=64):
 
 
 def load(path):
-    """-> (DCGAN in training mode on the device, the checkpoint's dict)."""
+    """The DCGAN of a checkpoint, in training mode and on the device, and the checkpoint's dict."""
     state = read(path)
     model = DCGAN(state["size"])
     model.load_state_dict(state["gan"])
@@ -87,9 +93,9 @@ def main():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--out", type=Path, default="out/gan", help="folder of the run")
-    add("--data", help="packed folder in place of the built-in images")
+    add("--data", help="packed folder (default: the built-in images)")
     add("--steps", type=at_least(1), default=3000, help="number of steps")
-    add("--seed", type=at_least(0), default=0, help="of the first weights and of the batches")
+    add("--seed", type=at_least(0), default=0, help="of the initial weights and of the batches")
     args = parser.parse_args()
     ckpt = args.out / "ckpt.pt"
     if ckpt.exists():
@@ -105,12 +111,12 @@ def main():
         x, z = batch(data, "gan", args.seed, step)
         fake = G(z)
 
-        # the discriminator moves first; Adam leaves alone what has no gradient
+        # a step of the discriminator; the generator has no gradient, so Adam leaves it as it is
         discriminator_loss(D, x, fake.detach()).backward()
         adam.step()
         adam.zero_grad()
 
-        # the generator moves against the new discriminator
+        # a step of the generator against the new discriminator, which gets no gradient
         generator_loss(D, fake).backward(inputs=list(G.parameters()))
         adam.step()
         adam.zero_grad()

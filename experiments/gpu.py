@@ -1,10 +1,11 @@
-"""What this project does on a GPU, as one table: its tests there, its speeds, the demo, and const beside min-SNR.
+"""What this project does on a GPU, in one report: its tests there, its speeds, the demo, and the Min-SNR study.
 
     python -m experiments.gpu            # at most 13 minutes of an H100 or H200; pip install scikit-image
-    python -m experiments.gpu --short    # the same code in small, on a CPU: about 2 minutes
+    python -m experiments.gpu --short    # a small version of it, also on a CPU: about 2 minutes
 
-Each part is a command that anybody can type. A part that fails or runs out of its time is reported, and the others
-still run. --out gets gpu.md (the table), gpu.json (the same for programs), and each part's whole output.
+The report has parts, and each is a command that you could type yourself. A part that fails or exceeds its time is
+reported as such, and the others still run. The folder --out gets gpu.md (the report), gpu.json (the same for
+programs), and a file with the whole output of each part.
 """
 import contextlib
 import os
@@ -22,9 +23,9 @@ from files import BadInput, Parser, replace, run, write_json
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = "-m experiments.bench"
 STUDY = "experiments/min_snr.sh"
-LAST = 12                                        # lines of a part that go into the table
+LAST = 12                                        # of a part's lines, as many from the end are in the report
 
-# name, limit in seconds, what Python is to run; {out} is --out
+# name, seconds after which it is stopped, arguments of python, or STUDY, a shell script; {out} is --out
 FULL = [
     ("tests", 90, "-m pytest -q -m gpu tests"),
     ("ViT-XL/2, latents", 90, f"{BENCH} train --dataset imagenet256 --model vit-xl --batch-size 256"),
@@ -42,7 +43,7 @@ SHORT = [
     ("vit-tiny", 120, f"{BENCH} train --batch-size 16 --compile"),
     ("convergence", 300, STUDY),
 ]
-# What min_snr.sh reads: twelve runs at a time, as each alone leaves most of the GPU idle.
+# The environment that min_snr.sh reads. JOBS runs train at the same time, as one leaves most of the GPU idle.
 LONG_STUDY = dict(DATA="shapes crops", WEIGHTINGS="const min_snr", TARGETS="x0", SEEDS="0 1 2", STEPS="5000",
                   EVERY="1250", EMA="0.999", N="1024", JOBS="12", FLAGS="--data-on-gpu --compile --graph")
 SHORT_STUDY = dict(DATA="shapes", WEIGHTINGS="const min_snr", TARGETS="x0 v", SEEDS="0", STEPS="20",
@@ -50,11 +51,11 @@ SHORT_STUDY = dict(DATA="shapes", WEIGHTINGS="const min_snr", TARGETS="x0 v", SE
 
 
 def run_part(name, limit, words, out, env):
-    """Run a part, which writes into out/NAME.txt -> dict(name, command, code, seconds, lines): the exit code, None
-    where the time was over, and its last lines.
+    """Run a part; what it prints goes to the file NAME.txt in `out`. -> dict(name, command, code, seconds, lines):
+    code is the exit code, or None where the part was stopped at its limit; lines are its last ones.
     """
-    words = words.format(out=out).split()
-    start = ["sh", *words] if words == [STUDY] else [sys.executable, *words]
+    arguments = [word.format(out=out) for word in words.split()]
+    start = ["sh" if words == STUDY else sys.executable, *arguments]
     log, since = out / f"{name}.txt".replace("/", "-"), time.monotonic()
     with open(log, "w") as file:
         process = subprocess.Popen(start, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT,
@@ -63,7 +64,7 @@ def run_part(name, limit, words, out, env):
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
             code = None
-        finally:                                 # the part's own processes, too, also after Ctrl-C
+        finally:                                 # also on Ctrl-C: stop it and all processes that it started
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -73,7 +74,7 @@ def run_part(name, limit, words, out, env):
 
 
 def outcome(part, limit):
-    """In a word how a part went."""
+    """How a part went, in a few words for the report."""
     if part["code"] is None:
         return f"not done in {limit} s"
     return "done" if part["code"] == 0 else f"failed, exit code {part['code']}"
@@ -81,8 +82,8 @@ def outcome(part, limit):
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--short", action="store_true", help="in small, on a CPU or a GPU")
-    parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="folder")
+    parser.add_argument("--short", action="store_true", help="a small version, on a CPU or a GPU")
+    parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="new folder to write")
     args = parser.parse_args()
     out = args.out.resolve()
     parts, study = (SHORT, SHORT_STUDY) if args.short else (FULL, LONG_STUDY)

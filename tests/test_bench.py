@@ -73,17 +73,17 @@ def test_a_compiled_network_has_a_line_of_its_own(small, monkeypatch, capsys):
 def parts_of(monkeypatch, tmp_path, *parts):
     """What gpu.json says, and gpu.md, after these parts."""
     monkeypatch.setattr(gpu, "SHORT", parts)
-    monkeypatch.setattr(sys, "argv", ["gpu", "--short", "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(sys, "argv", ["gpu", "--short", "--out", str(tmp_path / "an out")])
     with pytest.raises(SystemExit):
         gpu.main()
-    out = tmp_path / "out"
+    out = tmp_path / "an out"
     return json.loads((out / "gpu.json").read_text())["parts"], (out / "gpu.md").read_text()
 
 
 def test_a_part_that_fails_does_not_stop_the_others(monkeypatch, tmp_path):
-    parts, table = parts_of(monkeypatch, tmp_path, ("bad", 60, "-c 1/0"), ("good", 60, "-c print(6*7)"))
+    parts, table = parts_of(monkeypatch, tmp_path, ("bad", 60, "-c 1/0"), ("good", 60, "-c print('{out}')"))
     assert [part["code"] for part in parts] == [1, 0]
-    assert parts[1]["lines"] == ["42"]
+    assert parts[1]["lines"] == [str(tmp_path / "an out")]
     assert "## bad: failed, exit code 1" in table and "## good: done" in table
 
 
@@ -93,9 +93,9 @@ def test_a_part_whose_time_is_over_ends_with_the_processes_that_it_started(monke
     [part], table = parts_of(monkeypatch, tmp_path, ("endless", 2, str(script)))
     assert len(set(part["lines"])) == 2                                      # two processes wrote
     assert part["code"] is None and "not done in 2 s" in table
-    before = (tmp_path / "out/endless.txt").stat().st_size
+    before = (tmp_path / "an out/endless.txt").stat().st_size
     time.sleep(0.5)
-    assert (tmp_path / "out/endless.txt").stat().st_size == before
+    assert (tmp_path / "an out/endless.txt").stat().st_size == before
 
 
 def test_an_earlier_measurement_is_not_overwritten(monkeypatch, tmp_path):

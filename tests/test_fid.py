@@ -101,7 +101,7 @@ def test_frechet_of_equal_covariances(n):
 
 def test_statistics_that_are_streamed_are_those_of_numpy():
     x = np.random.RandomState(1).gamma(2.0, size=(500, 40))
-    statistics = fid.Statistics(40)
+    statistics = fid.Statistics()
     for part in np.array_split(x, [7, 100, 101, 340]):
         statistics.add(torch.from_numpy(part))
     mu, sigma = statistics.result()
@@ -321,6 +321,7 @@ def test_images_beyond_the_protocol_are_said(script, sets):
 def test_metrics_that_need_images_are_said_to_be_left_out(script, sets, inception_file):
     np.savez(sets / "bare.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     text = script("fid.py", "a", "bare.npz", "--metrics", "all", "--inception", inception_file)
+    assert "left out: sFID, as bare.npz" in text
     assert "left out: precision, recall and KID, as bare.npz" in text
 
 
@@ -333,11 +334,14 @@ def mistakes(sets):
     np.savez(sets / "float.npz", arr_0=small / 255)
     np.savez(sets / "columns.npz", arr_0=np.asfortranarray(small))
     np.savez(sets / "wide.npz", arr_0=small[:, :12])
+    np.save(sets / "array.npy", small)
+    (sets / "array.npy").rename(sets / "array.npz")
     np.savez(sets / "nan.npz", mu=np.full(192, np.nan), sigma=np.eye(192))
     np.savez(sets / "keys.npz", other=small)
     np.savez(sets / "odd.npz", mu=np.zeros(5), sigma=np.eye(5))
     (sets / "oblong").mkdir()
-    Image.new("RGB", (24, 16)).save(sets / "oblong/0.png")
+    for i in range(4):
+        Image.new("RGB", (24, 16)).save(sets / f"oblong/{i}.png")
     meta = json.dumps(dict(extractor="another"))
     np.savez(sets / "extractor.npz", mu=np.zeros(192), sigma=np.eye(192), meta=meta)
     (sets / "cut.npz").write_bytes((sets / "small.npz").read_bytes()[:900])
@@ -358,6 +362,7 @@ def mistakes(sets):
     ("float.npz b.npz", "float64"),
     ("columns.npz b.npz", "arr_0"),
     ("wide.npz b.npz", "(9, 12, 16, 3), expected uint8 (N,S,S,3)"),
+    ("array.npz b.npz", "array.npz"),
     ("extractor.npz a", "SAMPLES REFERENCE"),
     ("keys.npz b.npz", "arr_0"),
     ("a odd.npz", "192 features"),
@@ -372,6 +377,7 @@ def mistakes(sets):
     ("a b.npz --count 21", "at least 21"),
     ("none b.npz", "none"),
     ("stats --data a.npz --out ./a.npz", "itself"),
+    ("stats --data a --out ref", ".npz"),
     ("a b.npz --metrics all", "--metrics all")])
 def test_a_mistake_is_one_line(words, named, script, mistakes):
     assert named in script("fid.py", *words.split(), *PIXELS, code=2)
