@@ -1,11 +1,11 @@
 """What this project does on a GPU, in one report: its tests there, its speeds, the demo, and the Min-SNR study.
 
-    python -m experiments.gpu            # at most 13 minutes of an H100 or H200; pip install scikit-image
+    python -m experiments.gpu            # at most 8 minutes of an H100 or H200; pip install scikit-image
     python -m experiments.gpu --short    # a small version of it, also on a CPU: about 2 minutes
 
 The report has parts, and each is a command that you could type yourself. A part that fails or exceeds its time is
-reported as such, and the others still run. The folder --out gets gpu.md (the report), gpu.json (the same for
-programs), and a file with the whole output of each part.
+reported as such, and the others still run until the 8 minutes are over. The folder --out gets gpu.md (the report),
+gpu.json (the same for programs), and a file with the whole output of each part.
 """
 import contextlib
 import os
@@ -23,6 +23,7 @@ from files import BadInput, Parser, replace, run, write_json
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = "-m experiments.bench"
 STUDY = "experiments/min_snr.sh"
+ALL_PARTS = 480                                  # seconds for all parts together
 LAST = 12                                        # of a part's lines, as many from the end are in the report
 
 # name, seconds after which it is stopped, arguments of python, or STUDY, a shell script; {out} is --out
@@ -76,7 +77,7 @@ def run_part(name, limit, words, out, env):
 def outcome(part, limit):
     """How a part went, in a few words for the report."""
     if part["code"] is None:
-        return f"not done in {limit} s"
+        return f"not done in {limit:.0f} s"
     return "done" if part["code"] == 0 else f"failed, exit code {part['code']}"
 
 
@@ -96,8 +97,9 @@ def main():
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     text = f"# {card}, PyTorch {torch.__version__}, {date.today()}\n"
     print(text, flush=True)
-    done = []
+    done, since = [], time.monotonic()
     for name, limit, words in parts:
+        limit = min(limit, since + ALL_PARTS - time.monotonic())
         part = run_part(name, limit, words, out, env)
         done.append(part)
         lines = "\n".join(part["lines"])

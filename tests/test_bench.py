@@ -98,6 +98,15 @@ def test_a_part_whose_time_is_over_ends_with_the_processes_that_it_started(monke
     assert (tmp_path / "an out/endless.txt").stat().st_size == before
 
 
+def test_all_parts_together_have_a_limit_too(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "ALL_PARTS", 1)
+    script = tmp_path / "sleeps.py"
+    script.write_text("import time; time.sleep(60)")
+    parts, _ = parts_of(monkeypatch, tmp_path, ("first", 60, str(script)), ("second", 60, str(script)))
+    assert [part["code"] for part in parts] == [None, None]
+    assert sum(part["seconds"] for part in parts) < 10
+
+
 def test_an_earlier_measurement_is_not_overwritten(monkeypatch, tmp_path):
     (tmp_path / "gpu.md").write_text("earlier")
     monkeypatch.setattr(sys, "argv", ["gpu", "--short", "--out", str(tmp_path)])
