@@ -125,7 +125,7 @@ def shapes(indices, size):
 # ----------------------------------------------------------------------------------------- batches (training)
 
 def send(tensor, device):
-    """A copy of a CPU tensor on the device; the CPU does not wait until a GPU has it."""
+    """A CPU tensor moved to the device; the CPU does not wait until a GPU has it."""
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -135,9 +135,10 @@ class Images:
     """A data set that gives batches for training. It holds images, labels int64 (N,) and a dict, meta.
 
     images are uint8 (N,3,S,S), or the autoencoder's latents: float16 (N,8,S,S), 4 channels of means and 4
-    of standard deviations, unscaled. Any object serves that has a shape and is indexed by an array of row
-    numbers, such as Shapes. meta["classes"] lists the names of the classes, meta["scale"] is the factor of
-    latents. Raises BadInput for labels that are not int64 or lie outside 0 .. classes - 1.
+    of standard deviations, unscaled. S is `size`; for latents it is 1/8 of meta["size"], the side of the
+    images. Any object serves that has a shape and is indexed by an array of row numbers, such as Shapes.
+    meta["classes"] lists the names of the classes, meta["scale"] is the factor of latents. Raises BadInput for
+    labels that are not int64 or lie outside 0 .. classes - 1.
     """
 
     def __init__(self, images, labels, meta, flip=False):
@@ -158,7 +159,8 @@ class Images:
         return len(self.labels)
 
     def batch(self, indices, generator=None, rows=slice(None)):
-        """-> x float32 (B,C,S,S), images in [-1,1] or scaled latents, and labels y int64 (B,): indices[rows].
+        """The images and labels of indices[rows] -> x float32 (B,C,S,S), images in [-1,1] or scaled latents, on
+        the device that holds the images, and y int64 (B,) on the CPU.
 
         The generator draws which images are mirrored (where flip=True) and the noise of latents. It draws for
         all the indices, and `rows` are cut out after that: a process that loads its share of a global batch
@@ -178,9 +180,9 @@ class Images:
             return mean * self.meta["scale"], y
         x.div_(127.5).sub_(1)
         if self.flip and generator is not None:
-            flip = torch.rand(len(indices), generator=generator)[rows] < 0.5
-            flip = send(flip, x.device)[:, None, None, None]
-            x = torch.where(flip, x.flip(3), x)
+            mirrored = torch.rand(len(indices), generator=generator)[rows] < 0.5
+            mirrored = send(mirrored, x.device)[:, None, None, None]
+            x = torch.where(mirrored, x.flip(3), x)
         return x, y
 
     def to(self, device):
@@ -190,7 +192,7 @@ class Images:
 
 
 class Shapes:
-    """The first `count` shapes as an array (count,3,size,size); each is drawn when it is read, in 0.1 ms."""
+    """The first `count` shapes as an array (count,3,size,size); each is drawn when it is read."""
 
     def __init__(self, count, size):
         self.shape = (count, 3, size, size)
@@ -232,7 +234,7 @@ class Packed(Images):
     Raises BadInput for a folder that is no pack, is unfinished, or contradicts itself.
     """
 
-    def __init__(self, dir, flip=False):
+    def __init__(self, dir):
         dir = Path(dir)
         if not (dir / "meta.json").exists():
             raise BadInput(f"{dir}: no packed data set, as it has no meta.json; python data.py --src DIR "
@@ -245,7 +247,7 @@ class Packed(Images):
         labels = load_array(dir / "labels.npy", "int64", shape[:1])
         if labels.min() < 0:
             raise BadInput(f"{dir}: unfinished; the command that began it goes on")
-        super().__init__(images, labels, meta, flip)
+        super().__init__(images, labels, meta)
 
 
 # -------------------------------------------------------------------------------- image files and their crops
@@ -380,8 +382,8 @@ def by_folder(names):
     """-> the label of each image, and the names of the classes.
 
     The classes are the folders next below the one that holds all images, sorted by name. Images that all lie
-    in one folder have no classes. Raises BadInput for an image beside class folders, and for folders that are
-    parts of a data set: train, val, ..., or 00000, 01000, ...
+    in one folder have no classes. Raises BadInput for an image beside class folders, and where the folders are
+    parts of a data set: all of them train, val, ..., or 00000, 01000, ..., or a train with folders of its own.
     """
     own = [os.path.dirname(name) for name in names]
     shared = os.path.commonpath(own)
@@ -499,8 +501,9 @@ def label(root, names, others, dataset):
 def listing(src, size, dataset, split, labelled, skip_broken):
     """-> read, names, labels, class names, broken, of a data set of the papers or any folder or .zip of images.
 
-    read(name) is the image, uint8 (3,size,size). Where it cannot be read it is black, and broken[name] says
-    why. skip_broken reads every image at once and takes the broken ones out of the names.
+    read(name) is the image, uint8 (3,size,size); for cifar10 a name is a row number. An image that cannot be
+    read is black, and broken[name] says why. With skip_broken all images are read here first, and the broken
+    ones are left out of the names. Raises BadInput.
     """
     broken = {}
     if dataset == "cifar10":
@@ -590,7 +593,7 @@ def fill(out, meta, labels, make, rank, world):
     A chunk is an array of row numbers, and this process takes every `world`-th. Each thread makes a chunk of
     its own, so some images are read while others are encoded. Where make fails it sets labels[row] to -1.
     """
-    file = out / layout(meta)[0]
+    path = out / layout(meta)[0]
     written = np.load(out / "labels.npy", mmap_mode="r+")
     if written.min() >= 0:
         say(f"{out}: was packed already, nothing is left to do")
@@ -599,12 +602,12 @@ def fill(out, meta, labels, make, rank, world):
 
     def write(chunk):
         images = make(chunk)
-        with open(file, "r+b") as array:         # on a full disk this raises, where a memory map would crash
+        with open(path, "r+b") as file:          # on a full disk this raises, where a memory map would crash
             # The rows are the end of the file: counted from there, the header of the .npy does not matter.
-            array.seek((chunk[0] - len(rows)) * images[0].nbytes, os.SEEK_END)
-            array.write(images.tobytes())
-            array.flush()
-            os.fsync(array.fileno())
+            file.seek((chunk[0] - len(rows)) * images[0].nbytes, os.SEEK_END)
+            file.write(images.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
         written[chunk] = labels[chunk]
 
     in_threads("packed", write, chunks)
@@ -614,7 +617,7 @@ def pack(src, size, out, split="train", dataset=None, encode=None, rank=0, world
          skip_broken=False, **more):
     """Pack the images below `src` into folder `out`. Called again after a kill, it goes on, to the same bytes.
 
-    dataset is the name of the folder unless given; the papers' data sets are read as the papers read them.
+    dataset is by default the name of `out`; the papers' data sets are read as the papers read them.
     encode(images uint8 (n,3,S,S)) returns what is stored in their place; several threads call it. The process
     of number `rank` among `world` makes every `world`-th chunk. Without `labelled` there are no classes.
     Images that cannot be read are left out with skip_broken; else a BadInput names them when all others are
@@ -653,7 +656,7 @@ def pack(src, size, out, split="train", dataset=None, encode=None, rank=0, world
                 f"mend them and repeat the command, or remove {out} and add --skip-broken")
         if world == 1:
             raise BadInput(line)
-        print(line)                              # and ends well: torchrun would stop the other processes
+        print(line)                              # no error, because torchrun would then stop the other processes
     if np.load(out / "labels.npy").min() >= 0:
         named = f": {', '.join(classes[:10])}" if classes else ""
         say(f"{out}: {len(labels):,} images of {size} x {size}, {len(classes)} classes{named}")

@@ -438,8 +438,8 @@ def spread(count, total, seed):
 
 
 def choose(path, meta, total, count, seed):
-    """-> the rows to measure: `count` of the images, or by default all n that the protocol says, or all. Raises
-    BadInput where there are fewer.
+    """-> the rows to measure, ascending: `count` drawn ones; without a count the first n if the protocol has an n,
+    else all. Notes a draw in meta["drawn"]. Raises BadInput for fewer than 4 rows, or more than there are.
     """
     promised = meta.get("n", total)
     available = min(promised, total)
@@ -511,14 +511,15 @@ def flags():
     return args
 
 
-def measure(take, rows, extract, batch, keep):
-    """Statistics of the images of these rows: mu, sigma of extract's first features, mu_s, sigma_s of the second
-    ones. With `keep` also `features`, the first ones themselves, (n,D) in the order of the rows.
+def measure(take, rows, extract, batch_size, keep):
+    """Statistics of the images of these rows: mu, sigma of extract's first features, and mu_s, sigma_s of its
+    second ones, which are sFID's. With `keep` also `features`, the first ones themselves, (n,D) in the order of the
+    rows.
     """
     streams = collections.defaultdict(Statistics)
     kept, since = [], time.monotonic()
-    for i in range(0, len(rows), batch):
-        some = rows[i:i + batch]
+    for i in range(0, len(rows), batch_size):
+        some = rows[i:i + batch_size]
         parts = extract(take(some))
         for suffix, features in zip(("", "_s"), parts):
             streams[suffix].add(features)
@@ -539,7 +540,7 @@ def main():
     _, _, device = processes()
     allow_tf32(not args.exact)
 
-    # check both sides before the weights are fetched, whose hash is known by then
+    # check both sides before the weights are fetched; their hash is known without them
     extractor, D = SHA256, 2048
     if args.inception:
         extractor = hash_file(args.inception)
@@ -547,7 +548,7 @@ def main():
         extractor, D = "pixels 8x8", 192
     paths = [args.data] if making else [args.samples, args.reference]
     sides = []
-    for path in paths:                                   # the first one, what is measured, by its images
+    for path in paths:                                   # the first is always measured on its images
         sides.append(open_side(path, D, extractor, args.count, args.seed, by_images=not sides))
     for key in ("size", "extractor"):
         values = [meta[key] for _, meta, *_ in sides if key in meta]

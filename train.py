@@ -6,8 +6,8 @@
     python train.py --init out/shapes --out out/tuned           # a new run that starts from another's weights
 
 The result depends on the flags and --seed. The number of processes, --accum, --compile and --graph change it by
-rounding alone. A stop and --resume do not change it. A GPU changes the defaults of --dtype, --compile and --graph,
-and the preset of your own images.
+rounding alone. A stop and --resume do not change it on a CPU. A GPU changes the defaults of --dtype, --compile and
+--graph, and the preset of your own images.
 """
 import argparse
 import contextlib
@@ -42,13 +42,15 @@ from sample import MODELS, build_model, draw, find_vae, grid, load_checkpoint, t
 # - the official scripts: weight decay, the target of vit-l, label drop of ImageNet-256, cfg of vit-xl
 # - inferred: targets and Heun steps of CelebA; cfg of all other rows; label drop and Heun steps of ImageNet-64's
 #   other rows (figure 8 samples with DPM-Solver, guided by ADM's classifier)
-# - the curriculum paper: imagenet128 and cifar10. Its 250 evaluations are 125 Heun steps
+# - the curriculum paper: imagenet128 and cifar10. It samples with 250 evaluations; our 125 Heun steps take 243 and
+#   247, as steps that round to the same t are taken once
 # - ours: "shapes", and "folder", which is any data set of yours: with a GPU its first row, without one its second
 
 DEMO = dict(lr=4e-3, warmup=100, betas=[.90, .99], ema=.99, decay=1.0, curriculum=240, flip=False)
 LAPTOP = dict(lr=2e-3, warmup=100, ema=.995, decay=1.0, flip=False)    # your images of 32 x 32 on a CPU
-CLTS = dict(weighting="snr", betas=[.8, .999])     # the curriculum paper: plain eps loss, its betas of Adam
-LINEAR = dict(schedule="linear", curriculum=300_000)
+CURRICULUM_PAPER = dict(weighting="snr", betas=[.8, .999])   # its plain eps loss; its density is --timesteps clts
+IMAGENET128 = CURRICULUM_PAPER | dict(schedule="linear", curriculum=300_000)
+CIFAR10 = CURRICULUM_PAPER | dict(T=4000, classes=0)
 PRESETS = [
 #    data set       network        target steps    batch  drop  cfg heun  other than DEFAULT     FID
     ("shapes",      "vit-tiny",    "x0",      2_400,   64, .10, 1.5,  18, DEMO),
@@ -63,8 +65,8 @@ PRESETS = [
     ("imagenet256", "vit-xl",      "eps", 2_100_000,  256, .15, 1.5,  50, {}),                 # table 5: 2.08
     ("imagenet256", "unet-b",      "x0",  1_000_000,  256, .15, 1.5,  30, {}),                 # table 1: 4.28
     ("imagenet256", "unet-ldm",    "eps", 1_400_000,  256, .15, 1.5,  50, {}),                 # table 5: 2.81
-    ("imagenet128", "unet-adm128", "eps", 4_000_000,  256, .00, 1.0, 125, CLTS | LINEAR),
-    ("cifar10",     "unet-cifar",  "eps",   500_000,  128, .00, 1.0, 125, CLTS | dict(T=4000, classes=0)),
+    ("imagenet128", "unet-adm128", "eps", 4_000_000,  256, .00, 1.0, 125, IMAGENET128),
+    ("cifar10",     "unet-cifar",  "eps",   500_000,  128, .00, 1.0, 125, CIFAR10),
     ("folder",      "vit-s",       "x0",    100_000,  128, .10, 1.5,  30, dict(warmup=1_000)),
     ("folder",      "unet-tiny",   "v",       3_600,   16, .10, 1.5,  18, LAPTOP),
 ]
@@ -95,8 +97,8 @@ def preset(dataset, model=None, target=None, gpu=False):
 
 
 # ------------------------------------------------------------------------------------ flags and config
-# The config of a run is its flags without MACHINE, and what `settle` adds. The checkpoint holds it, and on
-# --resume it becomes the flags' defaults.
+# The config of a run is its flags without MACHINE, and what `settle` and `initialise` add. The checkpoint holds it.
+# On --resume all of it becomes defaults of the flags.
 
 # where and how a run is computed: free at every start
 MACHINE = "out resume device accum compile graph grad_ckpt data_on_gpu dry_run".split()
@@ -140,9 +142,10 @@ def flags():
     add("--flip", action=switch, help="mirror half of the images, but not latents")
     # the paper
     add("--patch", type=count, help="patch side, of a ViT (default: 4 pixels, 2 of latents)")
-    add("--gamma", type=positive, default=5.0, help="clamp of min_snr, max_snr and soft_min_snr")
+    add("--gamma", type=positive, default=5.0, help="of min_snr, max_snr and soft_min_snr, a value of SNR")
     add("--timesteps", default="uniform", help="density of t: uniform, clts, laplace, logit_normal, "
-        "cosine_scaled, or with parameters clts:MU:STEP (share of T, the curriculum's last step), laplace:MU:B")
+        "cosine_scaled, or with parameters clts:SHARE:STEP (its peak as a share of T, the curriculum's last step), "
+        "laplace:CENTRE:WIDTH (of log SNR)")
     add("--curriculum", type=count, help="last step of clts's curriculum")
     add("--importance", action=switch, default=False,
         help="importance sampling: divide the loss by q T, where q is the density of t, so that the density "
@@ -158,10 +161,11 @@ def flags():
     add("--decay", type=between(0, 1), help="share of the run, its end, in which the rate falls to 0")
     add("--betas", type=share, nargs=2, help="of AdamW")
     add("--weight-decay", type=between(0, 1000), help="of AdamW")
-    add("--grad-clip", type=positive, help="norm of the whole gradient to which a longer one is shortened")
+    add("--grad-clip", type=positive, help="largest norm of the whole gradient; a longer one is scaled down to it")
     add("--drop", type=share, help="how often a label becomes the null label, for guidance")
     add("--ema", type=share, help="rate of the exponential moving average of the weights")
-    add("--dtype", choices=("float32", "bfloat16", "float64"), help="bfloat16 is autocast")
+    add("--dtype", choices=("float32", "bfloat16", "float64"), help="bfloat16: the network runs "
+        "under autocast, and its weights stay float32")
     add("--seed", type=at_least(0), default=0, help="of everything random")
     # sample grids
     add("--cfg", type=between(0, 1000), help="guidance scale, 1 = none")
@@ -284,8 +288,8 @@ def check_pack(data, dataset, folder):
 
 
 def settle(args, data):
-    """-> config: the flags, and what follows from them and the data. JSON's types alone, no tuples, as it is
-    compared with a saved one.
+    """-> config: the flags, and what follows from them and the data. It has JSON's types alone, no
+    tuples, because it is compared with a saved one. Raises BadInput for flags that contradict the network.
     """
     config = {key: value for key, value in vars(args).items() if key not in MACHINE}
     network, arguments = MODELS[args.model]
@@ -293,9 +297,9 @@ def settle(args, data):
     if args.patch and "patch_size" not in takes:
         raise BadInput(f"--patch {args.patch}: {args.model} has no patches")
     patch = args.patch or (2 if data.latents else 4)
-    classes = len(data.classes)
+    classes = len(data.classes)                  # the config holds their number; the flag is None, or 0 for none
     shape = dict(img_size=data.size, in_channels=data.channels, num_classes=classes, patch_size=patch, T=args.T)
-    shape = {key: value for key, value in shape.items() if key in takes}
+    shape = {key: value for key, value in shape.items() if key in takes}     # what the network's class asks for
     class_counts = np.bincount(data.labels, minlength=classes)[:classes]     # none without classes
     if not classes:
         if args.drop or args.cfg != 1:
@@ -312,7 +316,7 @@ def settle(args, data):
 
 def compare(config, saved, out):
     """Raise BadInput where a flag or the data contradict the run that is resumed. FREE flags may change. So may
-    the weighting, if the new one is a table: UGD is a run that is resumed with one table after another.
+    the weighting, if the new one is a table, as UGD (experiments/pareto.py) computes weights during training.
     """
     free = [*FREE, "weighting"] if isinstance(config["weighting"], list) else FREE
     for key, value in config.items():
@@ -321,7 +325,7 @@ def compare(config, saved, out):
         if key in ("class_names", "network", "fingerprint", "vae"):
             raise BadInput(f"--data: not the data, or not the network, of the run in {out} ({key} differs)")
         hint = f"; to fine-tune it otherwise, begin another with --init {out}"
-        if key in "model target schedule T patch".split():                   # which --init does not change either
+        if key in "model target schedule T patch".split():                   # --init refuses these, too
             hint = ""
         raise BadInput(f"--{key.replace('_', '-')}: found {value!s:.80}, the run in {out} has "
                        f"{saved.get(key)!s:.80}{hint}")
@@ -381,7 +385,7 @@ def backward(net, diffusion, batch, tally, config, accum=1, world=1):
     for i, (x0, t, noise, y, scale) in enumerate(micro_batches):
         waits = world > 1 and i + 1 < accum      # DDP exchanges gradients once a step, after the last micro-batch
         with net.no_sync() if waits else contextlib.nullcontext():
-            # No cache: a CUDA graph must cast the weights itself, and not find them cast before it was recorded.
+            # without autocast's cache, as PyTorch demands it under CUDA graphs (torch.cuda.make_graphed_callables)
             with torch.autocast(x0.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
                 loss, mse = diffusion.loss(net, x0, t, noise, y)
             loss = loss * scale
@@ -389,9 +393,9 @@ def backward(net, diffusion, batch, tally, config, accum=1, world=1):
         with torch.no_grad():
             loss, mse, t = (part.to(tally.device) for part in (loss, mse, t))    # on a Mac the tally is on the CPU
             x0_mse = mse / diffusion.factor[t]
-            rows = torch.stack([loss, mse, x0_mse, torch.ones_like(mse)], 1).double()
-            rows = torch.where(rows.isfinite().all(1, keepdim=True), rows, 0)    # leave out inf and nan
-            tally.index_add_(0, t * 10 // config["T"], rows)
+            terms = torch.stack([loss, mse, x0_mse, torch.ones_like(mse)], 1).double()
+            terms = torch.where(terms.isfinite().all(1, keepdim=True), terms, 0)     # leave out inf and nan
+            tally.index_add_(0, t * 10 // config["T"], terms)
 
 
 def learning_rate(config, step):
@@ -412,8 +416,8 @@ def set_rate(optimizer, rate):
 
 @torch.no_grad()
 def update(model, ema, optimizer, config):
-    """One step of AdamW and one of the moving average of the weights. Where a gradient is not finite, neither is
-    done. -> whether they were left out, a bool tensor (), which the host need not wait for.
+    """Do one step of AdamW and one of the moving average of the weights, or neither where the norm of the gradient
+    is not finite. -> whether they were left out, a bool tensor () on the device: Python need not wait for a GPU.
     """
     weights, averages = list(model.parameters()), list(ema.parameters())
     norm = torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
@@ -423,7 +427,7 @@ def update(model, ema, optimizer, config):
     optimizer.found_inf = bad.float()                                        # fused AdamW does nothing where it is 1
     optimizer.step()
     optimizer.zero_grad()
-    share = (1 - config["ema"]) * (~bad).to(weights[0].dtype)                # of the new weights in the average
+    share = (1 - config["ema"]) * (~bad).to(weights[0].dtype)                # that the average takes of the new weights
     torch._foreach_lerp_(averages, weights, [share] * len(weights))
     return bad
 
@@ -434,10 +438,10 @@ def metrics_of(step, tally):
     """The means of a log line. tally (10,4) has a row for each tenth of the timesteps, and sums over the images
     whose t fell into it: loss, mse, mse of x0, and their number. A tenth without images is nan.
     """
-    loss, mse, _, count = tally.sum(0).tolist()
-    count = count or np.nan                                                  # no finite loss: the means are nan
+    loss, mse, _, images = tally.sum(0).tolist()
+    images = images or np.nan                                                # no finite loss: the means are nan
     bins = (tally[:, 2] / tally[:, 3]).tolist()
-    return dict(step=step, loss=loss / count, mse=mse / count, **{f"x0_mse_{i}": bins[i] for i in range(10)})
+    return dict(step=step, loss=loss / images, mse=mse / images, **{f"x0_mse_{i}": bins[i] for i in range(10)})
 
 
 def mean_square(diffusion, s):
@@ -448,11 +452,11 @@ def mean_square(diffusion, s):
     return float({"x0": s, "eps": 1, "v": alpha2 + (1 - alpha2) * s}[diffusion.target])
 
 
-def diverged(mse, images, mse_of_zero):
-    """Whether the mse, a sum over images, is above twice what output 0 would get. The mean of a few images may be
-    far from the truth: 32 images without error are added to them.
+def diverged(mse_sum, images, mse_of_zero):
+    """Whether the mean mse of some images is above twice what output 0 would get. mse_sum is the sum over them. 32
+    images of error 0 are counted in, because the mean of a few images may be far from the truth.
     """
-    return mse > 2 * mse_of_zero * (images + 32)
+    return mse_sum > 2 * mse_of_zero * (images + 32)
 
 
 def log(metrics, config, out):
@@ -486,8 +490,8 @@ def picture(ema, config, out, step, device):
 # ------------------------------------------------------------------------------------------------- dry run
 
 def dry_run(config, model, ema, optimizer, diffusion, micro, world):
-    """Print the configuration, FLOPs, and what a step of micro-batches of `micro` images takes here, measured
-    on random numbers: a micro-batch, or on a CPU as many of its images as take seconds.
+    """Print the configuration, the FLOPs, and how long the run would take here. The speed is measured on random
+    numbers: `micro` images, on a CPU only as many as need 100 GFLOP forward.
     """
     for key, value in config.items():
         print(f"  {key:<13} {value!s:.90}")
@@ -495,23 +499,24 @@ def dry_run(config, model, ema, optimizer, diffusion, micro, world):
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         t = torch.zeros(1, dtype=torch.long)
         build_model(config)(torch.empty(1, C, S, S), t, t)
-    forward = counter.get_total_flops() / 1e9
-    print(f"{forward:,.1f} GFLOP an image forward, {3 * forward:,.1f} in training; measuring", flush=True)
+    gflop = counter.get_total_flops() / 1e9
+    print(f"{gflop:,.1f} GFLOP an image forward, {3 * gflop:,.1f} in training; measuring", flush=True)
     weight = next(model.parameters())
     n = micro
     if weight.device.type == "cpu":
-        n = max(1, min(micro, int(100 / forward)))
+        n = max(1, min(micro, int(100 / gflop)))
     x = torch.randn(n, C, S, S).to(weight)
     t = torch.zeros(n, dtype=torch.long, device=weight.device)
     tally = torch.zeros(10, 4, dtype=torch.float64, device=diffusion.factor.device)
+    batch = x, t, x, t, torch.ones_like(t)       # x is the noise, too, and t = 0 the labels
     for _ in range(2):                                                       # the first is not warm
         since = time.monotonic()
-        backward(model, diffusion, (x, t, x, t, torch.ones_like(t)), tally, config)
+        backward(model, diffusion, batch, tally, config)
         update(model, ema, optimizer, config).item()                         # waits for the device
         rate = n * world / (time.monotonic() - since)
     seconds = config["batch_size"] / rate
     days = config["steps"] * seconds / 86_400
-    print(f"dry run: {rate:,.2f} images/s, {seconds * 1e3:,.0f} ms a step, {rate * 3 * forward / 1e3:,.2f} "
+    print(f"dry run: {rate:,.2f} images/s, {seconds * 1e3:,.0f} ms a step, {rate * 3 * gflop / 1e3:,.2f} "
           f"TFLOP/s; measured with {n} images at a time, without data, communication and --graph")
     print(f"{config['steps']:,} steps: {24 * days:,.1f} hours, {days:,.1f} days")
 
@@ -531,9 +536,9 @@ def make_diffusion(config):
 
 
 def initialise(model, config):
-    """Copy the weights of --init, of a checkpoint the moving average, into a fresh network, and note the file's
-    SHA-256 in the config. Where the classes are others, their table stays as it was drawn. Raises BadInput for
-    weights that were trained otherwise or do not fit.
+    """Copy the weights of --init into a fresh network; of a checkpoint they are the moving average. Note the file's
+    SHA-256 in the config. Where the classes differ, the network keeps its own random class embedding. Raises BadInput
+    for another target, schedule or T, and for weights that do not fit.
     """
     path = Path(config["init"])
     source, trained = load_checkpoint(path, target=config["target"])
@@ -604,13 +609,13 @@ def as_graph(step, optimizer):
     """step(batch) -> the same function as a CUDA graph, so that Python launches one thing a step instead of hundreds.
 
     The fourth call is recorded, and from then on the GPU replays its kernels. They read the batch from the same
-    tensors every time, so each new batch is copied there. The first three calls run as usual: what is recorded
-    must find its libraries loaded and the optimizer's state made.
+    tensors every time, so each new batch is copied there. The first three calls are not recorded: they load
+    libraries and make the optimizer's state. They run on a side stream, because PyTorch wants such a warm-up there.
     """
     side_stream, graph, calls = torch.cuda.Stream(), torch.cuda.CUDAGraph(), 0
     inputs = output = None
     for group in optimizer.param_groups:
-        group["lr"] = torch.tensor(group["lr"], device="cuda", dtype=torch.float32)      # fused AdamW takes no other
+        group["lr"] = torch.tensor(group["lr"], device="cuda", dtype=torch.float32)      # read anew in every replay
 
     def run_step(batch):
         nonlocal calls, inputs, output
@@ -667,12 +672,12 @@ def catch_signals():
 
 
 def due(every, done):
-    """Whether something is due after `done` steps that happens after every `every` steps; every 0 steps is never."""
+    """Whether `done` is a multiple of `every`. every = 0 means never."""
     return every > 0 and done % every == 0
 
 
 def time_of(ckpt):
-    """When the checkpoint was written, None without one. If it is not when this run wrote it, another run did."""
+    """When the checkpoint was written, or None. Where this run did not write it then, another run did."""
     return ckpt.stat().st_mtime_ns if ckpt.exists() else None
 
 
@@ -729,38 +734,38 @@ def train(args, config, data, diffusion, model, ema, optimizer, tally, first):
             dist.all_reduce(flag, dist.ReduceOp.MAX)                         # on the CPU: no wait for the GPU
             stop = int(flag)
 
-        # a grid of samples; most steps end here
+        # a grid of samples
         if rank == 0 and due(config["sample_every"], done) and not last:
             say(picture(ema, config, args.out, done, device))
         logs = last or due(config["log_every"], done)
         saves = last or stop or due(config["save_every"], done)
         keeps = due(config["keep_every"], done)
         if not (logs or saves or keeps):
-            continue
+            continue                                                         # as most steps do
 
-        # trouble: a run is lost where most losses are not finite, though one step alone may be chance
+        # trouble: stop where most losses since the last log line are not finite; one step alone may be chance
         total = tally.clone()
         if world > 1:
             dist.all_reduce(total)
-        _, mse, _, images = total.sum(0).tolist()                            # since the last log line
-        count = done - logged
-        if count > 1 and images < count * B / 2:
+        _, mse_sum, _, images = total.sum(0).tolist()                        # since the last log line
+        new_steps = done - logged
+        if new_steps > 1 and images < new_steps * B / 2:
             trouble = trouble or f"most losses of steps {logged + 1:,} to {done:,} are not finite"
             break
         # a diverged run goes on, so that log.csv shows how
-        if diverged(mse, images, mse_of_zero) and not trouble:
-            trouble = (f"diverged since step {logged + 1:,}: {config['target']} mse {mse / images:.4g}, "
+        if diverged(mse_sum, images, mse_of_zero) and not trouble:
+            trouble = (f"diverged since step {logged + 1:,}: {config['target']} mse {mse_sum / images:.4g}, "
                        f"output 0 would get {mse_of_zero:.4g}")
             say(f"warning: {trouble}; nothing is saved from here on")
 
         # log
         if logs and rank == 0:
             took = time.monotonic() - since
-            speed = dict(images_per_s=count * B / took, data_share=waited / took, skipped=int(skipped))
+            speed = dict(images_per_s=new_steps * B / took, data_share=waited / took, skipped=int(skipped))
             log(metrics_of(done, total) | speed, config, args.out)
         if logs and images:                      # one step without a finite loss is judged with the next line's
             logged, since, waited = done, time.monotonic(), 0.0
-            for sums in (skipped, tally, total):
+            for sums in (skipped, tally, total):                             # total: what is saved counts from here
                 sums.zero_()
 
         # save
@@ -778,7 +783,7 @@ def train(args, config, data, diffusion, model, ema, optimizer, tally, first):
         if stop:
             break
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)                 # undoes catch_signals
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if world > 1:
         leave_group()
@@ -786,8 +791,8 @@ def train(args, config, data, diffusion, model, ema, optimizer, tally, first):
 
 
 def conclude(args, config, ema, done, stop, trouble):
-    """Draw the last grid of samples. After trouble or a stop there is none: say so, and end with exit code 3, or with
-    128 and the signal's number.
+    """Draw the last grid of samples, and for the built-in shapes say FD-pixels. After trouble or a stop do neither:
+    say why, and end with exit code 3, or 128 + the signal's number.
     """
     rank, _, device = processes(args.device)
     ckpt = args.out / "ckpt.pt"

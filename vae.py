@@ -31,7 +31,9 @@ def conv3(channels, out, stride=1, padding=1):
 
 
 class ResBlock(nn.Module):
-    """Twice norm, SiLU, convolution, and the input added, by a 1 x 1 convolution where the width changes."""
+    """Norm, SiLU and convolution, twice; then the input is added. Where the width changes, the input first passes a
+    1 x 1 convolution.
+    """
 
     def __init__(self, channels, out):
         super().__init__()
@@ -109,8 +111,10 @@ def middle(channels):
 class VAE(nn.Module):
     """Images (B,3,H,W) in [-1,1] <-> latents (B,4,H/8,W/8). Raises ValueError unless 8 divides H and W.
 
-    Diffusion works with encode_latent and decode_latent, whose latents are scaled by SCALE; those of moments
-    and decode are not. A large batch passes the network a few images at a time, which bounds the memory.
+    Diffusion works on latents scaled by SCALE, which encode_latent returns and decode_latent takes; those of
+    moments and decode are unscaled. Training does not call encode_latent: `python vae.py` stores mean and
+    standard deviation once, and `Images.batch` draws from them. A large batch passes the network a few images
+    at a time, which bounds the memory.
     """
 
     def __init__(self):
@@ -142,7 +146,9 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def in_parts(self, first, second, x, pixels):
-        """second(first(x)), for a few images at a time; pixels: of one image, decoded."""
+        """second(first(x)), a few images at a time. `pixels` is the number of pixels of one image, also where x is
+        latents.
+        """
         at_once = 2 ** 20 if x.is_cuda else 2 ** 17                          # 16 or 2 images of 256 x 256
         x = x.contiguous(memory_format=torch.channels_last)
         parts = x.split(max(1, at_once // pixels))
@@ -233,13 +239,13 @@ def make_encode(vae, device, dtype):
     """-> encode(images uint8 (n,3,S,S)): mean and std of their latents, float16 (n,8,S/8,S/8), unscaled.
 
     The autoencoder's weights are on this device and of this dtype, float32 or bfloat16. Several threads may
-    call encode. A GPU then takes one call after the other, which bounds its memory. A CPU takes all at once,
-    each on one core, as a convolution rounds differently on another number of cores.
+    call encode. A GPU then takes one call after the other, which bounds its memory. On a CPU the calls run
+    side by side, each on one core, because a convolution rounds differently on another number of cores.
     """
     turn = threading.Lock() if device.type == "cuda" else contextlib.nullcontext()
 
     def encode(images):
-        torch.set_num_threads(1)                                             # for the thread that calls
+        torch.set_num_threads(1)                                             # in this thread and later ones
         x = torch.from_numpy(images).float().div_(127.5).sub_(1)
         with turn:
             moments = vae.moments(x.to(device, dtype)).float()
