@@ -427,7 +427,7 @@ def update(model, ema, optimizer, config):
     optimizer.found_inf = bad.float()                                        # fused AdamW does nothing where it is 1
     optimizer.step()
     optimizer.zero_grad()
-    share = (1 - config["ema"]) * (~bad).to(weights[0].dtype)                # that the average takes of the new weights
+    share = (1 - config["ema"]) * (~bad).to(weights[0].dtype)                # of the new weights, in the average
     torch._foreach_lerp_(averages, weights, [share] * len(weights))
     return bad
 

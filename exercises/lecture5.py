@@ -3,12 +3,11 @@
 The network below guesses from the noisy image alone: it is told neither the timestep t nor the class y.
 Tell it both: make one vector of `width` numbers from t and y for each image, and add it to each of its
 patches.
-Read model_vit.py: `sinusoids` turns t into numbers that are alike for neighbouring t, and in `ViT` the class
-is an embedding with one row more than there are classes, which is the null label and also stands for y =
-None.
+Read model_vit.py. `sinusoids` turns t into numbers that are alike for neighbouring t. In `ViT` the class is an
+embedding. It has one row more than there are classes: the null label, also used where y is None.
 Check with `python -m pytest exercises -k lecture5`, which trains for 60 steps on the built-in shapes.
-When it is green, copy it into a file beside sample.py, import it there, make it a row of `MODELS`, and train.py
-trains it, in a few hundred steps.
+When it is green, copy `Mixer` into a file beside sample.py, import it there, and make it a row of `MODELS`:
+train.py then trains it.
 """
 import torch
 from torch import nn

@@ -15,7 +15,8 @@ from torch import nn
 def train(batches, path, resume=False):
     """Train on batches, (steps,16,4), one a step, and save the run in path -> model, its moving average.
 
-    With resume=True the run in path, of the first few batches, goes on with those that are left.
+    With resume=True, path holds a run over the first few batches. It goes on with the others;
+    `batches` are still all of them.
     """
     torch.manual_seed(0)
     model = nn.Linear(4, 4)

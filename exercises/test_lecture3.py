@@ -4,7 +4,7 @@ from lecture3 import share
 
 
 def test_direction_is_the_shortest():
-    """A step against d lowers the loss of g by g.d. Only the shortest d has at least |d|^2 of both."""
+    """A step against d lowers the loss of g by g.d. Only for the shortest d are both g.d at least |d|^2."""
     torch.manual_seed(0)
     pairs = torch.randn(200, 2, 3).double() ** 3         # of very different lengths
     pairs[0, 0] = pairs[0, 1]

@@ -12,7 +12,8 @@ def test_p_1_is_soft_min_snr():
     assert (ratio - 1).abs().max() < 1e-9
 
 
-def test_p_50_is_min_snr_but_for_a_factor_between_2_to_the_minus_1_over_50_and_1():
+def test_p_50_is_nearly_min_snr():
+    """The ratio is between 2^(-1/50) and 1."""
     ratio = smooth_min(SNR, 5.0, 50) / SNR.clamp(max=5)
     assert (ratio - 1).abs().max() < 0.014, "SNR^-50 overflows"
 

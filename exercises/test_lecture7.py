@@ -1,4 +1,4 @@
-"""Lecture 7: a set has distance 0 from itself, and from a moved one the least that moving it takes."""
+"""Lecture 7: a set has distance 0 from itself, and from a moved set the mean square of the shortest moves."""
 import torch
 from lecture7 import frechet
 

@@ -7,7 +7,7 @@ def test_resumed_run_is_the_straight_run(tmp_path):
     batches, path = torch.arange(640.0).sin().view(10, 16, 4), tmp_path / "run.pt"
     straight = train(batches, path)
     train(batches[:4], path)
-    batches[:4] = torch.nan                              # whoever does a step again is lost
+    batches[:4] = torch.nan                              # a run that repeats one of these steps becomes nan
     resumed = train(batches, path, resume=True)
     for found, expected in zip(resumed, straight):
         assert torch.equal(found.weight, expected.weight), "the runs differ; nan: a step was repeated"

@@ -1,4 +1,4 @@
-"""How fast a part of the project is, and how much memory it takes, beside a baseline that does the same work.
+"""How fast a part of the project is, and how much memory it takes, beside a baseline.
 
     python -m experiments.bench train                                    # the demo's network
     python -m experiments.bench train --dataset imagenet256 --model vit-xl
@@ -7,13 +7,15 @@
     python -m experiments.bench fid --batch-size 16                      # FID's features
 
 All flags but the part are train.py's: they choose the network, and --batch-size is the number of images of a call.
-With --compile, a GPU's default, training has a line with the compiled network and one without. Float32 products
-are TF32 on a GPU, as in the scripts.
+With --compile (a GPU's default, but not for the demo), training has a line with the compiled network and one
+without. On a GPU all float32 products are TF32; train.py has them only beside bfloat16.
 
 A line is the median of five rounds. In each round what is compared runs in turn, so that a busy machine slows all of
 it. MFU, for model FLOPs utilisation, is the FLOPs a second of our call, over those of a large matrix product in the
 same round. GiB is the peak of a GPU's memory in a call. `first` is the seconds of the first call, in which a network
 may be compiled. The last column is our time over the time of the baseline that it names: below 1, we are faster.
+A baseline does the same work in another way, but for two: a sampler that is guided throughout, and an autoencoder
+without its 1x1 convolutions.
 """
 import contextlib
 import functools
@@ -77,8 +79,8 @@ def peak(call):
 
 
 def compare(name, n, ours, other, baseline):
-    """Measure two functions and print a line. A call of `ours` processes n images; `other` does the same in another
-    way, of which `baseline` is the name. Its first call may build networks, and do no work yet.
+    """Measure two functions and print a line. A call of `ours` processes n images, and so does one of `other`, whose
+    name is `baseline`. The first call of `other` may only build networks.
     """
     since = time.perf_counter()
     memory = peak(ours)                                  # first, as the other takes memory once it is called
@@ -116,7 +118,7 @@ def report(name, n, work, memory, first, rounds, baseline):
 
 # ---------------------------------------------------------------------------------------------- training
 
-# Generators, one step each time: so the networks, which take memory, are built at the first next().
+# These are generators. The first next() builds the networks, which take memory; each later one is a training step.
 
 def our_steps(flags, config, diffusion, batch, compiled):
     """Training steps of train.py, on one batch over and over."""
@@ -194,8 +196,8 @@ def sampling(flags, config):
             allow_tf32(False)
             few()
             allow_tf32(True)
-        half = torch.autocast("cuda", torch.bfloat16)(few)
-        for name, call in (("TF32", few), ("bfloat16", half)):
+        bfloat16 = torch.autocast("cuda", torch.bfloat16)(few)
+        for name, call in (("TF32", few), ("bfloat16", bfloat16)):
             compare(f"{config['model']} {name}, 3 evaluations", len(z), call, exact, "float32")
     draw = functools.partial(sampler, model, diffusion, z, y, config["sample_steps"])
     guided = functools.partial(draw, cfg=1.5)

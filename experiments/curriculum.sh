@@ -1,11 +1,11 @@
 #!/bin/sh
 # The curriculum paper in small. Figure 5: 18 runs of 600 steps. Table 1, figures 3 and 4: DCGANs and diffusion
-# models, and shorter runs, which are what these were early in training. Started again after a kill, it goes on.
+# models, and shorter runs of the same seeds: their early checkpoints. Started again after a kill, it goes on.
 set -e
 out=out/stability
 measure="python -m experiments.stability"
 
-train() {                                        # into $run, from where it was left; the last picture costs little
+train() {                                        # into $run, from where it was left; cfg and sample-steps 1: a cheap last picture
     resume=
     if [ -e $run/ckpt.pt ]; then resume=--resume; fi
     python train.py --out $run --lr 2e-3 --decay 0 --cfg 1 --sample-steps 1 --log-every 30 "$@" $resume
@@ -35,4 +35,4 @@ $measure consistency --ckpt $out/gan? --out $out/gans.csv
 $measure consistency --ckpt $out/vit? --out $out/consistency.csv
 $measure consistency --ckpt $out/vit0 $out/unet-tiny $out/eps --out $out/others.csv
 $measure hessian --ckpt $out/gan? $out/vit? --t 100 500 900 --out $out/hessian.csv
-$measure interpolate --ckpt $out/gan[0-9]* $out/vit[0-9]* --out $out/interpolate.csv      # pairs: late, early
+$measure interpolate --ckpt $out/gan[0-9]* $out/vit[0-9]* --out $out/interpolate.csv      # sorted: pairs of late, early

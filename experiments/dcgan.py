@@ -35,14 +35,14 @@ class DCGAN(nn.Module):
         layers = SIZES.index(size) + 1
         widths = WIDTHS[:layers + 1]
         up, down = [nn.Tanh()], []                       # of the generator, and of the discriminator
-        for inner, outer in zip(widths, widths[1:]):     # from the image on, so `up` grows at its front
-            grow = nn.ConvTranspose2d(outer, inner, 4, 2, 1, bias=False)
-            shrink = nn.Conv2d(inner, outer, 4, 2, 1, bias=False)
-            up = [nn.BatchNorm2d(outer), nn.ReLU(), grow, *up]
-            down += [shrink, nn.BatchNorm2d(outer), nn.LeakyReLU(0.2)]
+        for near, far in zip(widths, widths[1:]):        # nearer to the image, and farther: `up` grows at its front
+            grow = nn.ConvTranspose2d(far, near, 4, 2, 1, bias=False)
+            shrink = nn.Conv2d(near, far, 4, 2, 1, bias=False)
+            up = [nn.BatchNorm2d(far), nn.ReLU(), grow, *up]
+            down += [shrink, nn.BatchNorm2d(far), nn.LeakyReLU(0.2)]
         del down[1]                                      # the batch norm at the image
-        first = nn.ConvTranspose2d(LATENT, outer, 4, bias=False)
-        last = nn.Conv2d(outer, 1, 4, bias=False)
+        first = nn.ConvTranspose2d(LATENT, widths[-1], 4, bias=False)
+        last = nn.Conv2d(widths[-1], 1, 4, bias=False)
         self.generator = nn.Sequential(first, *up)
         self.discriminator = nn.Sequential(*down, last)
         for p in self.parameters():

@@ -5,7 +5,7 @@
     python -m experiments.figures runs out/min_snr/*/ --y fd_pixels --logy --out figure5.png
     python -m experiments.figures teach --out assets/teach           # from formulas alone, for a lecture
 
-A curve is the mean of all the values at one x, such as those of several seeds; the band around it is their range.
+A point of a curve is the mean of all the values at its x, such as those of several seeds; the band is their range.
 Rows with the same entries in the columns `--by` are one curve, and those with the same entries in the columns
 `--panel` are in one panel. `runs` draws columns of log.csv and quality.csv against the step; there --by and --panel
 name settings of config.json.
@@ -41,7 +41,7 @@ SLIDE = (2.3, 2.1)
 # ---------------------------------------------------------------------------------------------------- tables
 
 def write_csv(path, rows):
-    """Write rows, dicts of the same keys, under a header line. At most 20 rows are printed, too."""
+    """Write rows, dicts of the same keys, under a header line. A table of at most 20 rows is printed, too."""
     text = io.StringIO()
     table = csv.DictWriter(text, rows[0], lineterminator="\n")
     table.writeheader()
@@ -106,8 +106,8 @@ def save(figure, path):
 
 
 def draw_curve(ax, values, name, look):
-    """Draw one curve; values is {x: the values there}. Those that are not finite are left out, and the legend says
-    how many are left at the end.
+    """Draw one curve; values is {x: the values there}. Values that are not finite are dropped. If any are missing at
+    the last x, the legend says how many are finite there.
     """
     end = max(values)
     finite = {}
@@ -115,9 +115,9 @@ def draw_curve(ax, values, name, look):
         ys = list(filter(math.isfinite, values[x]))
         if ys:
             finite[x] = ys
-    left = len(finite.get(end, []))
-    if left < len(values[end]):
-        name += f" ({left} of {len(values[end])} to the end)"
+    remaining = len(finite.get(end, []))
+    if remaining < len(values[end]):
+        name += f" ({remaining} of {len(values[end])} to the end)"
     colour, line, marker, _ = look
     x, ys = list(finite), list(finite.values())
     style = dict(color=colour, linestyle=line, marker=marker, markersize=4, linewidth=1.4)
@@ -158,8 +158,8 @@ def draw_curves(rows, x, y, by, out, panel=(), logx=False, logy=False, size=PAPE
 
 
 # --------------------------------------------------------------------------- of lectures, from formulas alone
-# Each function yields the rows of a table. Its first column tells curves apart, the second is x, and each of the
-# others is a panel.
+# Each function but `noisy` yields the rows of a table. Its first column tells curves apart, the second is x, and
+# each of the others is a panel.
 
 def schedules():
     """alpha, sigma and log SNR of both schedules."""

@@ -3,9 +3,10 @@
     python -m experiments.gpu            # at most 8 minutes of an H100 or H200; pip install scikit-image
     python -m experiments.gpu --short    # a small version of it, also on a CPU: about 2 minutes
 
-The report has parts, and each is a command that you could type yourself. A part that fails or exceeds its time is
-reported as such, and the others still run until the 8 minutes are over. The folder --out gets gpu.md (the report),
-gpu.json (the same for programs), and a file with the whole output of each part.
+The report has parts, each one command. The study is experiments/min_snr.sh with the environment LONG_STUDY or
+SHORT_STUDY below. A part that fails or exceeds its time is reported as such, and the others still run until the 8
+minutes are over. The folder --out gets gpu.md (the report), gpu.json (the same for programs), and a file with the
+whole output of each part.
 """
 import contextlib
 import os
@@ -24,9 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 BENCH = "-m experiments.bench"
 STUDY = "experiments/min_snr.sh"
 ALL_PARTS = 480                                  # seconds for all parts together
-LAST = 12                                        # of a part's lines, as many from the end are in the report
+LAST = 12                                        # lines from the end of a part's output that the report shows
 
-# name, seconds after which it is stopped, arguments of python, or STUDY, a shell script; {out} is --out
+# name, limit in seconds, what to run: python's arguments, or STUDY, a shell script; {out} is --out
 FULL = [
     ("tests", 90, "-m pytest -q -m gpu tests"),
     ("ViT-XL/2, latents", 90, f"{BENCH} train --dataset imagenet256 --model vit-xl --batch-size 256"),
@@ -52,14 +53,14 @@ SHORT_STUDY = dict(DATA="shapes", WEIGHTINGS="const min_snr", TARGETS="x0 v", SE
 
 
 def run_part(name, limit, words, out, env):
-    """Run a part; what it prints goes to the file NAME.txt in `out`. -> dict(name, command, code, seconds, lines):
-    code is the exit code, or None where the part was stopped at its limit; lines are its last ones.
+    """Run a part; what it prints goes to the file NAME.txt in `out`, with - for /. -> dict(name, command, code,
+    seconds, lines): code is the exit code, or None where the part was stopped at its limit; lines are its last ones.
     """
     arguments = [word.format(out=out) for word in words.split()]
-    start = ["sh" if words == STUDY else sys.executable, *arguments]
+    command = ["sh" if words == STUDY else sys.executable, *arguments]
     log, since = out / f"{name}.txt".replace("/", "-"), time.monotonic()
     with open(log, "w") as file:
-        process = subprocess.Popen(start, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT,
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT,
                                    start_new_session=True)
         try:
             code = process.wait(limit)
@@ -71,7 +72,7 @@ def run_part(name, limit, words, out, env):
             process.wait()
     seconds = round(time.monotonic() - since, 1)
     lines = log.read_text(errors="replace").replace("\r", "\n").splitlines()[-LAST:]
-    return dict(name=name, command=" ".join(start), code=code, seconds=seconds, lines=lines)
+    return dict(name=name, command=" ".join(command), code=code, seconds=seconds, lines=lines)
 
 
 def outcome(part, limit):

@@ -8,7 +8,7 @@ from data import built_in, generator
 from fid import frechet_distance
 from files import say
 
-IMAGES = 12_000                                  # that the judge sees; it learns from all but a sixth
+IMAGES = 12_000                                  # for the judge, which learns from five sixths and is tested on the rest
 
 
 def seen(data):
@@ -31,8 +31,8 @@ def trained(x, y, classes):
         nn.ReLU(),
         nn.AdaptiveAvgPool2d(4),                                             # (B,64,4,4) for every S
         nn.Flatten(),
-        nn.Linear(64 * 16, 64),                                              # the features
-        nn.ReLU(),
+        nn.Linear(64 * 16, 64),
+        nn.ReLU(),                                                           # (B,64), the features
         nn.Linear(64, classes),
     )
     optimizer = torch.optim.Adam(net.parameters(), 3e-3)
@@ -54,8 +54,8 @@ def share_right(net, x, y):
 def judge(data):
     """The judge of a data set of pixels with classes, a network: images (B,3,S,S) in [-1,1] -> logits (B,classes).
 
-    It is trained here on the CPU, the same every time, for the shapes in seconds. How many images it recognises that
-    it did not learn from is printed, with a warning below 90 %; of the shapes of 16 x 16 it is more than 98 %.
+    It is trained here on the CPU, the same every time, for the shapes in seconds. It prints which share it recognises
+    of images that it did not learn from, with a warning below 90 %; of the shapes of 16 x 16 it is more than 98 %.
     """
     x, y = seen(data)
     held = len(x) // 6

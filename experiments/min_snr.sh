@@ -1,12 +1,12 @@
 #!/bin/sh
 # Figures 4 to 6 of the Min-SNR paper in small, and when each weighting gets to the best one's error. Started again
-# after a kill, it goes on. Sizes come from the environment:
+# after a kill, it goes on. Settings come from the environment:
 #
 #   DATA="shapes crops" WEIGHTINGS="const min_snr" TARGETS=x0 STEPS=10000 EVERY=1250 sh experiments/min_snr.sh
 #
-# EVERY: steps between snapshots, which are measured with N samples. JOBS: runs at a time. FLAGS: more flags of
-# train.py. OBJECTIVE: set, but empty, for no figure 4, which takes minutes. OUT: the folder; for another EMA or N,
-# or other FLAGS, choose another one.
+# SEEDS: one run each. EMA: rate of the average weights. EVERY: steps between snapshots, which are measured with N
+# samples. JOBS: runs at a time. FLAGS: more flags of train.py. OBJECTIVE= (empty) leaves out figure 4, which takes
+# minutes. OUT: the folder; for another EMA or N, or other FLAGS, choose another one.
 export DATA="${DATA:-shapes}" TARGETS="${TARGETS:-x0 eps v}" SEEDS="${SEEDS:-0 1 2}"
 export WEIGHTINGS="${WEIGHTINGS:-const snr max_snr min_snr}"
 export STEPS="${STEPS:-600}" EVERY="${EVERY:-200}" EMA="${EMA:-.99}" N="${N:-256}" FLAGS
@@ -29,7 +29,7 @@ one_run() {                                      # data, weighting, target, seed
     if ! grep -qs "^$STEPS,$N," $out/quality.csv; then                   # else it is measured already
         resume=
         if [ -e $out/ckpt.pt ]; then resume=--resume; fi
-        # a folder's preset is another than that of the shapes, so all that differs is given
+        # shapes and folders have different presets, so every setting that differs is given
         try $PYTHON train.py --out $out --dataset $1 --weighting $2 --gamma $gamma --target $3 --seed $4 \
             --model vit-tiny --batch-size 64 --lr 2e-3 --warmup 100 --decay 0 --betas .9 .99 \
             --weight-decay .03 --ema $EMA --drop .1 --no-flip --no-compile --cfg 1 --sample-steps 1 \

@@ -58,8 +58,8 @@ def edges(T, K):
 
 
 def draw_bin(data, T, K, k, n, seed):
-    """n samples of bin k in parts of up to 64, each of them x0 (B,C,S,S), t (B,), noise like x0, y (B,). Of one data
-    set they depend on (seed, T, K, k, n) alone.
+    """n samples of bin k, in parts of up to 64. Each part is x0 (B,C,S,S), t (B,), noise like x0, y (B,). seed is a
+    number or a text. For one data set the samples depend on (seed, T, K, k, n) alone.
     """
     g = generator("pareto", seed, k)
     low, high = edges(T, K)[k:k + 2]
@@ -119,6 +119,8 @@ def gram(model, diffusion, data, K, n=64, seed=0, budget=2 ** 30):
 
 
 # ------------------------------------------------------------------- Pareto optimality (section 3.3)
+# In this section t counts the bins, as in the paper, where each timestep is one: g_t and w_t are the g_k and w_k
+# above.
 
 def objective(G, w, lam=0.0):
     """|sum_t w_t g_t|^2 + lam |w|^2 (eq. 11) of weights w (K,), which are >= 0 and have the sum 1."""
@@ -141,9 +143,10 @@ def ugd(G, lam=0.0):
     """w (K,) of eq. 11 by unconstrained gradient descent on beta, w = softmax(beta) (eq. 12, 13).
 
     The descent is L-BFGS, on the logarithm of eq. 13, so that the scale of G does not matter. It starts at w_t
-    proportional to 1 / |g_t|, halfway between equal weights and 1 / |g_t|^2, the solution for orthogonal
-    gradients. A w_t that is nearly 0 hardly moves, as the slope by beta_t is proportional to it. So the descent runs
-    three times, and before each the weights that would lower the objective by growing get 1 % of their start.
+    proportional to 1 / sqrt(A_tt), where A_tt = |g_t|^2 + lam: halfway between equal weights and 1 / A_tt, the
+    solution for orthogonal gradients. A w_t that is nearly 0 hardly moves, as the slope by beta_t is proportional to
+    it. So the descent runs three times, and before each the weights that would lower the objective by growing get
+    1 % of their start.
     """
     A = regularised(G, lam)
 
@@ -151,11 +154,11 @@ def ugd(G, lam=0.0):
         w = softmax(beta)
         Aw = A @ w
         f = w @ Aw
-        return math.log(f), 2 * w * (Aw - f) / f
+        return math.log(f), 2 * w * (Aw - f) / f                             # and its slope by beta
 
     how = dict(maxiter=2000, maxcor=30, ftol=1e-12, gtol=1e-10)
-    shorter = 1 / np.sqrt(A.diagonal())                                      # 1 / |g_t|
-    w = start = shorter / shorter.sum()
+    inverse_length = 1 / np.sqrt(A.diagonal())
+    w = start = inverse_length / inverse_length.sum()
     for _ in range(3):
         Aw = A @ w
         lift = np.where(Aw < w @ Aw, start, 0)
@@ -192,8 +195,8 @@ def exact(G, lam=0.0):
     (Lawson & Hanson 1974).
 
     They minimise |R w|^2 + (sum w - 1)^2 over w >= 0, where R^T R = A, so |R w|^2 = w^T A w; divided by its sum, the
-    solution is that of eq. 11. Lengths |g_t| may differ by many decades: the unknowns are w_t |g_t|, in which A has
-    the diagonal 1.
+    solution is that of eq. 11. Lengths |g_t| may differ by many decades: the unknowns are w_t sqrt(A_tt), in
+    which A has the diagonal 1.
     """
     A = regularised(G, lam)
     length = np.sqrt(A.diagonal())
@@ -231,8 +234,8 @@ def weights_of(weighting, gamma, snr, K):
 
 
 def ugd_table(model, diffusion, data, K, n, lam, seed):
-    """(T,) weights of the x0 loss with mean 1: UGD's in K bins, linear between the bins' centres. lam is over the
-    median of |g_t|^2.
+    """(T,) weights of the x0 loss with mean 1: UGD's in K bins, linear between the bins' centres. lam is in units
+    of the median of |g_t|^2.
     """
     G = gram(model, diffusion, data, K, n, seed)
     borders = np.array(edges(diffusion.T, K))
@@ -245,6 +248,7 @@ def ugd_table(model, diffusion, data, K, n, lam, seed):
 def load(path, data=None):
     """-> (model with its EMA weights on the device, diffusion, data) of a checkpoint or run folder.
 
+    The diffusion has the run's schedule and target, but not its weighting: this file needs unweighted errors alone.
     `data` is a packed folder in place of the checkpoint's own. Raises BadInput where network and data do not fit.
     """
     model, config = load_checkpoint(path)
@@ -270,14 +274,14 @@ def objective_command(ckpt, K, n, seed, lam, out):
     """
     model, diffusion, data = load(ckpt)
     G = gram(model, diffusion, data, K, n, seed)
-    lam *= typical(G)
-    best = objective(G, exact(G, lam), lam)
-    solutions = dict(ugd=ugd(G, lam), frank_wolfe=frank_wolfe(G, lam))
+    absolute_lam = lam * typical(G)
+    best = objective(G, exact(G, absolute_lam), absolute_lam)
+    solutions = dict(ugd=ugd(G, absolute_lam), frank_wolfe=frank_wolfe(G, absolute_lam))
     for name, gamma in TABLE:
         solutions[called(name, gamma)] = weights_of(name, gamma, diffusion.snr, K)
     rows = []
     for name, w in solutions.items():
-        value = objective(G, w, lam)
+        value = objective(G, w, absolute_lam)
         rows.append(dict(weighting=name, objective=value, over_optimum=value / best,
                          direction=common_descent(G, w)))
     write_csv(out, rows)
@@ -288,7 +292,7 @@ def fine_tuned(model, diffusion, data, tenth, steps, seed, lr=1e-4):
     model = copy.deepcopy(model)
     optimizer = torch.optim.Adam(model.parameters(), lr, (0.9, 0.99))
     for step in range(steps):
-        [samples] = draw_bin(data, diffusion.T, 10, tenth, 64, f"{seed} {step}")         # others in each step
+        [samples] = draw_bin(data, diffusion.T, 10, tenth, 64, f"{seed} {step}")         # 64 samples are one part
         optimizer.zero_grad()
         loss = x0_loss(model, diffusion, samples) / 64
         loss.backward()
@@ -433,7 +437,7 @@ FLAGS = dict(
     K=dict(type=at_least(1), default=50, help="bins of t"),
     n=dict(type=at_least(2), default=256, help="samples in each bin; for measure, also of images"),
     seed=dict(type=at_least(0), default=0, help="of samples and noise"),
-    lam=dict(type=positive, default=0.01, help="lambda of eq. 11, over the median of |g_t|^2"),
+    lam=dict(type=positive, default=0.01, help="lambda of eq. 11, in units of the median of |g_t|^2"),
     steps=dict(type=at_least(1), default=200, help="optimizer steps"),
     out=dict(required=True, help="CSV file"),
 )

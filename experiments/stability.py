@@ -60,10 +60,11 @@ def lanczos(product, v, k):
     """Estimates of eigenvalues, called Ritz values, their weights and residuals, each (<= k,) float64, of a symmetric
     H (P,P) that is given as product(v) = H v.
 
-    H is projected onto v (P,), H v, H^2 v, ..., k of them, each made orthogonal to all before it, twice as rounding
-    undoes some of it; they take k P numbers of memory. The values are the eigenvalues of this small matrix, which is
-    tridiagonal. Some eigenvalue of H is within residual_i of value_i. The sum of weight_i f(value_i) is about
-    <v, f(H) v> / <v, v>, and exactly that for polynomials f of degree < 2 k (Golub & Welsch 1969).
+    It starts from v (P,). Each new vector is H times the last one, made orthogonal to all before it. This is done
+    twice, as rounding undoes some of it. The k vectors take k P numbers of memory. In them H is a small tridiagonal
+    matrix; the values are its eigenvalues. Some eigenvalue of H is within residual_i of value_i. The sum of
+    weight_i f(value_i) is about <v, f(H) v> / <v, v>, and exactly that for polynomials f of degree < 2 k (Golub &
+    Welsch 1969).
     """
     k = min(k, len(v))
     Q = v.new_empty(k, len(v))
@@ -133,9 +134,9 @@ def density(values, weights):
     Points below 1e-8 of the highest density are left out.
     """
     low, high = values.min(), values.max()
-    width = 0.01 * (high - low) + 1e-9
+    width = 0.01 * (high - low) + 1e-9                                       # above 0 also for one value
     x = np.linspace(low - 4 * width, high + 4 * width, 2001)
-    distance = (x[:, None] - values) / width                                 # (N,k)
+    distance = (x[:, None] - values) / width                                 # (2001, number of values)
     bells = np.exp(-distance ** 2 / 2) / (width * math.sqrt(2 * math.pi))
     y = bells @ weights
     shown = y > 1e-8 * y.max()
@@ -184,8 +185,8 @@ def landscape(path, args):
     """
     if is_gan(path):
         return gan_landscape(path, args)
-    _, _, data = load(path, args.data)
-    model, config = load_checkpoint(path, raw=True)
+    _, _, data = load(path, args.data)                                       # for the data alone
+    model, config = load_checkpoint(path, raw=True)                          # the raw weights, not the EMA
     model = to_device(model, DEVICE)
     weighting = config.get("weighting", "min_snr")                           # a name, or a table
     T, target = config["T"], config["target"]
@@ -210,7 +211,7 @@ def landscape(path, args):
 
 
 def gan_landscape(path, args):
-    """landscape() of a DCGAN. Its norms take the statistics of the samples, as in training."""
+    """landscape() of a DCGAN. Its batch norms take the statistics of the samples, as in training."""
     model, state = dcgan.load(path)
     size = state["size"]
     data = dcgan.open_data(args.data or state["data"], [size])
@@ -283,16 +284,16 @@ def interpolate(args):
 
 
 def hessian(args):
-    """The largest and smallest eigenvalue of each loss's Hessian, their mean and variance (figure 4). A second CSV
-    file, *_density.csv, has their density.
+    """Of each loss's Hessian: the largest and the smallest eigenvalue, and mean and variance of all eigenvalues
+    (figure 4). A second CSV file, *_density.csv, has the density of the eigenvalues.
     """
     rows, curves = [], []
     for path in args.ckpt:
         for name, (theta, loss) in landscape(path, args).items():
             which = dict(ckpt=path, loss=name)
             values, weights, residuals = spectrum(loss, theta, args.lanczos, args.probes, args.seed)
-            ends = summary(values, weights, residuals)
-            rows.append(dict(which, value=loss(theta).item(), **ends))
+            measured = summary(values, weights, residuals)
+            rows.append(dict(which, value=loss(theta).item(), **measured))
             for x, y in zip(*density(values, weights)):
                 curves.append(dict(which, eigenvalue=x, density=y))
             print(path, name, flush=True)

@@ -1,12 +1,4 @@
-"""Lecture 1: a noise schedule that ends in pure noise.
-
-At the last timestep the linear schedule still has an SNR of 4e-5, so training never shows the network pure
-noise. Samplers that begin at the last timestep begin with it; ours begins at sigma 80.
-Write `rescale`: one linear map of the roots alpha_t, not of their squares, that keeps the first and makes the
-last 0 (Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed").
-Read `alphas_cumprod` in diffusion.py, which makes the table, and `Diffusion.__init__`, which takes yours.
-Check with `python -m pytest exercises -k lecture1`.
-"""
+"""Lecture 1, solved: alpha goes linearly from [first, last] to [first, 0]."""
 
 
 def rescale(alphas_cumprod):
