@@ -5,8 +5,8 @@ that paper's unless another is named.
 
 Symbols: x0 is the clean image, eps is unit normal noise, and x_t = alpha_t x0 + sigma_t eps is the noisy image,
 where alpha_t^2 + sigma_t^2 = 1. The timestep t is 0 .. T-1, in the paper 1 .. T. The signal-to-noise ratio is
-SNR = alpha_t^2 / sigma_t^2. Tables over t are float64, because the SNR of the cosine schedule runs from 2.4e4
-down to 2.4e-9.
+SNR = alpha_t^2 / sigma_t^2; with the cosine schedule it falls from 2.4e4 to 2.4e-9. Tables over t are float64,
+because 1 - alpha_t^2 is 4e-5 at t = 0, where float32 would leave it three digits.
 """
 import copy
 import math
@@ -50,27 +50,30 @@ WEIGHTINGS = {  # name: w(SNR, gamma) on the x0 loss
     "max_snr":      lambda snr, gamma: snr.clamp(min=gamma),               # gamma = 1: Salimans & Ho 2022
     "min_snr":      lambda snr, gamma: snr.clamp(max=gamma),               # the paper
     "soft_min_snr": lambda snr, gamma: gamma * snr / (snr + gamma),        # Crowson et al. 2024
-    "p2":           lambda snr, gamma: snr / (1 + snr),                    # Choi et al. 2022 at k = gamma = 1
+    "p2":           lambda snr, gamma: snr / (1 + snr),                    # Choi et al. 2022: their k = gamma = 1
     "sqrt_snr":     lambda snr, gamma: snr.sqrt(),                         # "debiased", Yu et al. 2023
     "snr_plus_1":   lambda snr, gamma: snr + 1,                            # = the plain v loss
 }
 
 
 def target_factor(snr, target):
-    """The factor in |target - prediction|^2 = factor |x0 - predicted x0|^2 (appendix B), like snr."""
+    """(|target - prediction| / |x0 - predicted x0|)^2, the same for every guess (appendix B). Same shape as snr.
+    Raises ValueError for another target.
+    """
     if target not in TARGETS:
         raise ValueError(f"target: found {target!r}, expected one of {', '.join(TARGETS)}")
     return {"x0": torch.ones_like(snr), "eps": snr, "v": snr + 1}[target]
 
 
 def loss_weight(snr, weighting, target, gamma=5.0):
-    """Weight of the mean squared error in the target's own space, float64, same shape as snr.
+    """The factor that the mean squared error of the target gets in the loss: float64, same shape as snr.
 
-    weighting: a name of WEIGHTINGS, or a table of weights like snr. It is always a weight on the x0 loss, and is
-    converted to the target here. So x0, eps and v trained under one name minimise the same objective (section
+    weighting: a name of WEIGHTINGS, or a table of weights of snr's shape. It is always a weight on the x0 loss, and
+    is converted to the target here. So x0, eps and v trained under one name minimise the same objective (section
     4.2, appendix B). At SNR = 0 the weight is its limit: for min_snr 0 (x0, v) or 1 (eps), where the official
     code has 1 for all three. Raises ValueError for unknown names, for a gamma that is not positive and finite,
-    and where there is no finite limit: eps at SNR = 0 with const, max_snr, sqrt_snr or snr_plus_1.
+    and where a weight is not a finite number: under eps at SNR = 0 with const, max_snr, sqrt_snr, snr_plus_1 or a
+    table that is not 0 there, and with several at an infinite SNR.
     """
     snr = torch.as_tensor(snr, dtype=torch.float64)
     if not 0 < gamma < math.inf:
@@ -102,21 +105,20 @@ def uniform(t, lam, step):
 
 
 def curriculum(t, lam, step, mu=0.3, target_step=5e4):
-    """From uniform to normal during training: (1 - gamma) U(t) + gamma N(t; mu T, T^2), where gamma is
-    min(1, step / target_step) and not min-SNR's gamma.
+    """"clts", curriculum learning of timesteps: from uniform to normal during training (Wang et al. 2024, eq. 6, 7).
 
-    These are eq. 6 and 7 of the curriculum paper (Wang et al. 2024). Its mu is mu T here, and it has no min. Most of
-    N lies outside 0 .. T: for mu = 0.3 only 0.376 of it is inside. As the mixture is normalised, not N alone, the
-    share of N in the draws is below gamma until gamma is 1. Even then q is not far from uniform: for mu = 0.3,
-    q T is between 0.83 (t = T - 1) and 1.06 (t = mu T).
+    q = (1 - progress) U(t) + progress N(t; mu T, T^2), where progress = min(1, step / target_step). The paper writes
+    mu for mu T, gamma for progress, and no min. Most of N lies outside 0 .. T: for mu = 0.3 only 0.376 of it is
+    inside. As the mixture is normalised, not N alone, N's part of the draws is below progress until progress is 1.
+    Even then q is not far from uniform: for mu = 0.3, q T is between 0.83 (t = T - 1) and 1.06 (t = mu T).
     """
     if not 0 <= mu <= 1:
         raise ValueError("the first number is a share of T, from 0 to 1")
     if not target_step > 0:
         raise ValueError("the second number is a step, above 0")
-    gamma = min(1, step / target_step)
+    progress = min(1, step / target_step)
     normal = (-(t / len(t) - mu) ** 2 / 2).exp() / math.sqrt(2 * math.pi)    # N(t) T, as U(t) T is 1
-    return (1 - gamma) + gamma * normal
+    return (1 - progress) + progress * normal
 
 
 def spacing(lam):
@@ -193,7 +195,7 @@ class Diffusion:
         self.T = len(alpha2)
         self.target = target
         self.snr = alpha2 / (1 - alpha2)
-        self.snr_on_cpu = self.snr               # stays there: the threads that draw t must not wait for a GPU
+        self.snr_on_cpu = self.snr               # for `draw`, whose threads must not wait for a GPU
         self.weight = loss_weight(self.snr, weighting, target, gamma)
         self.factor = target_factor(self.snr, target)
         self.timesteps = timesteps
@@ -218,13 +220,15 @@ class Diffusion:
 
         The draws are stratified: q is cut into B equal shares and each gives one t, in random order. So every
         batch has its share of every range of t. In the official code the t of a batch are independent.
-        A loss times 1 / (q T) has the same expectation as under uniform t (importance sampling). Its variance is
-        lower if q is large where w |gradient| is large. Without this factor q acts as one more weight.
+        A loss times 1 / (q T) has the same expectation as under uniform t (importance sampling), and so has its
+        gradient. For independent t, the gradient's variance is lowest if q is proportional to the root mean square
+        of the weighted gradient at t. Without this factor q acts as one more weight.
         """
         q = self.density(step)
         share = torch.randperm(B, generator=generator)
         place = torch.rand(B, generator=generator, dtype=torch.float64)      # within the share
-        t = torch.searchsorted(q.cumsum(0), (share + place) / B, right=True)
+        quantile = (share + place) / B
+        t = torch.searchsorted(q.cumsum(0), quantile, right=True)            # inverse of the distribution function
         t = t.clamp(max=self.T - 1)              # rounding can leave the last sum below 1
         return t, 1 / (q[t] * self.T)
 
@@ -258,11 +262,11 @@ class Diffusion:
         return sigma * x_t + alpha * output
 
     def loss(self, model, x0, t, noise, y=None):
-        """Of each sample (loss, mse), each (B,), in the images' dtype (eq. 4, 5).
+        """-> (loss, mse) of each sample, both (B,), in the images' dtype (eq. 4, 5).
 
-        mse is the squared error in the target's own space, a mean over pixels, where the paper sums; loss is the
-        weight at t times mse. mse / factor[t] is the error of x0, as in figure 6, which can be compared across
-        targets and weightings.
+        mse is the squared error of the target, averaged over pixels; the paper takes the sum. loss is mse times the
+        weight at t. mse / self.factor[t] is the squared error of x0 (figure 6). It can be compared across targets
+        and weightings.
         """
         alpha, sigma = self.alpha_sigma(t, x0)
         output = model(self.q_sample(x0, t, noise), t, y)
@@ -281,8 +285,9 @@ class Diffusion:
 def sampling_timesteps(diffusion, steps, rho=7):
     """The t of each sampling step, long, falling, at most `steps` of them.
 
-    EDM eq. 5 spaces the noise levels sigma from 80 to 0.002, or less where the schedule does not reach so far. Each
-    is rounded to the nearest of the T levels that training saw, and repeats are dropped.
+    The noise levels sigma fall from 80 to 0.002 with equal steps in sigma^(1 / rho) (EDM eq. 5). A schedule that
+    ends before 80 or 0.002 gives its own end: the lowest level is 0.0064 with "cosine", 0.01 with "linear". Each
+    level is rounded to the nearest of the T that training saw, and repeats are dropped.
     """
     levels = diffusion.snr.rsqrt()                                           # (T,) rising in t
     ramp = torch.linspace(0, 1, steps, dtype=levels.dtype, device=levels.device)
@@ -324,7 +329,7 @@ def guided_x0(model, diffusion, x_t, t, y, cfg, dtype):
 
 
 def log_p_gradient(classifier, x_t, t, y):
-    """Gradient of log p(y | x_t) by x_t, like x_t."""
+    """The gradient of log p(y | x_t) with respect to x_t, in x_t's shape."""
     with torch.enable_grad():
         x_t = x_t.detach().requires_grad_()
         logits = classifier(x_t, torch.full((len(x_t),), t, device=x_t.device))
@@ -344,6 +349,7 @@ def trajectory(model, diffusion, z, y=None, steps=30, cfg=1.0, interval=None, so
     al. 2024). classifier: model(x_t, t) -> logits. It moves the x0 estimate by classifier_scale times
     sigma_t^2 / alpha_t (the paper's sigma_t) times the gradient of log p(y | x_t) (Dhariwal & Nichol 2021;
     appendix D.1). clip: clamp x0 estimates to [-1, 1].
+    Raises ValueError, when the first estimate is asked for: for an unknown solver, steps below 1, guidance without y.
     """
     if solver not in SOLVERS or steps < 1:
         raise ValueError(f"found solver {solver!r}, steps {steps}, expected one of {SOLVERS}, at least 1")
@@ -378,7 +384,8 @@ def trajectory(model, diffusion, z, y=None, steps=30, cfg=1.0, interval=None, so
             slope_ahead = (ahead - denoise(ahead, next_sigma, ts[i + 1])) / next_sigma
             slope = (slope + slope_ahead) / 2
         if solver == "dpm++2m" and previous is not None:
-            # The slope with x0 + (x0 - previous) / (2 ratio), x0 extrapolated to the middle of the step in log sigma.
+            # Put into the slope the x0 expected at the middle of this step, x0 + (x0 - previous) / (2 ratio). It
+            # continues the line through the last two estimates, in log sigma.
             ratio = math.log(sigmas[i - 1] / sigma) / math.log(sigma / next_sigma)       # last step / this step
             slope = slope - (x0 - previous) / (2 * ratio * sigma)
         previous = x0

@@ -21,7 +21,7 @@ import torch.distributed as dist
 # --------------------------------------------------------------------------------- one line for a mistake
 
 class BadInput(ValueError):
-    """A user's mistake. Its text is the one line that is printed before exit code 2."""
+    """An end that is no bug, mostly a user's mistake. Its text is the one line that is printed."""
     code = 2
 
 
@@ -33,7 +33,8 @@ class NotFinite(BadInput):
 def run(main):
     """Call main(). Errors that are no bug become one line and an exit code, not a traceback: a user's mistake, what
     the operating system refuses (a missing file, a full disk), a full memory, Ctrl-C, and the death of another
-    process of the run.
+    process of the run. The codes: 2 for a mistake or a refusal of the system, 3 for NotFinite, 1 for a full memory
+    or a lost process, 130 for Ctrl-C.
     """
     try:
         return main()
@@ -53,9 +54,10 @@ def run(main):
         else:
             raise
     grouped = dist.is_initialized()
-    # Before there is a group, every process meets the same mistake, and one of a machine says it. What only one of
-    # them may meet, it says itself.
-    if grouped or env("LOCAL_RANK") == 0 or code in (1, 3):
+    # Until the processes have joined in a group (torch.distributed), they all meet the same mistake, and one on each
+    # machine prints it. But memory may run out, or a number not be finite, in one process alone. That one prints it.
+    alone = code in (1, 3)
+    if grouped or env("LOCAL_RANK") == 0 or alone:
         print(Path(sys.argv[0]).name + ":", *line.split(), file=sys.stderr, flush=True)  # as one line
     if grouped:
         os._exit(code)                           # sys.exit would wait for processes that are gone
@@ -130,7 +132,9 @@ def processes(kind=None):
 
 
 def allow_tf32(allowed):
-    """Allow, or forbid, a GPU to shorten the factors of float32 products to TF32: 10 bits, several times as fast."""
+    """Allow, or forbid, a GPU to shorten the factors of float32 products to TF32: 10 bits of mantissa instead of 23,
+    several times as fast.
+    """
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
 
@@ -181,7 +185,7 @@ def replace(path, write):
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
-        cause = error.__context__ or error                                   # torch.save makes a RuntimeError of it
+        cause = error.__context__ or error               # torch.save turns an OSError into a RuntimeError
         if not isinstance(cause, OSError):
             raise
         raise BadInput(f"{path}: cannot be written ({cause})") from None

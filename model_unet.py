@@ -1,12 +1,13 @@
 """The paper's UNets in one file: ADM's, on pixels and latents, LDM's, and ADM's noisy classifier.
 
-ADM is Dhariwal & Nichol 2021, code guided-diffusion; LDM is Rombach et al. 2022, code latent-diffusion.
-Their weights depend on some facts. The time embedding is cosines, then sines. Every GroupNorm has 32 groups and
-eps 1e-5, in LDM's spatial transformer 1e-6. The rows of ADM's qkv are ordered by head, then q k v, then channel;
-those of the classifier's attention pool by q k v, then head. The last layer of each res-block, of each attention
-block and of the UNet starts at zero.
-Parameter names are theirs: `input_blocks.N` is block N of the encoder, and its first layer is `input_blocks.N.0`.
-Shapes are theirs too: ADM's attention has convolutions of width 1, (out,in,1), applied here as linear layers.
+ADM is Dhariwal & Nichol 2021, code guided-diffusion; LDM is Rombach et al. 2022, code latent-diffusion. Their
+weights depend on some facts. The time embedding is cosines, then sines. Every GroupNorm has 32 groups and eps
+1e-5, in LDM's spatial transformer 1e-6. The rows of ADM's qkv are ordered by head, then q k v, then channel;
+those of the classifier's attention pool, and of 64x64_diffusion.pt, by q k v, then head. The last layer of each
+res-block, of each attention block and of the UNet starts at zero.
+Parameter names are theirs: `input_blocks.N` is stage N of the encoder (class Stage), and its first layer is
+`input_blocks.N.0`. Shapes are theirs too: ADM's attention has convolutions of kernel size 1, (out,in,1), applied
+here as linear layers.
 """
 import math
 from collections import OrderedDict
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def row(side, channels, channel_mult, res_blocks, attention_resolutions=(32, 16, 8), **more):
-    """The row as a dict of the UNet's arguments. ADM attends at the sides 32, 16 and 8."""
+    """One network of SIZES, as the UNet's arguments. ADM attends at the sides 32, 16 and 8."""
     return dict(side=side, channels=channels, channel_mult=channel_mult, res_blocks=res_blocks,
                 attention_resolutions=attention_resolutions, **more)
 
@@ -29,7 +30,7 @@ LDM = dict(context_dim=512, scale_shift=False, **PLAIN)  # the class is a token 
 SIZES = {  # side, width, its multiples at the levels, res-blocks a level, sides with attention
     "unet-tiny":   row(16,  32,  (1, 2, 2),    1, (8,),    heads=2),           # ours, for the CPU
     "unet-cifar":  row(32,  128, (1, 2, 2, 2), 3, (16, 8), heads=4, **PLAIN),  # curriculum paper
-    "unet-celeba": row(64,  128, (1, 2, 2, 2), 3,          head_channels=64),  # table 3; the row is a guess
+    "unet-celeba": row(64,  128, (1, 2, 2, 2), 3,          head_channels=64),  # table 3; the paper gives no sizes
     "unet-adm":    row(64,  192, (1, 2, 3, 4), 3,          head_channels=64),  # appendix C
     "unet-adm128": row(128, 256, (1, 1, 2, 3, 4), 2,       heads=4),           # curriculum paper
     "unet-b":      row(32,  192, (1, 2, 2, 2), 3, (16, 8), heads=4),           # tables 1-2, appendix C.1
@@ -61,7 +62,7 @@ def zero(layer):
 
 
 class Pointwise(nn.Conv1d):
-    """By name and shape a convolution of width 1, applied to tokens (B,N,C) as the linear layer that it is."""
+    """By name and shape a convolution of kernel size 1, applied to tokens (B,N,C) as the linear layer that it is."""
 
     def __init__(self, dim, dim_out):
         super().__init__(dim, dim_out, 1)
@@ -85,11 +86,11 @@ class ResBlock(nn.Module):
         super().__init__()
         self.scale_shift = scale_shift
         resample = resample or nn.Identity()
-        silu = nn.Sequential(nn.SiLU(), resample)                            # as one layer: conv is in_layers.2
-        self.in_layers = nn.Sequential(nn.GroupNorm(32, width_in), silu, conv(width_in, width))
+        silu_resample = nn.Sequential(nn.SiLU(), resample)       # one layer: conv keeps its name in_layers.2
+        self.in_layers = nn.Sequential(nn.GroupNorm(32, width_in), silu_resample, conv(width_in, width))
         emb_width = 2 * width if scale_shift else width
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, emb_width))
-        no_dropout = nn.Identity()                                           # in its place: conv is out_layers.3
+        no_dropout = nn.Identity()                               # for ADM's: conv keeps its name out_layers.3
         self.out_layers = after_norm(width, no_dropout, zero(conv(width, width)))
         self.skip_connection = resample
         if width != width_in:
@@ -120,8 +121,8 @@ class Attention(nn.Module):
     def forward(self, x):                                                    # (B,C,H,W)
         tokens = self.norm(x).flatten(2).transpose(1, 2)                     # (B,N,C)
         qkv = self.qkv(tokens).unflatten(2, (-1, 3, self.head_channels))     # (B,N,h,3,d)
-        h = self.proj_out(attend(*qkv.permute(3, 0, 2, 1, 4)))               # (B,N,C)
-        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
+        update = self.proj_out(attend(*qkv.permute(3, 0, 2, 1, 4)))          # (B,N,C)
+        return x + update.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class AttentionPool(nn.Module):
@@ -170,7 +171,8 @@ class TransformerBlock(nn.Module):
         self.attn2 = CrossAttention(dim, context_dim, head_channels)
         self.norm3 = nn.LayerNorm(dim)
         widen, narrow = nn.Linear(dim, 8 * dim), nn.Linear(4 * dim, dim)
-        # LDM's names are ff.net.0.proj and ff.net.2. Its activation, GEGLU, is computed in forward.
+        # LDM's names are ff.net.0.proj and ff.net.2. Its activation, GEGLU, is computed in forward: half of the
+        # outputs times GELU of the other half. Identity stands for its dropout.
         self.ff = named(net=nn.Sequential(named(proj=widen), nn.Identity(), narrow))
 
     def forward(self, x, context):                                           # (B,N,C), (B,M,D)
@@ -216,12 +218,12 @@ class Stage(nn.Sequential):
 # ----------------------------------------------------------------------------------------- networks
 
 class UNet(nn.Module):
-    """model(x (B,C,H,W), t (B,) long, y (B,) long or None) -> (B,C,H,W). A fresh one returns zeros.
+    """model(x (B,C,H,W), t (B,) long, y (B,) long or None) -> (B,C,H,W).
 
-    H and W may be any multiples of 2^(levels - 1). channels is the base width and channel_mult its multiple at each
-    level. The encoder has res_blocks res-blocks a level, the decoder one more. scale_shift: see ResBlock.
-    resblock_updown: a res-block halves or doubles the side, otherwise a convolution. heads is the number of heads;
-    head_channels, where given, is their width instead.
+    A fresh one returns zeros, unless it is a classifier. H and W may be any multiples of 2^(levels - 1).
+    channels is the base width and channel_mult its multiple at each level. The encoder has res_blocks res-blocks
+    a level, the decoder one more. scale_shift: see ResBlock. resblock_updown: a res-block halves or doubles the
+    side, otherwise a convolution. heads is the number of heads; head_channels, where given, is their width instead.
     attention_resolutions: a level attends if the side of its feature maps is one of these. It is counted for an
     image of side `side`, by default img_size, so that a network for another img_size attends at the same levels.
     The middle always attends.
@@ -231,8 +233,8 @@ class UNet(nn.Module):
     token. Without classes this token is learned too.
     classifier = True is ADM's noisy classifier, model(x, t) -> (B,num_classes) logits of p(y | x_t): the encoder
     and an attention pool, for images of img_size alone.
-    grad_ckpt = True keeps only the inputs of the blocks and computes the rest again for the gradient.
-    Raises ValueError for an img_size that the levels do not divide and for heads that do not divide a width.
+    grad_ckpt = True keeps only the inputs of the stages and computes the rest again for the gradient.
+    Raises ValueError for an img_size that the levels do not divide, and for heads that do not divide a width.
     """
     grad_ckpt = False
 
@@ -287,9 +289,9 @@ class UNet(nn.Module):
             self.build_decoder(widths, res_blocks, skips, stage, res if resblock_updown else None)
 
     def build_decoder(self, widths, res_blocks, skips, stage, res):
-        """The encoder mirrored. Each stage has one skip connection, from the encoder's last output to its first, and
-        skips are the widths of these outputs. stage(width_in, level) makes a stage. res makes the res-block that
-        doubles the side; if it is None, a convolution does.
+        """The encoder mirrored. Each stage takes one output of the encoder as a skip connection, the last output
+        first; skips are the widths of these outputs. stage(width_in, level) makes a stage. res makes the
+        res-block that doubles the side; if it is None, a convolution does.
         """
         width = widths[-1]
         for level in reversed(range(len(widths))):
@@ -388,10 +390,11 @@ def load(network, state_dict, arguments):
 def from_adm(state_dict, img_size=None, heads=None, head_channels=None, num_classes=None, **architecture):
     """State dict of guided-diffusion, the official repository or latent-diffusion -> UNet, strict.
 
-    A file in PUBLIC is known by its number of parameters, and needs no arguments; those that are given replace its
-    own. For any other file give img_size, heads or head_channels, and as `architecture` channel_mult, res_blocks,
-    attention_resolutions and what else of the UNet's arguments differs. ADM's 256x256_diffusion.pt has
-    img_size=256, head_channels=64, channel_mult=(1, 1, 2, 2, 4, 4), res_blocks=2, attention_resolutions=(32, 16, 8).
+    A file in PUBLIC is known by its number of parameters, and needs no arguments; those that are given replace
+    its own (but not the heads of 64x64_diffusion.pt). For any other file give img_size, heads or head_channels,
+    and as `architecture` channel_mult, res_blocks, attention_resolutions and what else of the UNet's arguments
+    differs. ADM's 256x256_diffusion.pt has img_size=256, head_channels=64, channel_mult=(1, 1, 2, 2, 4, 4),
+    res_blocks=2, attention_resolutions=(32, 16, 8).
     num_classes: unless given, a class table of 1,000 rows is taken to have no null label (ADM and LDM, on ImageNet),
     any other to end with it. A table without one gets a row of zeros, so that a null label exists, but the network
     never saw it: sample such a file with labels and cfg 1, or with a classifier.
@@ -400,7 +403,9 @@ def from_adm(state_dict, img_size=None, heads=None, head_channels=None, num_clas
 
     The UNet gets an attribute `public`, what sampling needs to know of the file: dict(dataset, target, schedule,
     sample_steps, cfg, guidable). dataset is the file's name in PUBLIC, or None. target is "eps" where sigma was
-    learned, else None, as weights do not show it. guidable: the class table has a null label of its own.
+    learned, else None, as weights do not show it. schedule is "linear" for 128x128_diffusion.pt, else "cosine",
+    which is a guess for a file that is not in PUBLIC: 256x256_diffusion.pt was trained with "linear". guidable:
+    the class table has a null label of its own.
     Raises ValueError, which names the arguments to give, or what does not fit.
     """
     state_dict = unet_part(state_dict)
@@ -417,7 +422,7 @@ def from_adm(state_dict, img_size=None, heads=None, head_channels=None, num_clas
     for key, x in state_dict.items():
         if key.startswith("out.2."):
             state_dict[key] = x[:C]
-        if ".qkv." in key and name == "64x64_diffusion.pt":                  # rows: q k v, then head; now head first
+        if ".qkv." in key and name == "64x64_diffusion.pt":                  # q k v, then head: put the head first
             by_head = x.unflatten(0, (3, -1, arguments["head_channels"])).transpose(0, 1)
             state_dict[key] = by_head.flatten(0, 2)
     rows = len(state_dict.get("label_emb.weight", ()))

@@ -25,7 +25,7 @@ class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
-        inner = dim // heads * heads                                         # of all heads, at most dim
+        inner = dim // heads * heads                                         # of all heads: 510 of 512 in ViT-S
         self.qkv = nn.Linear(dim, 3 * inner, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(inner))
         self.v_bias = nn.Parameter(torch.zeros(inner))   # none for k: softmax would ignore it
@@ -56,12 +56,12 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def sinusoids(positions, dim, longest):
-    """Positions (...) -> (...,dim): dim / 2 cosines, then as many sines, whose wavelengths rise from 2 pi to nearly
-    2 pi longest (Vaswani et al. 2017).
+def sinusoids(positions, dim, base):
+    """Positions (...) -> (...,dim): dim / 2 cosines, then as many sines. Cosine i and sine i, for i = 0 .. dim/2 - 1,
+    have the wavelength 2 pi base^(2 i / dim) (Vaswani et al. 2017).
     """
     i = torch.arange(dim // 2)
-    angles = positions[..., None] * torch.exp(-math.log(longest) * i / len(i))
+    angles = positions[..., None] * torch.exp(-math.log(base) * i / len(i))
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -98,12 +98,13 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, short_run):
-        """The official initialisation. The time and class tables keep PyTorch's N(0,1).
+        """The official initialisation. Linear weights have a standard deviation of 0.02. In block 1, 2, ... the last
+        layers of attention and of the MLP are divided by sqrt(2 block). The output layer is multiplied by 0.001, so
+        that a fresh network returns nearly 0. The time and class tables keep PyTorch's N(0,1).
 
-        short_run is for narrow networks and a few thousand steps. Linear layers start with a standard deviation of
-        1 / sqrt(dim) instead of 0.02. The time and position tables are learned all the same, but start from
-        sinusoids, so that neighbours begin alike: those of t, scaled to 0 .. 1,000, and those of a patch's row and
-        column, which take half of the width each.
+        short_run is for narrow networks and a few thousand steps. The 0.02 of linear layers becomes 1 / sqrt(dim).
+        The time table starts as sinusoids of 1000 t / T. The positions of patches start as sinusoids of the row in
+        one half of the width, and of the column in the other. So neighbours begin alike. Both tables are learned.
         """
         T, dim = self.time_embedding.weight.shape
         std = dim ** -0.5 if short_run else 0.02
@@ -124,23 +125,23 @@ class ViT(nn.Module):
             self.pos_embed[0, -len(patches):] = sinusoids(patches, dim // 2, 100).flatten(1)
 
     def forward(self, x, t, y=None):
-        tokens = [self.time_embedding(t)[:, None]]                           # (B,1,D)
+        first = [self.time_embedding(t)[:, None]]                            # (B,1,D)
         if self.num_classes:
             y = torch.full_like(t, self.num_classes) if y is None else y
-            tokens.append(self.class_embedding(y)[:, None])                  # (B,1,D)
+            first.append(self.class_embedding(y)[:, None])                   # (B,1,D)
         patches = self.patch_embed(x).flatten(2).transpose(1, 2)             # (B,side*side,D)
-        h = torch.cat([*tokens, patches], dim=1) + self.pos_embed            # (B,N,D), N = 2 + side*side
+        h = torch.cat([*first, patches], dim=1) + self.pos_embed             # (B,N,D), N = len(first) + side*side
         for block in self.blocks:
             h = checkpoint(block, h, use_reentrant=False) if self.grad_ckpt else block(h)
-        h = self.linear_projection(h[:, len(tokens):])                       # (B,side*side,p*p*C)
+        h = self.linear_projection(h[:, len(first):])                        # (B,side*side,p*p*C)
         h = h.unflatten(2, (self.patch_size, self.patch_size, -1))
         h = h.unflatten(1, (self.side, self.side))                           # (B,row,col,p,p,C)
         return h.permute(0, 5, 1, 3, 2, 4).reshape(x.shape)                  # (B,C,row,p,col,p) -> (B,C,S,S)
 
 
 RELEASED = {  # (width, channels): the paper's file, what it predicts, and how the samples of its FID were drawn
-    (1152, 4): dict(dataset="ema_0.9999_xl.pt", target="x0", sample_steps=50, cfg=1.5),       # 2.06
-    (1024, 3): dict(dataset="ema_0.9999_large.pt", target="eps", sample_steps=20, cfg=1.5),   # 2.28
+    (1152, 4): dict(dataset="ema_0.9999_xl.pt", target="x0", sample_steps=50, cfg=1.5),       # FID 2.06
+    (1024, 3): dict(dataset="ema_0.9999_large.pt", target="eps", sample_steps=20, cfg=1.5),   # FID 2.28
 }
 
 
@@ -151,8 +152,9 @@ def from_official(state_dict, heads=None):
     The official time table has 4,000 rows, of which the first 1,000 are in use.
 
     The ViT gets an attribute `public`, what sampling needs to know of the file: dict(dataset, target, schedule,
-    sample_steps, cfg, guidable). dataset is the name of the file. It and target are None for a file that is not in
-    RELEASED. guidable: there are labels, and so the null label. Raises ValueError for weights that do not fit.
+    sample_steps, cfg, guidable). dataset names where the samples come from: for weights alone, the name of their
+    file. dataset and target are None for a file that is not in RELEASED. guidable: whether the network has a
+    null label, which it has if it has classes. Raises ValueError for weights that do not fit.
     """
     class_table = state_dict.get("class_embedding.weight", ())
     num_classes = max(len(class_table) - 1, 0)                               # the last row is the null label
@@ -161,8 +163,9 @@ def from_official(state_dict, heads=None):
     try:
         T, dim = state_dict["time_embedding.weight"].shape
         _, in_channels, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
-        tokens = state_dict["pos_embed"].shape[1]        # a square of patches, the time and perhaps the class
-        img_size = patch_size * math.isqrt(tokens - 1)
+        tokens = state_dict["pos_embed"].shape[1]
+        patches = tokens - (2 if num_classes else 1)                         # without the time and the class
+        img_size = patch_size * math.isqrt(patches)
         heads = heads or heads_of_width.get(dim)
         if not heads:
             raise ValueError(f"heads: must be given, since width {dim} is not one of the paper's")

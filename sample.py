@@ -1,13 +1,14 @@
 """Checkpoint -> images. `python sample.py --ckpt out/shapes` draws a grid and needs nothing else.
 
-    python sample.py --ckpt CKPT --n 50000 --out DIR          # PNG files, for FID; or --out FILE.npz
+    python sample.py --ckpt CKPT --count 50000 --out DIR      # PNG files, for FID; or --out FILE.npz
     torchrun --nproc-per-node 8 sample.py --ckpt CKPT --count 50000 --out DIR   # the same images, sooner
     python sample.py --ckpt ema_0.9999_large.pt               # released weights, which are recognised
     python sample.py --ckpt out/shapes --strip                # the way from noise to image, step by step
 
-Image k = 0, 1, ... depends on the checkpoint, on k, and on the flags that protocol.json lists. The batch size and
-the number of processes change it by rounding at most. The same command finishes what a killed one began, to the
-same bits, and with a larger --count it adds images to a folder.
+Image k = 0, 1, ... depends on k and on what protocol.json, a file beside the images, says of the checkpoint, the
+labels, the seed and the sampler. The batch size and the number of processes change it by rounding at most. The
+same command finishes what a killed one began, to the same bits, and with a larger --count it adds images to a
+folder.
 """
 import shutil
 import time
@@ -134,8 +135,8 @@ def to_uint8(x):
 def start(seed, k, labels, model):
     """The label, an int, and the unit normal noise (C,S,S) that image k of a network begins with.
 
-    labels: "random" draws each class equally often, "data" as often as the training data have it
-    (model.class_counts). A list of labels is gone through in turn, and "balanced" is the list of all classes.
+    labels: "random" draws every class with the same probability, "data" with the class's share of the training data
+    (model.class_counts). A list of labels is taken in turn, and "balanced" is the list of all classes.
     """
     g = generator("image", seed, k)
     count = max(model.num_classes, 1)
@@ -154,8 +155,9 @@ def start(seed, k, labels, model):
 def draw(model, config, ks, seed=0, labels="balanced", vae=None, dtype="float32", shown=(), **how):
     """The images of numbers ks, uint8 (N,3,S,S). `how` is what `sampler` takes: steps, cfg, solver, ...
 
-    With dtype "bfloat16" the network runs under autocast. `shown` are some of the sampler's t: with them, each
-    number gives not one image but 1 + len(shown), its noise and then its x0 estimates at these t. Raises NotFinite.
+    `shown` are some of the sampler's t. With them the result is (N (1 + len(shown)),3,S,S): for each number its
+    noise, then its x0 estimates at these t. dtype "bfloat16" runs the network under autocast; TF32 is set by
+    `allow_tf32`, not here. Raises NotFinite.
     """
     y, z = zip(*[start(seed, k, labels, model) for k in ks])
     weight = next(model.parameters())
@@ -164,8 +166,8 @@ def draw(model, config, ks, seed=0, labels="balanced", vae=None, dtype="float32"
     diffusion = Diffusion(config["schedule"], config["T"], config["target"])
     with torch.autocast(weight.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         if shown:
-            x0 = dict(trajectory(model, diffusion, z, y, **how))
-            x = torch.stack([z, *[x0[t] for t in shown]], dim=1).flatten(0, 1)
+            estimates = dict(trajectory(model, diffusion, z, y, **how))      # t: x0 estimate
+            x = torch.stack([z, *[estimates[t] for t in shown]], dim=1).flatten(0, 1)
         else:
             x = sampler(model, diffusion, z, y, **how)
     if vae:
@@ -208,8 +210,9 @@ def save_sheet(path, images, columns, titles=(), side=64):
 
 
 def grid(model, config, path, n=None, batch_size=64, shown=(), **how):
-    """Draw n images (by default 8 rows) into one PNG, one class to a column if there are 2 to 16 classes. With
-    `shown` the PNG is a strip: each image (by default 4) has a row of its noise and its x0 estimates at these t.
+    """Draw n images (by default 8 rows) into one PNG, with as many columns as there are classes if these are 2 to 16:
+    so under "balanced" each column is one class. With `shown` the PNG is a strip: each image (by default 4) has
+    a row of its noise and its x0 estimates at these t.
     """
     columns = model.num_classes if 2 <= model.num_classes <= 16 else 8
     n = n or (4 if shown else 8 * columns)
@@ -266,8 +269,8 @@ def claim(folder, protocol):
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "protocol.json"
     # The folder is read before the file is looked for, as another process may begin to write in between.
-    others = [name for name in folder.iterdir() if name.suffix != ".part"]
-    if others and not file.exists():
+    files = [path for path in folder.iterdir() if path.suffix != ".part"]
+    if files and not file.exists():
         raise BadInput(f"--out {folder}: holds files but no protocol.json; choose a new folder")
     if not file.exists():
         write_json(file, protocol)
@@ -351,7 +354,7 @@ def parse():
         "a number is a name where all names are numbers")
     either.add_argument("--labels", choices=("random", "balanced", "data"), help="random: drawn for each "
         "image; balanced: k modulo the number of classes; data: drawn as often as the training data have them "
-        "(default: balanced in a grid, else random)")
+        "(default: balanced in a .png, else random)")
     add("--clip", action="store_true", help="clamp x0 estimates to [-1, 1] at every step; for pixels alone")
     add("--device", choices=("cuda", "cpu", "mps"),
         help="default: cuda where there is one, else cpu; mps is untested")
