@@ -168,7 +168,9 @@ def timestep_density(timesteps, snr, step=0):
     try:
         parameters = [float(text) for text in texts]
         q = DENSITIES[name](t, lam, step, *parameters)
-    except (TypeError, ValueError) as error:                                 # TypeError: too many parameters
+    except TypeError:
+        raise ValueError(f"timesteps: found {timesteps!r}, more numbers than {name} has parameters") from None
+    except ValueError as error:
         raise ValueError(f"timesteps: found {timesteps!r}, expected a density such as laplace:0:0.5 or "
                          f"clts:0.3:50000 ({error})") from None
     q = q / q.sum()

@@ -355,6 +355,11 @@ def open_folder(path):
     """The PNGs below a folder or in a .zip, in the order of their paths."""
     root, names, _ = find_files(path)
     names.sort(key=Path)
+    meta = protocol(root / "protocol.json")
+    stems = [Path(name).stem for name in names]
+    numbers = sorted(int(stem) for stem in stems if stem.isdecimal())
+    if meta and numbers != list(range(len(names))):
+        raise BadInput(f"{path}: beside protocol.json expected sample.py's images alone, numbered 0, 1, 2, ...")
     kinds = {Path(name).suffix.lower() for name in names}
     if kinds != {".png"}:
         raise BadInput(f"{path}: found {sorted(kinds) or 'no images'}, expected .png; JPEG changes the FID")
@@ -372,7 +377,7 @@ def open_folder(path):
         images = pool.map(load, rows)
         return np.stack(list(images))
 
-    return {}, protocol(root / "protocol.json"), len(names), take
+    return {}, meta, len(names), take
 
 
 def open_npz(path):
@@ -381,10 +386,10 @@ def open_npz(path):
     """
     with readable(path), np.load(path) as file:
         names = ("mu", "sigma", "mu_s", "sigma_s")
-        statistics = {name: file[name] for name in names if name in file}
+        statistics = {name: file[name].astype(float) for name in names if name in file}
         meta = protocol(path.with_suffix(".protocol.json"))
         if "meta" in file:                               # of `fid.py stats`
-            meta = json.loads(str(file["meta"]))
+            meta = dict(json.loads(str(file["meta"])))
         if statistics and "arr_0" not in file:
             return statistics, meta, 0, None
         stream = zipfile.ZipFile(path).open("arr_0.npy")
@@ -473,6 +478,9 @@ def open_side(path, D, extractor, count, seed, by_images):
         if shapes != [(D,), (D, D)]:
             raise BadInput(f"{path}: mu and sigma are {shapes}, expected {D} features")
         check_finite(path, statistics)
+        sigma = statistics["sigma"]
+        if sigma.diagonal().min() < 0 or not np.allclose(sigma, sigma.T):
+            raise BadInput(f"{path}: sigma is no covariance, which is symmetric and has no negative variance")
     else:
         rows = choose(path, meta, total, count, seed)
         meta.update(n=len(rows), extractor=extractor)

@@ -223,10 +223,10 @@ def read(path):
 
 
 def read_json(path):
-    """The value in a JSON file. Raises BadInput."""
+    """The dict in a JSON file. Raises BadInput."""
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        return dict(json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
         raise BadInput(f"{path}: cannot be read ({error})") from None
 
 

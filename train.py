@@ -108,16 +108,23 @@ FREE = "steps cfg sample_steps data vae_file log_every save_every sample_every k
 
 
 def name_or_table(text):
-    """An argparse type for --weighting: a name, or the column `weight` of a table FILE.csv as a list."""
+    """An argparse type for --weighting: a name, or the column `weight` of a table FILE.csv as a list. Its rows are
+    t = 0, 1, ..., and a column `t`, if there is one, must say so.
+    """
     if not text.endswith(".csv"):
         return text
     try:
-        table = np.genfromtxt(text, delimiter=",", names=True, ndmin=1)["weight"]
-        if not (table >= 0).all():               # an empty cell is nan, and nan >= 0 is False
+        table = np.genfromtxt(text, delimiter=",", names=True, ndmin=1)
+        weight = table["weight"]
+        t = table["t"] if "t" in table.dtype.names else np.arange(len(weight))
+        if not (weight >= 0).all() or weight.sum() == 0:                     # an empty cell is nan: not >= 0
+            raise ValueError
+        if (t != np.arange(len(weight))).any():
             raise ValueError
     except (IndexError, ValueError):
-        raise argparse.ArgumentTypeError(f"{text}: expected a column `weight` of numbers of 0 or more") from None
-    return table.tolist()
+        raise argparse.ArgumentTypeError(f"{text}: expected a column `weight` of numbers of 0 or more, not all 0, in "
+                                         "the order of t = 0, 1, ...") from None
+    return weight.tolist()
 
 
 def flags():
@@ -215,6 +222,8 @@ def parse():
                         graph=can_graph and demo)
     parser.set_defaults(**defaults)
     args = parser.parse_args()                                               # or show the help, with these defaults
+    if state and args.model != defaults["model"]:        # said first, as it decides what other flags mean
+        raise BadInput(f"--model: found {args.model}, the run in {out} has {defaults['model']}")
     args.out = out.resolve()
     if args.graph and not can_graph:
         raise BadInput("--graph: is for one process, on cuda, without --grad-ckpt")
@@ -573,7 +582,7 @@ def make_networks(args, config, device, state=None):
     torch.manual_seed(config["seed"])
     dtype = torch.float64 if config["dtype"] == "float64" else torch.float32
     model = to_device(build_model(config), device, dtype)
-    if config["init"] and not state:
+    if config["init"] is not None and not state:
         initialise(model, config)
     model.grad_ckpt = args.grad_ckpt
     ema = copy.deepcopy(model).requires_grad_(False)

@@ -55,8 +55,11 @@ def write_csv(path, rows):
 
 def read_csv(path):
     """The rows of a CSV file as dicts."""
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    except ValueError as error:
+        raise BadInput(f"{path}: cannot be read ({error})") from None
 
 
 def entry(row, name, kind=str):
@@ -225,6 +228,8 @@ def bars(paths, x, y, logy, out):
         for row in read_csv(path):
             values = heights.setdefault(entry(row, x), [])
             values.append(entry(row, y, float))
+    if not heights:
+        raise BadInput("found no rows to draw")
     figure, [ax] = canvas(1)
     for i, (name, values) in enumerate(heights.items()):
         colour, _, _, hatch = LOOKS[i % len(LOOKS)]
@@ -243,11 +248,12 @@ def runs(paths, **how):
     found, steps, columns = [], set(), set()
     for folder in dict.fromkeys(map(Path, paths)):                           # each once
         config = read_json(folder / "config.json")
+        entry(config, "weighting")                                           # else it is no run's
         config["weighting"] = called(config["weighting"], config["gamma"])
         table = {}                                                           # step: what the logs say of it
         for file in (folder / "log.csv", folder / "quality.csv"):
             for line in read_csv(file) if file.exists() else []:
-                table.setdefault(int(line["step"]), {}).update(line)
+                table.setdefault(entry(line, "step", int), {}).update(line)
                 columns.update(line)
         steps.update(table)
         found.append((config, table))

@@ -8,7 +8,7 @@ from data import built_in, generator
 from fid import frechet_distance
 from files import say
 
-IMAGES = 12_000                                  # for the judge, which learns from five sixths and is tested on the rest
+IMAGES = 12_000                                  # for the judge: five sixths to learn from, the rest to be tested on
 
 
 def seen(data):

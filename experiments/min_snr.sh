@@ -17,7 +17,6 @@ try() {                                          # a command, and what its exit 
     "$@" || code=$?
     case $code in
         0|3) ;;                                  # 3: the run has diverged, which is a result
-        2) exit 255;;                            # a mistake, as it has said: xargs starts no more runs
         *) echo "$out: exit code $code of $*" >&2; exit 1;;
     esac
 }
@@ -26,18 +25,15 @@ one_run() {                                      # data, weighting, target, seed
     out=$OUT/$1_$3_$2_$4
     gamma=5
     if [ $2 = max_snr ]; then gamma=1; fi
-    if ! grep -qs "^$STEPS,$N," $out/quality.csv; then                   # else it is measured already
-        resume=
-        if [ -e $out/ckpt.pt ]; then resume=--resume; fi
-        # shapes and folders have different presets, so every setting that differs is given
-        try $PYTHON train.py --out $out --dataset $1 --weighting $2 --gamma $gamma --target $3 --seed $4 \
-            --model vit-tiny --batch-size 64 --lr 2e-3 --warmup 100 --decay 0 --betas .9 .99 \
-            --weight-decay .03 --ema $EMA --drop .1 --no-flip --no-compile --cfg 1 --sample-steps 1 \
-            --log-every $(((STEPS + 19) / 20)) --steps $STEPS --keep-every $EVERY --save-every $EVERY \
-            $FLAGS $resume
-        [ -e $out/ckpt.pt ] || return 0                                  # diverged before it saved a checkpoint
-        try $PYTHON -m experiments.pareto measure --ckpt $out --n $N
-    fi
+    resume=                                      # of a run that is there, train.py refuses other settings
+    if [ -e $out/ckpt.pt ]; then resume=--resume; fi
+    # shapes and folders have different presets, so every setting that differs is given
+    try $PYTHON train.py --out $out --dataset $1 --weighting $2 --gamma $gamma --target $3 --seed $4 \
+        --model vit-tiny --batch-size 64 --lr 2e-3 --warmup 100 --decay 0 --betas .9 .99 --weight-decay .03 \
+        --ema $EMA --drop .1 --no-flip --no-compile --cfg 1 --sample-steps 1 --log-every $(((STEPS + 19) / 20)) \
+        --steps $STEPS --keep-every $EVERY --save-every $EVERY $FLAGS $resume
+    [ -e $out/ckpt.pt ] || return 0                                      # diverged before it saved a checkpoint
+    try $PYTHON -m experiments.pareto measure --ckpt $out --n $N         # what is not measured yet
     if [ "$OBJECTIVE" ] && [ "$2 $3" = "min_snr x0" ] && [ ! -e $out/objective.csv ]; then
         try $PYTHON -m experiments.pareto objective --ckpt $out --out $out/objective.csv
     fi
@@ -48,8 +44,10 @@ if [ $# -gt 0 ]; then                            # started by xargs below
     exit
 fi
 for size in STEPS EVERY N JOBS; do
-    if ! [ "$(printenv $size)" -ge 1 ] 2>/dev/null; then
-        echo "min_snr.sh: $size: found $(printenv $size), expected a whole number, at least 1" >&2
+    least=1
+    if [ $size = N ]; then least=2; fi
+    if ! [ "$(printenv $size)" -ge $least ] 2>/dev/null; then
+        echo "min_snr.sh: $size: found $(printenv $size), expected a whole number, at least $least" >&2
         exit 2
     fi
 done
@@ -59,7 +57,6 @@ for seed in $SEEDS; do for data in $DATA; do for target in $TARGETS; do for weig
     echo $data $weighting $target $seed
 done; done; done; done | xargs -n 4 -P $JOBS sh "$0"
 failed=$?
-[ $failed -ne 124 ] || exit 2                    # xargs has stopped after a mistake
 $PYTHON -m experiments.pareto needs --runs $OUT/*/ --out $OUT/needs.csv || failed=1
 if ! $PYTHON -c "import matplotlib" 2>/dev/null; then
     echo "no figures: they need pip install matplotlib"

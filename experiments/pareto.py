@@ -347,6 +347,7 @@ def measure_command(ckpt, n):
         rows[entry(row, "step", int)] = row
         if entry(row, "n") != str(n):                                        # the distances depend on n
             raise BadInput(f"--n {n}: {file} has lines of {row['n']} samples; remove it, or keep to that number")
+        entry(row, "x0_mse_high")                                            # the last column
     model, diffusion, data = load(ckpt)
     if data.latents:
         raise BadInput(f"--ckpt {ckpt}: draws latents, expected pixels")
@@ -400,7 +401,7 @@ def needs_command(runs, out):
     panels, firsts, rows = {}, {}, []
     for folder in dict.fromkeys(map(Path, runs)):                            # each once
         config = read_json(folder / "config.json")
-        dataset, target = config["dataset"], config["target"]
+        dataset, target = entry(config, "dataset"), entry(config, "target")
         first = firsts.setdefault((dataset, target), config)
         differing = {key for key in config if config[key] != first.get(key)} - MAY_DIFFER
         if differing:
@@ -415,6 +416,10 @@ def needs_command(runs, out):
         table = []
         for weighting, seeds in panel.items():
             last = np.array([curve.get(end, math.nan) for curve in seeds])
+            early = sum(end not in curve for curve in seeds)
+            if early and error == "x0_mse":                                  # once, not for each error
+                say(f"warning: {dataset} {target} {weighting}: {early} of {len(seeds)} runs are not measured at step "
+                    f"{end}, so the means are nan")
             table.append(dict(dataset=dataset, target=target, error=error, weighting=weighting, step=end,
                               mean=last.mean(), low=last.min(), high=last.max()))
         best = np.fmin.reduce([row["mean"] for row in table])                # nan only where all are

@@ -339,6 +339,12 @@ def mistakes(sets):
     np.savez(sets / "nan.npz", mu=np.full(192, np.nan), sigma=np.eye(192))
     np.savez(sets / "keys.npz", other=small)
     np.savez(sets / "odd.npz", mu=np.zeros(5), sigma=np.eye(5))
+    np.savez(sets / "minus.npz", mu=np.zeros(192), sigma=-np.eye(192))
+    np.savez(sets / "skew.npz", mu=np.zeros(192), sigma=np.triu(np.ones((192, 192))))
+    np.savez(sets / "words.npz", mu=np.full(192, "x"), sigma=np.eye(192))
+    write_pngs(sets / "stray", small)
+    (sets / "stray/0.png").write_bytes((sets / "stray/001.png").read_bytes())
+    (sets / "stray/protocol.json").write_text(json.dumps(dict(n=9)))
     (sets / "oblong").mkdir()
     for i in range(4):
         Image.new("RGB", (24, 16)).save(sets / f"oblong/{i}.png")
@@ -366,6 +372,10 @@ def mistakes(sets):
     ("extractor.npz a", "SAMPLES REFERENCE"),
     ("keys.npz b.npz", "arr_0"),
     ("a odd.npz", "192 features"),
+    ("a minus.npz", "no covariance"),
+    ("a skew.npz", "no covariance"),
+    ("a words.npz", "words.npz"),
+    ("stray b.npz", "numbered 0, 1, 2"),
     ("oblong small.npz", "square"),
     ("cut.npz b.npz", "cut.npz"),
     ("flipped.npz b.npz", "flipped.npz"),

@@ -149,7 +149,9 @@ def test_a_full_disk_is_one_line(old, write):
     assert old.read_text() == "old"
 
 
-def test_what_is_no_json_is_refused(old):
+@pytest.mark.parametrize("text", ["old", "3", "[1]"])
+def test_what_is_no_json_of_a_dict_is_refused(old, text):
+    old.write_text(text)
     with pytest.raises(BadInput, match="a.pt: cannot be read"):
         read_json(old)
 

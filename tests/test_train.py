@@ -502,7 +502,8 @@ def test_a_name_may_become_a_file_but_no_other_name(weighted):
 
 
 BAD_TABLES = [([1] * 999, "weight"), ([1] * 999 + [-1], "weight"), ([1] * 999 + ["nan"], "weight"),
-              ([1] * 1000, "w")]
+              ([1] * 1000, "w"), ([0] * 1000, "weight"),
+              ([f"1,{t}" for t in reversed(range(1000))], "weight,t")]
 
 
 @pytest.mark.parametrize("weights, header", BAD_TABLES)
@@ -531,14 +532,14 @@ def test_a_run_that_was_saved_before_these_flags_goes_on(runs):
 OTHER = ["--batch-size 4", "--size 16", "--classes 0", "--target v", "--gamma 2", "--timesteps clts",
          "--curriculum 9", "--importance", "--schedule linear", "--T 2000", "--lr 0.5", "--warmup 9",
          "--decay 0.5", "--betas 0.5 0.5", "--weight-decay 0.5", "--drop 0.5", "--ema 0.5", "--dtype float64",
-         "--seed 1", "--flip", "--grad-clip 1", "--init none"]
+         "--seed 1", "--flip", "--grad-clip 1", "--init none", "--model unet-tiny"]
 
 
 @pytest.mark.parametrize("words", OTHER)
 def test_another_flag_than_the_runs_is_refused(words, runs):
     flag = words.split()[0]
     text = launch(runs, f"--resume --out whole {words}", code=2)
-    init_takes_it = flag not in ("--target", "--schedule", "--T")
+    init_takes_it = flag not in ("--target", "--schedule", "--T", "--model")
     assert f"{flag}: found" in text
     assert (f"--init {runs / 'whole'}" in text) == init_takes_it
 
@@ -570,7 +571,7 @@ BAD_RUNS = [(f"{TINY} --out whole", "holds a run already"),
             ("--resume --out none", "no such file"), ("--dataset pets --out none", "data/pets"),
             ("--timesteps clts:9:1 --out none", "timesteps: found"),
             ("--weighting min --out none", "weighting: found"),
-            ("--size 18 --out none", "img_size: found 18")]
+            ("--size 18 --out none", "img_size: found 18"), ("--init= --out none", "no such file")]
 
 
 @pytest.mark.parametrize("command, named", BAD_RUNS)
