@@ -347,11 +347,11 @@ def trajectory(model, diffusion, z, y=None, steps=30, cfg=1.0, interval=None, so
 
     steps: see `sampling_timesteps`. solver: "heun" (EDM algorithm 1 without churn), "euler" (= DDIM) or "dpm++2m"
     (Lu et al. 2022: second order, as Heun is, with one evaluation of the network a step). cfg: scale of guidance
-    without a classifier, see `guided_x0`. interval = (t_lo, t_hi), inclusive: guide only there (Kynkaanniemi et
-    al. 2024). classifier: model(x_t, t) -> logits. It moves the x0 estimate by classifier_scale times
-    sigma_t^2 / alpha_t (the paper's sigma_t) times the gradient of log p(y | x_t) (Dhariwal & Nichol 2021;
-    appendix D.1). clip: clamp x0 estimates to [-1, 1].
-    Raises ValueError, when the first estimate is asked for: for an unknown solver, steps below 1, guidance without y.
+    without a classifier, see `guided_x0`. interval = (t_lo, t_hi), inclusive: guide only there (Kynkaanniemi et al.
+    2024). classifier: model(x_t, t) -> logits. It moves the x0 estimate by classifier_scale times sigma_t^2 /
+    alpha_t (the paper's sigma_t) times the gradient of log p(y | x_t) (Dhariwal & Nichol 2021; appendix D.1). clip:
+    clamp x0 estimates to [-1, 1]. Raises ValueError at the first estimate: for an unknown solver, steps below 1,
+    guidance without y.
     """
     if solver not in SOLVERS or steps < 1:
         raise ValueError(f"found solver {solver!r}, steps {steps}, expected one of {SOLVERS}, at least 1")
@@ -386,8 +386,8 @@ def trajectory(model, diffusion, z, y=None, steps=30, cfg=1.0, interval=None, so
             slope_ahead = (ahead - denoise(ahead, next_sigma, ts[i + 1])) / next_sigma
             slope = (slope + slope_ahead) / 2
         if solver == "dpm++2m" and previous is not None:
-            # Put into the slope the x0 expected at the middle of this step, x0 + (x0 - previous) / (2 ratio). It
-            # continues the line through the last two estimates, in log sigma.
+            # x0 + (x0 - previous) / (2 ratio) is the x0 expected at the middle of this step, on the line through the
+            # last two estimates in log sigma. Put it into the slope.
             ratio = math.log(sigmas[i - 1] / sigma) / math.log(sigma / next_sigma)       # last step / this step
             slope = slope - (x0 - previous) / (2 * ratio * sigma)
         previous = x0
