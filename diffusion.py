@@ -350,8 +350,7 @@ def trajectory(model, diffusion, z, y=None, steps=30, cfg=1.0, interval=None, so
     without a classifier, see `guided_x0`. interval = (t_lo, t_hi), inclusive: guide only there (Kynkaanniemi et al.
     2024). classifier: model(x_t, t) -> logits. It moves the x0 estimate by classifier_scale times sigma_t^2 /
     alpha_t (the paper's sigma_t) times the gradient of log p(y | x_t) (Dhariwal & Nichol 2021; appendix D.1). clip:
-    clamp x0 estimates to [-1, 1]. Raises ValueError at the first estimate: for an unknown solver, steps below 1,
-    guidance without y.
+    clamp x0 estimates to [-1, 1]. Raises ValueError, at the first estimate, for arguments that make no sense.
     """
     if solver not in SOLVERS or steps < 1:
         raise ValueError(f"found solver {solver!r}, steps {steps}, expected one of {SOLVERS}, at least 1")
@@ -386,8 +385,7 @@ def trajectory(model, diffusion, z, y=None, steps=30, cfg=1.0, interval=None, so
             slope_ahead = (ahead - denoise(ahead, next_sigma, ts[i + 1])) / next_sigma
             slope = (slope + slope_ahead) / 2
         if solver == "dpm++2m" and previous is not None:
-            # x0 + (x0 - previous) / (2 ratio) is the x0 expected at the middle of this step, on the line through the
-            # last two estimates in log sigma. Put it into the slope.
+            # The slope now uses x0 + (x0 - previous) / (2 ratio): x0 extrapolated in log sigma to this step's middle.
             ratio = math.log(sigmas[i - 1] / sigma) / math.log(sigma / next_sigma)       # last step / this step
             slope = slope - (x0 - previous) / (2 * ratio * sigma)
         previous = x0
