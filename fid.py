@@ -356,10 +356,10 @@ def open_folder(path):
     root, names, _ = find_files(path)
     names.sort(key=Path)
     meta = protocol(root / "protocol.json")
-    stems = [Path(name).stem for name in names]
-    numbers = sorted(int(stem) for stem in stems if stem.isdecimal())
-    if meta and numbers != list(range(len(names))):
-        raise BadInput(f"{path}: beside protocol.json expected sample.py's images alone, numbered 0, 1, 2, ...")
+    for k, name in enumerate(names[:meta.get("n", 0)]):  # those beyond n are not measured
+        stem = Path(name).stem
+        if not stem.isdecimal() or int(stem) != k:
+            raise BadInput(f"{path}: found {name}, expected image {k} of its protocol.json")
     kinds = {Path(name).suffix.lower() for name in names}
     if kinds != {".png"}:
         raise BadInput(f"{path}: found {sorted(kinds) or 'no images'}, expected .png; JPEG changes the FID")

@@ -179,6 +179,14 @@ def write_pngs(folder, images):
         Image.fromarray(image).save(folder / name)
 
 
+def write_samples(folder, images, n):
+    """As sample.py writes them, n of them by their protocol."""
+    folder.mkdir()
+    for k, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{k:06d}.png")
+    (folder / "protocol.json").write_text(json.dumps(dict(n=n)))
+
+
 @pytest.fixture
 def sets(tmp_path):
     """Twenty images as a folder a, as a.zip and as a.npz; thirty others as b.npz.
@@ -312,9 +320,9 @@ def test_products_are_tf32_unless_exact(flags, said, script, sets):
 
 
 def test_images_beyond_the_protocol_are_said(script, sets):
-    (sets / "a/protocol.json").write_text(json.dumps(dict(n=18)))
-    text = script("fid.py", "a", "b.npz", *PIXELS)
-    assert "a: holds 20 images, 18 of them by its protocol; measured are 18 of these" in text
+    write_samples(sets / "drawn", np.load(sets / "a.npz")["arr_0"], 18)
+    text = script("fid.py", "drawn", "b.npz", *PIXELS)
+    assert "drawn: holds 20 images, 18 of them by its protocol; measured are 18 of these" in text
 
 
 @pytest.mark.slow
@@ -342,9 +350,8 @@ def mistakes(sets):
     np.savez(sets / "minus.npz", mu=np.zeros(192), sigma=-np.eye(192))
     np.savez(sets / "skew.npz", mu=np.zeros(192), sigma=np.triu(np.ones((192, 192))))
     np.savez(sets / "words.npz", mu=np.full(192, "x"), sigma=np.eye(192))
-    write_pngs(sets / "stray", small)
-    (sets / "stray/0.png").write_bytes((sets / "stray/001.png").read_bytes())
-    (sets / "stray/protocol.json").write_text(json.dumps(dict(n=9)))
+    write_samples(sets / "stray", small, 9)
+    (sets / "stray/0.png").write_bytes((sets / "stray/000001.png").read_bytes())
     (sets / "oblong").mkdir()
     for i in range(4):
         Image.new("RGB", (24, 16)).save(sets / f"oblong/{i}.png")
@@ -354,12 +361,12 @@ def mistakes(sets):
     whole = bytearray((sets / "b.npz").read_bytes())
     whole[len(whole) // 2] ^= 16
     (sets / "flipped.npz").write_bytes(whole)
-    for name in ("empty", "mixed", "jpeg", "broken", "short"):
+    write_samples(sets / "short", small, 30)
+    for name in ("empty", "mixed", "jpeg", "broken"):
         write_pngs(sets / name, small[:0 if name == "empty" else 9])
     Image.new("RGB", (24, 24)).save(sets / "mixed/9.png")
     Image.new("RGB", (16, 16)).save(sets / "jpeg/9.JPG")
     (sets / "broken/9.png").write_bytes((sets / "broken/001.png").read_bytes()[:99])
-    (sets / "short/protocol.json").write_text(json.dumps(dict(n=30)))
 
 
 @pytest.mark.parametrize("words, named", [
@@ -375,7 +382,7 @@ def mistakes(sets):
     ("a minus.npz", "no covariance"),
     ("a skew.npz", "no covariance"),
     ("a words.npz", "words.npz"),
-    ("stray b.npz", "numbered 0, 1, 2"),
+    ("stray b.npz", "stray: found 000000.png, expected image 1 of its protocol.json"),
     ("oblong small.npz", "square"),
     ("cut.npz b.npz", "cut.npz"),
     ("flipped.npz b.npz", "flipped.npz"),
